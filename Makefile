@@ -1,0 +1,97 @@
+# `make help` lists the targets. Each sets up what it needs, in $(VENV) and build/, on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The newer PyTorch on which `make wheel-check` tries the wheel.
+NEWER_TORCH ?= 2.14.1
+
+# The pinned PyTorch is a CPU build, for which CUDA kernels would take minutes to compile in vain: they
+# are tested on a simulated GPU. With a GPU, `FASTADAPTERS_BUILD=auto make ...` in an environment that has it.
+export FASTADAPTERS_BUILD ?= cpu
+
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+CSRC := $(wildcard csrc/* csrc/*/*)
+CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup hooks info lint format test test-main test-gpu sanitize bench bench-full wheel wheel-check clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
+
+# Pins of the tools are in pyproject.toml. The pure build is only the way to install them: it needs no PyTorch.
+$(VENV)/tools.stamp: pyproject.toml
+	test -e $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet pip==26.3
+	FASTADAPTERS_BUILD=pure pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/library.stamp: $(VENV)/tools.stamp setup.py $(CSRC)
+	pip install --quiet --no-build-isolation --no-deps --editable .
+	python -c 'import sys; from fastadapters import backends; sys.exit(backends.library_error)'
+	touch $@
+
+setup: $(VENV)/library.stamp ## Create $(VENV), install the tools and the package with its compiled library
+
+info: setup ## Print what is installed and what runs
+	python -m fastadapters.info
+
+hooks: setup ## Build the test hooks
+	$(CMAKE) -S . -B build/hooks
+	cmake --build build/hooks --target _hooks
+
+lint: setup ## Check style and types
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+format: setup ## Fix the style
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CLANG_FORMATTED)
+
+# A lane is a process of pytest of its own. New lanes become prerequisites here.
+test: lint test-main test-gpu ## Everything but the sanitizers
+
+test-main: setup hooks
+	pytest tests --ignore tests/gpu
+
+test-gpu: setup
+	pytest tests/gpu
+
+sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
+	for kind in address,undefined thread; do \
+	  $(CMAKE) -S . -B build/sanitize-$$kind -DFASTADAPTERS_SANITIZE=$$kind && \
+	  cmake --build build/sanitize-$$kind --target test_bottleneck && \
+	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
+
+# glibc returns large blocks to the system on every free, and each call pays for fresh pages. So
+# told, it keeps them: the tables show the bottleneck under both.
+TUNED_MALLOC := MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
+
+bench: setup ## The main benchmarks and their table, in 5 minutes
+	mkdir -p build
+	pytest benches --benchmark-quiet --benchmark-json=build/bench.json
+	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --benchmark-quiet --benchmark-json=build/bench-tuned.json
+	python -m benches.report build/bench.json build/bench-tuned.json
+
+bench-full: setup ## All benchmarks and their table
+	mkdir -p build
+	pytest benches --full --benchmark-quiet --benchmark-json=build/bench.json
+	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --full --benchmark-quiet --benchmark-json=build/bench-tuned.json
+	python -m benches.report build/bench.json build/bench-tuned.json
+
+wheel: setup ## Build the wheel into dist/
+	pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheel-check: wheel ## Test the wheel on a newer PyTorch (5 GB), from site-packages
+	$(PYTHON) -m venv --clear build/newer
+	build/newer/bin/python -m pip install --quiet torch==$(NEWER_TORCH) pytest hypothesis dist/*-abi3-*.whl
+	cd build && newer/bin/python -m fastadapters.info
+	build/newer/bin/pytest tests/test_bottleneck.py
+
+clean: ## Remove what was built, but for $(VENV)
+	rm -rf build dist *.egg-info fastadapters/_C.abi3.so fastadapters/_build.json $(VENV)/library.stamp

@@ -1,0 +1,217 @@
+"""What the CUDA bottleneck should take on GPUs that this machine need not have.
+
+    python -m benches.model    # rewrites the section "GPU: predicted" of docs/performance.md
+
+Counts are exact: the kernels run on the PTX machine (tests/gpu) with two numbers of rows, which
+gives each count per tile and per call. Rates are the data sheets' where those can be reached.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastadapters.ops.bottleneck import ACTIVATION_CODES
+
+from .workloads import BOTTLENECK, Bottleneck
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+HEADING = "## GPU: predicted"
+TILE = 64
+# PTX that no instruction of the machine code stands for.
+FREE = ("ld.param", "mov", "cvta", "bra.uni")
+
+
+INTRODUCTION = """
+Not measured: written by `python -m benches.model`. On a GPU, `pytest benches/ --device cuda`
+measures the same workloads and prints the share of the roof that they reach.
+
+bf16 activations, fp32 parameters, CUDA backend. MB: to and from memory. Instructions: of
+warps, as PTX without parameter loads and moves, which become no machine code. Times in us:
+what each resource alone would take, summed over the kernels of a call; `predicted` sums the
+largest of each kernel, the last column divides it by the least time for reading the inputs and
+writing the outputs once. Launches, the last wave of blocks and imperfect overlap come on top.
+
+Memory, clock and tensor rates are from data sheets, mma.sync on Hopper taken as 62 % of
+wgmma's. The L2 cache's are for reads, as measured by others (on the H100 with 114 processors,
+scaled to 132); writes go the other way through the crossbar and are counted beside them.
+
+Backward reads x and dy twice, once for dx and once for the weight gradients, so it cannot come
+below 5/3 of the floor.
+
+What is read again: a block keeps the chunks of x (backward: dy) that fit into its shared
+memory, two blocks on a processor, and asks the L2 cache for the others a second time: at D =
+768 and 1024 that is 25 and 44 % of them on sm_90, 58 and 69 % on sm_80. They are there as long
+as the tiles of all blocks under way are: 64 rows x D x 2 bytes x 2 blocks x processors is 21
+and 28 MB of the A100's 40 MB, 26 and 35 MB of the H100's 50 MB, 25 and 34 MB of the 4090's 72
+MB. Outputs are stored with an evict-first hint, so they leave the cache before. At D = 4096
+the tiles (113 MB on the A100, 138 MB on the H100, 134 MB on the 4090) do not fit: there what
+shared memory has not kept is counted as read from memory twice.
+"""
+
+
+class Gpu(NamedTuple):
+    name: str
+    arch: int
+    processors: int
+    clock: float  # Hz
+    memory: float  # bytes/s
+    l2: float  # bytes/s
+    l2_size: float
+    tensor: float  # FLOP/s of mma.sync, bf16 with fp32 sums
+
+
+GPUS = [
+    Gpu("A100 SXM 80 GB", 80, 108, 1.41e9, 2.04e12, 4.5e12, 40e6, 312e12),
+    Gpu("H100 SXM", 90, 132, 1.755e9, 3.35e12, 6.4e12, 50e6, 0.62 * 989e12),
+    Gpu("RTX 4090", 89, 128, 2.52e9, 1.008e12, 5.0e12, 72e6, 165e12),
+]
+
+
+@dataclass
+class Counts:
+    """Of one kernel: bytes, products, and what the processors do."""
+
+    read: float  # bytes asked of the L2 cache
+    written: float
+    distinct: float  # bytes among them
+    again: float  # bytes of activations asked for a second time
+    flops: float
+    instructions: float
+    wavefronts: float
+    resident: float  # bytes of activations that the blocks under way come back to
+
+    def times(self, gpu: Gpu) -> dict[str, float]:
+        # What is asked for again is in the L2 cache if it holds that of all blocks; outputs, stored
+        # with an evict-first hint, leave it before.
+        kept = gpu.processors * self.resident <= gpu.l2_size
+        cycles = gpu.processors * gpu.clock
+        return {
+            "memory": (self.distinct + (0 if kept else self.again)) / gpu.memory,
+            "L2": max(self.read, self.written) / gpu.l2,
+            "tensor": self.flops / gpu.tensor,
+            "issue": self.instructions / (4 * cycles),
+            "shared": self.wavefronts / cycles,
+        }
+
+
+def run(w: Bottleneck, arch: int, rows: int) -> tuple[list[Counts], int]:
+    """A training step in bf16 with fp32 parameters; how many of its kernels are forward's."""
+    import cuda_backend
+    import device
+    from compile_checks import PROCESSORS
+
+    ops = cuda_backend.load()
+    with device.arena():
+        x, dy = (torch.zeros(rows, w.dim, dtype=torch.bfloat16) for _ in range(2))
+        residual = torch.zeros_like(x) if w.residual == "other" else None
+        down, up = torch.zeros(w.bottleneck, w.dim), torch.zeros(w.dim, w.bottleneck)
+        biases = [torch.zeros(n) if w.bias else None for n in (w.bottleneck, w.dim)]
+        norm = [torch.ones(w.dim), torch.zeros(w.dim)] if w.norm else [None, None]
+        seed = torch.tensor([1, 2]) if w.dropout else None
+        parameters = (down, biases[0], up, biases[1], *norm, None, seed)
+        options = (w.scale, 1e-5, w.dropout, ACTIVATION_CODES[w.activation], residual is None)
+        with device.simulate(arch) as simulation:
+            _, z, stats = ops.bottleneck_forward(x, residual, *parameters, *options, True)
+            forward = len(simulation.launches)
+            ops.bottleneck_backward(dy, x, z, stats, *parameters, *options, 0b1111111)
+
+    def measure(report: Any) -> Counts:
+        traffic = report.traffic()
+        rows_traffic = [report.traffic(t) for t in (x, dy)]
+        blocks = PROCESSORS[arch].shared // (report.shared_bytes + 1024)
+        free = sum(report.count(prefix) for prefix in FREE)
+        return Counts(
+            read=traffic.read,
+            written=traffic.written,
+            distinct=traffic.read_unique + traffic.written_unique,
+            again=sum(t.read - t.read_unique for t in rows_traffic),
+            flops=report.count("mma.sync") * 2 * 16 * 8 * 16,
+            instructions=sum(report.instructions.values()) - free,
+            wavefronts=report.wavefronts,
+            resident=blocks * TILE * w.dim * 2 if "data_pass" in report.name else 0,
+        )
+
+    return [measure(report) for report in simulation.launches], forward
+
+
+def kernels(w: Bottleneck, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
+    """Forward's and backward's, at full size: counts are linear in the number of tiles."""
+    few, forward = run(w, gpu.arch, 2 * TILE)
+    many, _ = run(w, gpu.arch, 4 * TILE)
+    tiles = -(-w.batch * w.tokens // TILE)
+    full = []
+    for a, b in zip(few, many, strict=True):
+        pairs = zip(vars(a).values(), vars(b).values(), strict=True)
+        full.append(Counts(*(u + (v - u) * (tiles - 2) / 2 for u, v in pairs)))
+    # The machine has few processors: there the weight gradients are one partial sum, here several.
+    width = 32 if w.bottleneck <= 32 else 64
+    columns = 2 * -(-w.dim * 2 // 128) * -(-w.bottleneck // width)
+    splits = max(2 * gpu.processors // columns, 1)
+    partial = (splits - 1) * 2 * w.dim * width * 4
+    full[-2].written += partial / 2
+    full[-1].read += partial / 2
+    for counts in full[-2:]:
+        counts.distinct += partial / 2
+    return full[:forward], full[forward:]
+
+
+def row(w: Bottleneck, gpu: Gpu, direction: str, counts: list[Counts], floor: float) -> str:
+    times = [c.times(gpu) for c in counts]
+    total = {name: sum(t[name] for t in times) for name in times[0]}
+    predicted = sum(max(t.values()) for t in times)
+    cells = [
+        f"{w.name}, D {w.dim}, r {w.bottleneck}",
+        direction,
+        f"{total['memory'] * gpu.memory / 1e6:.0f}",
+        f"{sum(c.flops for c in counts) / 1e9:.1f}",
+        f"{sum(c.instructions for c in counts) / gpu.processors / 1e3:.0f}",
+        *(f"{seconds * 1e6:.0f}" for seconds in total.values()),
+        max(total, key=lambda name: total[name]),
+        f"{predicted * 1e6:.0f}",
+        f"{predicted / (floor / gpu.memory):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def section() -> str:
+    lines = [HEADING, "", INTRODUCTION.strip(), ""]
+    for gpu in GPUS:
+        lines += [
+            f"### {gpu.name}",
+            "",
+            f"{gpu.processors} processors, {gpu.clock / 1e9:.2f} GHz, memory"
+            f" {gpu.memory / 1e12:.2f} TB/s, L2 {gpu.l2 / 1e12:.1f} TB/s of"
+            f" {gpu.l2_size / 1e6:.0f} MB, mma.sync {gpu.tensor / 1e12:.0f} TFLOP/s.",
+            "",
+            "| workload | | MB | GFLOP | k instructions a processor | memory | L2 | tensor |"
+            " issue | shared | binds | predicted | of the floor |",
+            "|---|---|" + "---:|" * 8 + "---|---:|---:|",
+        ]
+        for w in BOTTLENECK:
+            costs = w.costs(training=True)
+            for direction, counts, cost in zip(
+                ("forward", "backward"), kernels(w, gpu), costs, strict=True
+            ):
+                lines.append(row(w, gpu, direction, counts, 2.0 * cost.elements))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    text = PAGE.read_text() if PAGE.exists() else "# Performance\n\n"
+    before, found, after = text.partition(HEADING)
+    rest = re.search(r"^## ", after, re.MULTILINE) if found else None
+    end = after[rest.start() :] if rest else ""
+    PAGE.write_text(before.rstrip() + "\n\n" + section() + ("\n" + end if end else ""))
+
+
+if __name__ == "__main__":
+    main()

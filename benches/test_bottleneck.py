@@ -1,0 +1,85 @@
+"""The bottleneck op against the published module, the best unfused PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastadapters import eager, functional, reference
+from fastadapters.eager.bottleneck import up_project
+from fastadapters.reference.bottleneck import ACTIVATIONS
+
+from . import workloads
+from .harness import Case, parameters
+
+WORKLOADS = workloads.BOTTLENECK
+
+
+def published(
+    x: Tensor, *, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor, up_bias: Tensor,
+    residual: Tensor, activation: str, scale: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    """The reference with the dropout that the published modules call."""
+    h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
+    return residual + scale * F.linear(F.dropout(h, dropout), up_weight, up_bias)
+
+
+def eager_dropout(
+    x: Tensor, *, down_weight: Tensor, up_weight: Tensor, down_bias: Tensor, up_bias: Tensor,
+    residual: Tensor, activation: str, scale: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    """The eager form with PyTorch's own dropout, which is much faster than Philox in tensor ops."""
+    h = F.dropout(ACTIVATIONS[activation](F.linear(x, down_weight, down_bias)), dropout)
+    y = up_project(h.flatten(0, -2), up_weight, up_bias, scale, residual.flatten(0, -2))
+    return y.view(x.shape)
+
+
+def case(w: workloads.Bottleneck, device: str, dtype: torch.dtype) -> Case:
+    randn = parameters(device, dtype)
+    d, r = w.dim, w.bottleneck
+    inputs = {
+        "x": randn(w.batch, w.tokens, d),
+        "down_weight": randn(r, d, std=d**-0.5),
+        "up_weight": randn(d, r, std=r**-0.5),
+    }
+    if w.bias:
+        inputs |= {"down_bias": randn(r, std=0.1), "up_bias": randn(d, std=0.1)}
+    if w.norm:
+        inputs |= {"norm_weight": randn(d), "norm_bias": randn(d, std=0.1)}
+    if w.residual == "other":
+        inputs["residual"] = randn(w.batch, w.tokens, d)
+
+    options: dict[str, Any] = {"activation": w.activation, "scale": w.scale}
+    if w.dropout:
+        options["dropout"] = w.dropout
+
+    def on_residual(fn: Callable[..., Tensor], **more: Any) -> Callable[..., Tensor]:
+        if w.residual == "other":
+            return partial(fn, **options, **more)
+        return lambda x, **rest: fn(x, **rest, residual=x, **options, **more)
+
+    def definition(**tensors: Tensor) -> Tensor:
+        """With the seed that the functional layer draws from the same state of the generator."""
+        seed = torch.randint(2**62, (2,), device=device) if w.dropout else None
+        return on_residual(reference.bottleneck, seed=seed)(**tensors)
+
+    return Case(
+        op="bottleneck",
+        workload=f"{w.name}: {list(inputs['x'].shape)} r {r}",
+        inputs=inputs,
+        candidates={
+            "ours": on_residual(functional.bottleneck, training=True),
+            "reference": on_residual(published if w.dropout else reference.bottleneck),
+            "eager": on_residual(eager_dropout if w.dropout else eager.bottleneck),
+        },
+        definition=definition,
+    )
+
+
+def test_bottleneck(bench, workload, dtype, direction, threads):
+    bench(case, workload)

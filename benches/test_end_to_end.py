@@ -1,0 +1,141 @@
+"""A training step of ViT-B/16 with an adapter in every block, ours against the published module.
+
+The backbone is frozen and random, the images are real. Adapters and head are trained. The class
+token asks for a gradient in every form, so that the step without adapters also runs backward
+through the trunk: the difference is the adapters' share, the most that faster ones can gain.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadapters.modules import BottleneckAdapter
+from tests.compare import check
+
+from .adaptformer import Adapter, Block
+from .harness import Row, malloc, measure
+
+BATCH, BOTTLENECK, SCALE, CLASSES = 4, 64, 0.1, 12
+
+
+class NoAdapter(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual
+
+
+def images() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits, enlarged, and crops of its two photographs: [n, 3, 224, 224]."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images[:48]).float()[:, None].expand(-1, 3, -1, -1)
+    pictures = [F.interpolate(pixels / 8.0 - 1.0, size=(224, 224), mode="bilinear")]
+    labels = [*digits.target[:48]]
+    for label, photograph in enumerate(load_sample_images().images, start=10):
+        whole = torch.from_numpy(np.array(photograph)).permute(2, 0, 1) / 127.5 - 1.0
+        crops = [whole[:, 25 * i : 25 * i + 224, 50 * i : 50 * i + 224] for i in range(8)]
+        pictures.append(torch.stack(crops))
+        labels += [label] * len(crops)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.cat(pictures)[order], torch.tensor(labels)[order]
+
+
+class Trainer(nn.Module):
+    """One form of adapter in the shared frozen backbone, with its own head and optimizer."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __init__(self, backbone: nn.Module, make_adapter: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        token = backbone.embeddings.cls_token
+        dim = token.shape[-1]
+        self.backbone, self.losses = backbone, []
+        self.adapters = nn.ModuleList(make_adapter(dim) for _ in backbone.layers)
+        self.head = nn.Linear(dim, CLASSES)
+        for name, value in zip(("pixels", "labels"), images(), strict=True):
+            self.register_buffer(name, value)
+        self.to(token.device, token.dtype)
+        self.optimizer = torch.optim.AdamW(
+            [*self.adapters.parameters(), *self.head.parameters()], lr=1e-3
+        )
+
+    def backward(self, step: int) -> float:
+        for block, adapter in zip(self.backbone.layers, self.adapters, strict=True):
+            block.adapter = adapter
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % len(self.labels)
+        out = self.backbone(self.pixels[batch]).last_hidden_state[:, 0]
+        loss = F.cross_entropy(self.head(out).float(), self.labels[batch])
+        loss.backward()
+        return loss.item()
+
+    def step(self) -> None:
+        self.zero_grad()
+        self.losses.append(self.backward(len(self.losses)))
+        self.optimizer.step()
+
+    def first_gradient(self, dtype: torch.dtype) -> Tensor:
+        """Of all adapters, with everything in ``dtype``, as one vector."""
+        other = copy.deepcopy(self).to(dtype)
+        other.backward(0)
+        return torch.cat([p.grad.flatten() for _, p in sorted(other.adapters.named_parameters())])
+
+
+def test_vit_training_step(record, dtype, threads, pytestconfig):
+    transformers = pytest.importorskip("transformers")
+    device, full = pytestconfig.getoption("--device"), pytestconfig.getoption("--full")
+    if dtype != torch.float32 and not full:
+        pytest.skip("a minute more: use --full")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    backbone = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
+    backbone.requires_grad_(False).to(device, dtype)
+    backbone.embeddings.cls_token.requires_grad_()
+    backbone.layers = nn.ModuleList(Block(layer, NoAdapter()) for layer in backbone.layers)
+    published = Trainer(backbone, lambda dim: Adapter(dim, BOTTLENECK, SCALE))
+    ours = Trainer(backbone, lambda dim: BottleneckAdapter(dim, BOTTLENECK, scale=SCALE))
+    without = Trainer(backbone, lambda dim: NoAdapter())
+    for p in published.parameters():  # not the zeros of a fresh adapter: every gradient is to show
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.02)
+    ours.adapters.load_state_dict(published.adapters.state_dict())
+    for other in (ours, without):
+        other.head.load_state_dict(published.head.state_dict())
+    gold = published.first_gradient(torch.float64)
+    base = published.first_gradient(dtype)
+    out = ours.first_gradient(dtype)
+    right = "yes"
+    try:
+        check(out, gold, base, "gradient of all adapters")
+    except AssertionError as error:
+        right = str(error).splitlines()[0]
+    row = Row(
+        "end to end", f"ViT-B/16, AdaptFormer r {BOTTLENECK}, batch {BATCH}", "training step",
+        str(dtype).removeprefix("torch."), device, threads, malloc(), "", right, {}, {}, {},
+    )  # fmt: skip
+    if right != "yes":
+        record(row, [])
+    samples = measure(
+        {"ours": ours.step, "reference": published.step, "without adapters": without.step},
+        device,
+        budget=60.0 if full else 0.0,
+        min_rounds=3,
+    )
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    share = 1.0 - seconds["without adapters"] / seconds["reference"]
+    difference = max(abs(a - b) for a, b in zip(ours.losses, published.losses, strict=True))
+    notes = (
+        f"adapters are {share:.1%} of the published step: at most {1 / (1 - share):.2f}x can be "
+        f"gained, ours gains {seconds['reference'] / seconds['ours']:.2f}x; loss over "
+        f"{len(ours.losses)} steps {ours.losses[0]:.4f} to {ours.losses[-1]:.4f}, published "
+        f"{published.losses[0]:.4f} to {published.losses[-1]:.4f}, at most {difference:.1e} apart"
+    )
+    record(row._replace(seconds=seconds, notes=notes), samples["ours"])

@@ -1,0 +1,198 @@
+"""The one table of shapes: real models and data sets, and a `small()` version of each for tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Cost(NamedTuple):
+    """The least that one phase (forward, backward) has to move and to multiply."""
+
+    elements: int
+    """of the compute dtype, read or written once"""
+    flops: int
+    """of the matrix products"""
+
+
+class Bottleneck(NamedTuple):
+    """An adapter on x [batch, tokens, dim]."""
+
+    name: str
+    batch: int
+    tokens: int
+    dim: int
+    bottleneck: int
+    cpu_batch: int
+    activation: str = "relu"
+    scale: float = 1.0
+    residual: str = "x"
+    """x, or other (the output of the frozen layer beside the adapter)"""
+    bias: bool = True
+    norm: bool = False
+    dropout: float = 0.0
+    quick: bool = False
+
+    def on(self, device: str) -> Bottleneck:
+        return self._replace(batch=self.cpu_batch) if device == "cpu" else self
+
+    def small(self) -> Bottleneck:
+        """Two items, ragged sizes, the same options."""
+        dim, r = self.dim // 16 + 1, self.bottleneck // 8 + 1
+        return self._replace(batch=2, cpu_batch=2, tokens=35, dim=dim, bottleneck=r)
+
+    def costs(self, training: bool) -> list[Cost]:
+        """Forward: x (and the residual) in, y out. Backward: x and dy in, dx out.
+
+        Weights are read in each phase and their gradients written in backward. Two products of
+        2 M D r FLOPs forward and four backward; what an implementation recomputes is its own loss.
+        """
+        m, d, r = self.batch * self.tokens, self.dim, self.bottleneck
+        weights = 2 * d * r + self.bias * (d + r) + self.norm * 2 * d
+        forward = Cost((2 + (self.residual == "other")) * m * d + weights, 4 * m * d * r)
+        backward = Cost(3 * m * d + 2 * weights, 8 * m * d * r)
+        return [forward, backward] if training else [forward]
+
+
+class CrossModalAttention(NamedTuple):
+    """The adapter head of CLIP: text features [classes, dim] and image features [batch, dim]."""
+
+    name: str
+    classes: int
+    batch: int
+    dim: int = 512
+    attn_dim: int = 128
+    heads: int = 4
+    hidden: int = 32
+    adapt: str = "both"
+    """or image: only the image features are adapted"""
+    masked: bool = False
+    quick: bool = False
+
+    def on(self, device: str) -> CrossModalAttention:
+        return self
+
+    def small(self) -> CrossModalAttention:
+        return self._replace(
+            classes=self.classes // 100 + 5, batch=3, dim=48, attn_dim=16, heads=2, hidden=8
+        )
+
+    def costs(self, training: bool) -> list[Cost]:
+        """The factored head: no [batch, classes, dim] tensor is needed (see docs/performance.md).
+
+        Each product has two gradient products of its size in backward.
+        """
+        c, b, d, a, r = self.classes, self.batch, self.dim, self.attn_dim, self.hidden
+        text_queries = self.adapt == "both" and not self.masked
+        flops = (c + b) * 2 * d * a + (c * (2 + text_queries) + 3 * b) * 2 * a * a  # projections
+        flops += 4 * b * c * a + 2 * a * a * r + b * 2 * r * (a + d) + 2 * b * c * d  # images
+        if self.adapt == "both":
+            flops += 2 * b * a * r + 2 * (c + b) * d * r + 2 * d * r * r
+            if self.masked:  # the texts of an item all get its image's value
+                flops += b * (2 * r * r + 2 * r) + b * c * 2 * r
+            else:
+                flops += 4 * c * c * a + 2 * c * a * r
+                flops += b * c * (2 * a + 2 * self.heads * r + 2 * r * r + 4 * r)
+        weights = d * a + a + 4 * (a * a + a) + r * (a + 1) + d * (r + 1)
+        features = (c + b) * d
+        forward = Cost(features + weights + b * c, flops)
+        backward = Cost(2 * (features + weights) + b * c, 2 * flops)
+        return [forward, backward] if training else [forward]
+
+
+class SequenceFusion(NamedTuple):
+    """Modalities x_m [batch, lengths[m], dim], fused into [batch, out_len, dim]."""
+
+    name: str
+    batch: int
+    lengths: tuple[int, ...]
+    dim: int
+    bottleneck: int
+    cpu_batch: int
+    rank: int = 1
+    quick: bool = False
+
+    @property
+    def out_len(self) -> int:
+        """That of the published module."""
+        return self.bottleneck
+
+    def on(self, device: str) -> SequenceFusion:
+        return self._replace(batch=self.cpu_batch) if device == "cpu" else self
+
+    def small(self) -> SequenceFusion:
+        lengths = tuple(5 + 2 * i for i in range(len(self.lengths)))
+        return self._replace(
+            batch=3, cpu_batch=3, lengths=lengths, dim=self.dim // 16 + 9, bottleneck=4
+        )
+
+    def costs(self, training: bool) -> list[Cost]:
+        """Each x_m once, the output once; products H = x W, P = A^T H, F = P U in that order."""
+        b, d, r, t = self.batch, self.dim, self.bottleneck, self.out_len
+        tokens = sum(self.lengths)
+        x, y = b * tokens * d, b * t * d
+        m = len(self.lengths)
+        weights = m * (r * d + r + self.rank * r * d) + self.rank * tokens * t
+        flops = 2 * b * (tokens * d * r + self.rank * (tokens * t * r + m * t * r * d))
+        forward = Cost(x + y + weights, flops)
+        backward = Cost(2 * x + y + 2 * weights, 2 * flops)
+        return [forward, backward] if training else [forward]
+
+
+_VIT = {"batch": 128, "tokens": 197, "cpu_batch": 8, "dim": 768, "scale": 0.1}
+_MWA = {"batch": 128, "bottleneck": 64, "scale": 0.6, "residual": "other", "dropout": 0.1}
+_LLM = {"batch": 8, "tokens": 4096, "dim": 4096, "cpu_batch": 1}
+
+BOTTLENECK = [
+    Bottleneck("ViT-B/16 AdaptFormer", bottleneck=64, quick=True, **_VIT),
+    Bottleneck("ViT-B/16 AdaptFormer", bottleneck=16, **_VIT),
+    Bottleneck("ViT-B/16 AdaptFormer", bottleneck=8, **_VIT),
+    Bottleneck("ViT-B/16 AdaptFormer, LayerNorm in", bottleneck=64, norm=True, **_VIT),
+    *(
+        Bottleneck("32768 tokens", 64, 512, 768, r, cpu_batch=64, scale=0.1, quick=r == 64)
+        for r in (64, 16, 8)
+    ),
+    Bottleneck("BEiT-3 base 224", tokens=197, dim=768, cpu_batch=8, **_MWA),
+    Bottleneck("BEiT-3 base 384", tokens=577, dim=768, cpu_batch=8, **_MWA),
+    Bottleneck("BEiT-3 large 224", tokens=197, dim=1024, cpu_batch=8, **_MWA),
+    Bottleneck("BEiT-3 large 384", tokens=577, dim=1024, cpu_batch=8, **_MWA),
+    Bottleneck("BERT-base Pfeiffer", 32, 512, 768, 48, cpu_batch=4),
+    Bottleneck("LLM, D 4096", bottleneck=64, activation="silu", **_LLM),
+    Bottleneck(
+        "LoRA, D 4096", bottleneck=16, activation="identity", bias=False, residual="other", **_LLM
+    ),
+]
+
+OVERHEAD = [Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True)]
+
+# Classes of the eleven data sets of the few-shot CLIP literature.
+CLASSES = {
+    "ImageNet": 1000,
+    "Caltech101": 100,
+    "OxfordPets": 37,
+    "StanfordCars": 196,
+    "Flowers102": 102,
+    "Food101": 101,
+    "FGVCAircraft": 100,
+    "SUN397": 397,
+    "DTD": 47,
+    "EuroSAT": 10,
+    "UCF101": 101,
+}
+
+CROSS_MODAL_ATTENTION = [
+    *(
+        CrossModalAttention(name, classes, batch, quick=(name, batch) == ("Caltech101", 32))
+        for name, classes in CLASSES.items()
+        for batch in (32, 64, 256)
+    ),
+    CrossModalAttention("SUN397, image only", 397, 64, adapt="image"),
+    CrossModalAttention("SUN397, masked", 397, 64, masked=True),
+]
+
+SEQUENCE_FUSION = [
+    SequenceFusion("CMU-MOSI", 64, (50, 50, 50), 40, 8, cpu_batch=64, quick=True),
+    SequenceFusion("IEMOCAP", 64, (20, 20, 20), 40, 8, cpu_batch=64),
+    SequenceFusion("UPMC-Food101", 64, (197, 512), 768, 16, cpu_batch=8, quick=True),
+    SequenceFusion("UPMC-Food101, rank 4", 64, (197, 512), 768, 16, cpu_batch=8, rank=4),
+    SequenceFusion("MSR-VTT", 32, (32, 32, 30, 64, 32, 16, 77), 512, 16, cpu_batch=16),
+]

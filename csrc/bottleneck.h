@@ -1,0 +1,72 @@
+// Arguments of the bottleneck op on raw pointers, shared by the CPU and the CUDA backend.
+//
+//     z = norm(x) Wd^T + bd               [M, r]
+//     h = dropout(activation(z))          [M, r]
+//     y = residual + s * (h Wu^T + bu)    [M, D]
+#pragma once
+
+#include <cstdint>
+
+namespace fastadapters {
+
+enum class Dtype : int32_t { float32, bfloat16, float16 };
+
+enum class Activation : int32_t { identity, relu, gelu, gelu_tanh, silu, quick_gelu };
+
+// [M, D] rows addressed by up to three row dimensions (Bottleneck::rows); the last dimension has
+// stride 1. Strides are in elements. A null `data` means "absent".
+struct Rows {
+  void* data = nullptr;
+  int64_t strides[3] = {0, 0, 0};
+};
+
+// A contiguous parameter, or the gradient of one, in its own dtype. A null `data` means "absent".
+struct Parameter {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+struct Bottleneck {
+  Dtype dtype = Dtype::float32;  // of x, residual, y, z and their gradients
+  int64_t rows[3] = {1, 1, 0};   // M = rows[0] * rows[1] * rows[2]
+  int64_t dim = 0;               // D
+  int64_t bottleneck = 0;        // r
+  Rows x;
+  Parameter down_weight;  // [r, D]
+  Parameter down_bias;    // [r]
+  Parameter up_weight;    // [D, r]
+  Parameter up_bias;      // [D]
+  Parameter norm_weight;  // [D]; LayerNorm in front iff present
+  Parameter norm_bias;    // [D]
+  Parameter scale;        // [1] or [D]; scale_value if absent
+  bool channel_scale = false;
+  float scale_value = 1;
+  float norm_eps = 1e-5f;
+  Activation activation = Activation::relu;
+  const int64_t* seed = nullptr;  // [2]: key and offset of the Philox stream; dropout iff present
+  double dropout = 0;
+  void* z = nullptr;       // [M, r], contiguous
+  float* stats = nullptr;  // [M, 2] mean and reciprocal standard deviation of each row of x
+
+  int64_t count() const { return rows[0] * rows[1] * rows[2]; }
+};
+
+struct BottleneckForward : Bottleneck {
+  Rows residual;
+  Rows y;
+};
+
+struct BottleneckBackward : Bottleneck {
+  Rows dy;
+  bool add_dy = false;  // dx += dy: the residual is x itself
+  Rows dx;
+  Parameter d_down_weight;
+  Parameter d_down_bias;
+  Parameter d_up_weight;
+  Parameter d_up_bias;
+  Parameter d_norm_weight;
+  Parameter d_norm_bias;
+  Parameter d_scale;
+};
+
+}  // namespace fastadapters

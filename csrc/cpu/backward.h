@@ -1,0 +1,310 @@
+// Backward: x, dy and z are read once, dx is written once.
+//
+//     dh = dy (s Wu)              dz = dh * mask * activation'(z)
+//     dx = dz Wd (+ dy)           through the norm: rstd * (dz Wd - mean - xhat * mean(xhat * .))
+//     g1 = dz^T x   [r, D]        -> dWd, and with Wd the norm's gradients
+//     g2 = h^T dy   [r, D]        -> dWu^T, and with Wu the scale's
+#pragma once
+
+#include "forward.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+// Which intermediate results the gradients asked for need.
+struct Needs {
+  bool norm, dx, g1, g2, dy_sum, dz;
+  explicit Needs(const BottleneckBackward& p)
+      : norm(p.norm_weight.data),
+        dx(p.dx.data),
+        g1(p.d_down_weight.data || p.d_norm_weight.data),
+        g2(p.d_up_weight.data || p.d_scale.data),
+        dy_sum(p.d_up_bias.data || p.d_scale.data),
+        dz(dx || g1 || p.d_down_bias.data || p.d_norm_bias.data) {}
+};
+
+template <class G>
+struct BackwardShared {
+  int64_t g_rows;
+  float *up, *down;                                              // packed weights
+  float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
+  float* down_sum;                                               // of each row of gamma Wd
+  float *g1, *g2;                                                // [tasks, panels of g_rows]
+  double *dy_sum, *dz_sum;                                       // [tasks, D], [tasks, r]
+  double* scale_sum;                                             // [panels]
+  BackwardShared(Carver& c, const Sizes<G>& s, const Needs& needs, int64_t tasks)
+      : g_rows(round_up(s.r, G::kRows)),
+        up(c.take<float>(s.d_words * s.thin.columns(), needs.dz)),
+        down(c.take<float>(s.r_words * s.wide.columns(), needs.dx)),
+        down_bias(c.take<float>(s.thin.columns())),
+        up_bias(c.take<float>(s.wide.columns())),
+        scale(c.take<float>(s.wide.columns())),
+        norm_weight(c.take<float>(s.wide.columns(), needs.norm)),
+        norm_bias(c.take<float>(s.wide.columns(), needs.norm)),
+        down_sum(c.take<float>(s.thin.columns(), needs.norm)),
+        g1(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g1)),
+        g2(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g2)),
+        dy_sum(c.take<double>(tasks * s.wide.columns())),
+        dz_sum(c.take<double>(tasks * s.thin.columns())),
+        scale_sum(c.take<double>(s.wide.count)) {}
+};
+
+template <class G>
+struct BackwardTask {
+  int64_t k_stride;  // of a row of the transposed tiles, in words
+  typename G::Store *x, *dy, *dz;
+  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask, *norm;
+  BackwardTask(Carver& c, const Sizes<G>& s)
+      : k_stride(round_up(s.words(s.tile_rows), kLanes)),
+        x(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
+        dy(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
+        dz(c.take<typename G::Store>(s.tile_rows * s.r_stride)),
+        h(c.take<float>(s.tile_rows * s.thin.columns())),
+        dh(c.take<float>(s.tile_rows * s.thin.columns())),
+        h_transposed(c.take<float>(s.thin.columns() * k_stride)),
+        dz_transposed(c.take<float>(s.thin.columns() * k_stride)),
+        panel(c.take<float>(k_stride * G::kPanel * kLanes)),
+        mask(c.take<float>(s.thin.columns() + 4)),
+        norm(c.take<float>(2 * s.tile_rows)) {}
+};
+
+// g [r, D] += A^T X for a tile, A^T given as words along m; adds the columns' sums of X to `sums`.
+// Either may be null.
+template <class G>
+inline void accumulate(const Sizes<G>& sizes, int64_t m, const float* transposed, int64_t k_stride,
+                       Operand<G> x, float* panel, float* g, double* sums) {
+  int64_t words = sizes.words(m), g_rows = round_up(sizes.r, G::kRows);
+  for (int64_t p = 0; p < sizes.wide.count; ++p) {
+    int64_t first = sizes.wide.first(p) * kLanes;
+    with_vectors<G>(sizes.wide.size(p), [&](auto vectors) {
+      pack_tile<G, vectors>(x.data, x.ld, m, sizes.d, first, words, panel, sums);
+      if (g)
+        for (int64_t i = 0; i < g_rows; i += G::kBlock)
+          G::template accumulate<vectors>(
+              g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
+              k_stride * G::Unit::kPerWord, panel, g + g_rows * first + i * vectors * kLanes,
+              vectors * kLanes);
+    });
+  }
+}
+
+// Panel p of every gradient made of g1 and g2, summed over the tasks in their order.
+template <class G, class T>
+void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
+                     const BackwardShared<G>& shared, int64_t tasks, int64_t panel) {
+  int64_t d = sizes.d, r = sizes.r, columns = sizes.wide.columns();
+  int64_t first = sizes.wide.first(panel) * kLanes, width = sizes.wide.size(panel) * kLanes;
+  auto reduce = [&](auto* parts, int64_t stride, int64_t offset, int64_t n) {
+    for (int64_t t = 1; t < tasks; ++t)
+      for (int64_t i = 0; i < n; ++i) parts[offset + i] += parts[t * stride + offset + i];
+    return parts + offset;
+  };
+  int64_t g_size = shared.g_rows * columns, g_offset = shared.g_rows * first;
+  float* g1 = needs.g1 ? reduce(shared.g1, g_size, g_offset, shared.g_rows * width) : nullptr;
+  float* g2 = needs.g2 ? reduce(shared.g2, g_size, g_offset, shared.g_rows * width) : nullptr;
+  const double* dy_sum = reduce(shared.dy_sum, columns, first, width);
+  auto write = [](const Parameter& out, int64_t index, Vec v, int64_t n) {
+    with_type(out, [&](auto* data) { store(data + index, v, n); });
+  };
+
+  Weight<T> down{p.down_weight, r, d}, up{p.up_weight, d, r};
+  shared.scale_sum[panel] = 0;
+  for (int64_t v = 0; v < width; v += kLanes) {
+    int64_t j = first + v, n = d - j;
+    Vec norm_weight = needs.norm ? read<Vec>(shared.norm_weight + j) : broadcast(1);
+    Vec norm_bias = needs.norm ? read<Vec>(shared.norm_bias + j) : Vec{};
+    Vec d_norm_weight = {}, d_norm_bias = {};
+    if (needs.g1 || p.d_norm_bias.data)
+      for (int64_t c = 0; c < r; ++c) {
+        float dz_sum = float(shared.dz_sum[c]);
+        Vec g = needs.g1 ? read<Vec>(g1 + c * width + v) : Vec{};
+        if (p.d_down_weight.data)
+          write(p.d_down_weight, c * d + j, g * norm_weight + dz_sum * norm_bias, n);
+        if (needs.norm) {
+          d_norm_weight += down(c, j) * g;
+          d_norm_bias += down(c, j) * dz_sum;
+        }
+      }
+    if (p.d_norm_weight.data) write(p.d_norm_weight, j, d_norm_weight, n);
+    if (p.d_norm_bias.data) write(p.d_norm_bias, j, d_norm_bias, n);
+
+    float up_dot[kLanes] = {};  // of each row of g2^T with that of Wu
+    if (needs.g2)
+      for (int64_t c = 0; c < r; c += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = c + i < r ? read<Vec>(g2 + (c + i) * width + v) : Vec{};
+        transpose(block);
+        for (int64_t i = 0; i < least(kLanes, n); ++i) {
+          if (p.d_up_weight.data)
+            write(p.d_up_weight, (j + i) * r + c, block[i] * shared.scale[j + i], r - c);
+          if (p.d_scale.data) up_dot[i] += sum(block[i] * up(j + i, c));
+        }
+      }
+    Vec total = {}, d_scale = {};
+    for (int64_t i = 0; i < least(kLanes, n); ++i) {
+      total[i] = float(dy_sum[v + i]);
+      d_scale[i] = up_dot[i] + total[i] * shared.up_bias[j + i];
+      shared.scale_sum[panel] += d_scale[i];
+    }
+    if (p.d_up_bias.data) write(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
+    if (p.d_scale.data && p.channel_scale) write(p.d_scale, j, d_scale, n);
+  }
+}
+
+// Folds the norm's shift into the down projection's bias, which gains Wd beta.
+template <class T>
+inline void add_norm_bias(const Weight<T>& down, const float* norm_bias, float* down_bias) {
+  for (int64_t c = 0; c < down.rows; ++c) {
+    Vec total = {};
+    for (int64_t j = 0; j < down.columns; j += kLanes)
+      total += down(c, j) * read<Vec>(norm_bias + j);
+    down_bias[c] += sum(total);
+  }
+}
+
+template <class G, class T>
+void backward(const BottleneckBackward& p, const Threads& threads) {
+  Sizes<G> sizes(p);
+  Needs needs(p);
+  int64_t z_columns = sizes.thin.columns(), columns = sizes.wide.columns();
+  int64_t tasks = sizes.tasks(threads.count, 2 * kTileRows);
+  auto shared = carve<BackwardShared<G>>(shared_scratch(), sizes, needs, tasks);
+
+  Weight<T> down{p.down_weight, sizes.r, sizes.d}, up{p.up_weight, sizes.d, sizes.r};
+  expand<T>(p.down_bias, sizes.r, 0, shared.down_bias);
+  expand<T>(p.up_bias, sizes.d, 0, shared.up_bias);
+  expand_scale<T>(p, shared.scale);
+  up.row_scale = shared.scale;
+  if (needs.norm) {
+    expand<T>(p.norm_weight, sizes.d, 1, shared.norm_weight);
+    expand<T>(p.norm_bias, sizes.d, 0, shared.norm_bias);
+    add_norm_bias(down, shared.norm_bias, shared.down_bias);
+    down.column_scale = shared.norm_weight;
+    // Of the very values that the product takes, so that the mean taken off dx is that of dx.
+    for (int64_t c = 0; c < z_columns; ++c) {
+      Vec total = {};
+      for (int64_t j = 0; j < sizes.d; j += kLanes) {
+        typename G::Store rounded[kLanes];
+        store(rounded, down(c, j));
+        total += load(rounded);
+      }
+      shared.down_sum[c] = sum(total);
+    }
+  }
+  if (needs.dz) {
+    for (int64_t i = 0; i < sizes.thin.count; ++i)
+      pack_rows<G>(up, sizes.thin, i, sizes.d_words, shared.up);
+    fold(sizes.thin, sizes.d_words, shared.up);
+  }
+  if (needs.dx)
+    for (int64_t i = 0; i < sizes.wide.count; ++i)
+      pack_rows<G>(down, sizes.wide, i, sizes.r_words, shared.down);
+
+  bool stream = needs.dx && streams<T>(p.dx, p);
+  parallel(threads, tasks, [&](int64_t t) {
+    [[maybe_unused]] typename G::Session session;
+    auto task = carve<BackwardTask<G>>(task_scratch(), sizes);
+    auto clear = [t](auto* part, int64_t n) {
+      if (part) std::memset(part += t * n, 0, n * sizeof(*part));
+      return part;
+    };
+    float* g1 = clear(shared.g1, shared.g_rows * columns);
+    float* g2 = clear(shared.g2, shared.g_rows * columns);
+    double* dy_sum = clear(shared.dy_sum, columns);
+    double* dz_sum = clear(shared.dz_sum, z_columns);
+    std::memset(task.mask, 0, z_columns * sizeof(float));
+
+    sizes.tiles(p.rows, t, tasks, [&](int64_t row, int64_t m) {
+      const T* dy_rows = row_pointer<T>(p.dy, p.rows, row);
+      const float* stats = needs.norm ? p.stats + 2 * row : nullptr;
+      auto dy = operand<G>(dy_rows, p.dy.strides[2], m, sizes, task.dy);
+      const T* x_rows = row_pointer<T>(p.x, p.rows, row);
+      Operand<G> x{};
+      if (needs.g1 || (needs.norm && needs.dx))
+        x = operand<G>(x_rows, p.x.strides[2], m, sizes, task.x, Normalise{stats});
+
+      if (needs.dz) {
+        std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
+        multiply_long<G>(m, sizes.d_words, dy.data, dy.ld, shared.up, sizes.thin, task.dh,
+                         z_columns);
+      }
+      bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
+      for (int64_t i = 0; i < m; ++i) {
+        if (p.seed) dropout_row(p, row + i, task.mask);
+        Vec mean = {}, slope = {};
+        for (int64_t c = 0; c < z_columns; c += kLanes) {
+          Vec z = load((const T*)p.z + (row + i) * sizes.r + c, sizes.r - c);
+          auto [h, derivative] = activate(p.activation, z);
+          if (p.seed) {
+            h *= read<Vec>(task.mask + c);
+            derivative *= read<Vec>(task.mask + c);
+          }
+          store(task.h + i * z_columns + c, h);
+          if (!needs.dz) continue;
+          Vec dz = read<Vec>(task.dh + i * z_columns + c) * derivative;
+          store(task.dh + i * z_columns + c, dz);
+          store(task.dz + i * sizes.r_stride + c, dz);
+          if (needs.norm) {
+            mean += load(task.dz + i * sizes.r_stride + c) * read<Vec>(shared.down_sum + c);
+            slope += dz * (z - read<Vec>(shared.down_bias + c));
+          }
+        }
+        for (int64_t c = z_columns; c < sizes.r_stride; c += kLanes)
+          store(task.dz + i * sizes.r_stride + c, Vec{});
+        task.norm[2 * i] = -sum(mean) / sizes.d;
+        task.norm[2 * i + 1] = -sum(slope) / sizes.d;
+      }
+      for (int64_t c = 0; dz_total && c < z_columns; c += kLanes) {
+        Vec total = {};
+        for (int64_t i = 0; i < m; ++i) total += read<Vec>(task.dh + i * z_columns + c);
+        for (int lane = 0; lane < kLanes; ++lane) dz_sum[c + lane] += total[lane];
+      }
+
+      if (needs.dx) {
+        Output<T> dx{row_pointer<T>(p.dx, p.rows, row), p.dx.strides[2], sizes.d, stream};
+        multiply<G>(
+            m, sizes.r_words, task.dz, sizes.r_stride, shared.down, sizes.wide,
+            [&](int64_t i, int64_t j) {
+              dx.prefetch(i, j, G::kPanel * kLanes);
+              prefetch_columns<0, 2>(dy_rows + (i + m) * p.dy.strides[2] + j, G::kPanel * kLanes);
+              prefetch_columns<0, 2>(x_rows + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
+            },
+            [&](int64_t i, int64_t j, Vec v) {
+              int64_t n = sizes.d - j;
+              if (needs.norm)
+                v = (v + task.norm[2 * i] + task.norm[2 * i + 1] * load(x.data + i * x.ld + j)) *
+                    stats[2 * i + 1];
+              if (p.add_dy) v += load(dy_rows + i * p.dy.strides[2] + j, n);
+              dx.write(i, j, v);
+            });
+      }
+      if (needs.g1) {
+        pack_transposed<G>(task.dh, m, z_columns, task.dz_transposed, task.k_stride);
+        accumulate<G>(sizes, m, task.dz_transposed, task.k_stride, x, task.panel, g1, nullptr);
+      }
+      if (needs.g2) pack_transposed<G>(task.h, m, z_columns, task.h_transposed, task.k_stride);
+      if (needs.g2 || needs.dy_sum)
+        accumulate<G>(sizes, m, task.h_transposed, task.k_stride, dy, task.panel, g2, dy_sum);
+    });
+    if (stream) finish_streams();
+  });
+
+  for (int64_t t = 1; t < tasks; ++t)
+    for (int64_t c = 0; c < z_columns; ++c) shared.dz_sum[c] += shared.dz_sum[t * z_columns + c];
+  auto write = [](const Parameter& out, int64_t i, double v) {
+    with_type(out, [&](auto* data) { store(data + i, broadcast(float(v)), 1); });
+  };
+  if (p.d_down_bias.data)
+    for (int64_t c = 0; c < sizes.r; ++c) write(p.d_down_bias, c, shared.dz_sum[c]);
+  parallel(threads, sizes.wide.count,
+           [&](int64_t panel) { write_gradients<G, T>(p, sizes, needs, shared, tasks, panel); });
+  if (p.d_scale.data && !p.channel_scale) {
+    double total = 0;
+    for (int64_t i = 0; i < sizes.wide.count; ++i) total += shared.scale_sum[i];
+    write(p.d_scale, 0, total);
+  }
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

@@ -1,0 +1,167 @@
+// The GEMM micro-kernel: a block of C stays in registers while k runs.
+//
+//     A  rows of words, k contiguous:                    a + i * lda (lda in values)
+//     B  panels of at most kPanel vectors of columns:    [words of k][vectors * kLanes]
+#pragma once
+
+#include "unit.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+template <class Unit_>
+struct Gemm {
+  using Unit = Unit_;
+  using Store = typename Unit::Store;
+  static constexpr int kRows = kLanes == 16 ? 8 : 4;  // A is padded to whole blocks of rows
+  static constexpr int kBlock = kRows;
+  static constexpr int kPanel = 3;
+  static constexpr int kDepth = 2;  // k is padded to a multiple of this many words
+  static constexpr bool kFolds = true;
+
+  struct Session {};
+
+  // A step along k is a word, or two words for folded columns.
+  template <int vectors, class Step = AnyWord>
+  static FASTADAPTERS_INLINE void run(int64_t steps, const Store* a, int64_t lda, const float* b,
+                                      Vec (&c)[kRows][vectors]) {
+    using Splat = std::conditional_t<sizeof(Step) == 4, Int, Long>;
+    const Step* row[kRows];
+    for (int i = 0; i < kRows; ++i, a += lda) row[i] = (const Step*)a;
+    for (int64_t k = 0; k < steps; ++k, b += vectors * kLanes) {
+      Vec bk[vectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        Vec aik = (Vec)(Splat{} + row[i][k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) c[i][j] = Unit::multiply_add(aik, bk[j], c[i][j]);
+      }
+    }
+  }
+
+  // epilogue(i, j, values) for each of the first `rows` rows i and each vector j of the product.
+  template <int vectors, class Epilogue>
+  static FASTADAPTERS_INLINE void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
+                                          const float* b, const Epilogue& epilogue) {
+    Vec c[kRows][vectors] = {};
+    run<vectors>(words, a, lda, b, c);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+      if (i < rows)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) epilogue(i, j, c[i][j]);
+  }
+
+  // C [kBlock, vectors * kLanes] += the product, summed apart first: over many calls the rounding
+  // errors grow with their number, not with the number of terms.
+  template <int vectors>
+  static FASTADAPTERS_INLINE void accumulate(int64_t, int64_t words, const Store* a, int64_t lda,
+                                             const float* b, float* c, int64_t ldc) {
+    Vec sum[kRows][vectors] = {};
+    run<vectors>(words, a, lda, b, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+        float* to = c + i * ldc + j * kLanes;
+        store(to, read<Vec>(to) + sum[i][j]);
+      }
+  }
+
+  // The same for a folded panel.
+  static inline void accumulate_folded(int64_t words, const Store* a, int64_t lda, const float* b,
+                                       float* c, int64_t ldc) {
+    Vec sum[kRows][1] = {};
+    run<1, AnyTwoWords>(words / 2, a, lda, b, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      float* to = c + i * ldc;
+      store(to, read<Vec>(to) + add_neighbours(sum[i][0], std::make_index_sequence<kLanes>()));
+    }
+  }
+};
+
+// N columns, in vectors, split into panels as equal as possible. A packed operand or an array of
+// accumulators with n rows keeps panel p at offset n * kLanes * first(p).
+template <class G>
+struct Panels {
+  int64_t vectors, count;
+  bool narrow;
+
+  explicit Panels(int64_t columns)
+      : vectors(divide_up(columns, kLanes)),
+        count(divide_up(vectors, G::kPanel)),
+        narrow(2 * columns <= kLanes) {}
+  int64_t first(int64_t p) const { return vectors * p / count; }
+  int64_t size(int64_t p) const { return first(p + 1) - first(p); }
+  int64_t columns() const { return vectors * kLanes; }
+};
+
+// Folds a narrow B, packed as usual, in place: two words of k side by side for each column, where
+// half of the lanes would be idle.
+template <class G>
+inline void fold(Panels<G> n, int64_t words, float* b) {
+  if (!G::kFolds || !n.narrow) return;
+  for (int64_t k = 0; k < words; k += 2)
+    store(b + k / 2 * kLanes,
+          interleave_low(read<Vec>(b + k * kLanes), read<Vec>(b + (k + 1) * kLanes),
+                         std::make_index_sequence<kLanes>()));
+}
+
+// Calls f with the number of vectors of a panel as a compile-time constant.
+template <class G, class F>
+inline void with_vectors(int64_t vectors, const F& f) {
+  if (vectors == 1) return f(std::integral_constant<int, 1>());
+  if constexpr (G::kPanel == 2)
+    return f(std::integral_constant<int, 2>());
+  else
+    return vectors == 2 ? f(std::integral_constant<int, 2>()) : f(std::integral_constant<int, 3>());
+}
+
+// C [m, n] += A [m, k] B [k, n] for a long k, cut into chains: rounding errors grow with their
+// length, and a chain of B stays in the first-level cache. A narrow B is folded. Writes whole
+// blocks of rows.
+template <class G>
+inline void multiply_long(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
+                          const float* b, Panels<G> n, float* c, int64_t ldc) {
+  constexpr int64_t chain = 256;
+  for (int64_t k = 0; k < words; k += chain)
+    for (int64_t i = 0; i < m; i += G::kBlock)
+      for (int64_t p = 0; p < n.count; ++p) {
+        int64_t column = n.first(p) * kLanes, length = least(chain, words - k);
+        const auto* block = a + i * lda + k * G::Unit::kPerWord;
+        if constexpr (G::kFolds)
+          if (n.narrow) {
+            G::accumulate_folded(length, block, lda, b + k / 2 * kLanes, c + i * ldc, ldc);
+            continue;
+          }
+        with_vectors<G>(n.size(p), [&](auto vectors) {
+          G::template accumulate<vectors>(m - i, length, block, lda,
+                                          b + words * column + k * vectors * kLanes,
+                                          c + i * ldc + column, ldc);
+        });
+      }
+}
+
+// epilogue(row, column, values) for every vector of A [m, k] B [k, n] for a short k;
+// prepare(row, column) for the first of each row of a block before it is computed.
+template <class G, class Prepare, class Epilogue>
+inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
+                     const float* b, Panels<G> n, const Prepare& prepare,
+                     const Epilogue& epilogue) {
+  for (int64_t i = 0; i < m; i += G::kBlock)
+    for (int64_t p = 0; p < n.count; ++p) {
+      int64_t column = n.first(p) * kLanes;
+      for (int64_t row = i; row < least(m, i + G::kBlock); ++row) prepare(row, column);
+      with_vectors<G>(n.size(p), [&](auto vectors) {
+        G::template product<vectors>(
+            m - i, words, a + i * lda, lda, b + words * column,
+            [&](int64_t row, int64_t j, Vec v) { epilogue(i + row, column + j * kLanes, v); });
+      });
+    }
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

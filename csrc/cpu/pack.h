@@ -1,0 +1,102 @@
+// Bringing operands into the layouts of gemm.h.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+// A parameter [rows, columns] rounded to the compute dtype T, then times the optional scales. What
+// lies outside reads as 0.
+template <class T>
+struct Weight {
+  Parameter data;
+  int64_t rows, columns;
+  const float* row_scale = nullptr;
+  const float* column_scale = nullptr;  // padded to whole vectors
+
+  Vec operator()(int64_t row, int64_t column) const {
+    if (row >= rows || column >= columns) return Vec{};
+    Vec v = with_type(data, [&](auto* p) {
+      return round_to<T>(load(p + row * columns + column, columns - column));
+    });
+    if (row_scale) v *= row_scale[row];
+    if (column_scale) v *= read<Vec>(column_scale + column);
+    return v;
+  }
+};
+
+// Panel p of B = W: k runs down the rows of W.
+template <class G, class T>
+inline void pack_rows(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
+  int64_t first = n.first(p), vectors = n.size(p);
+  float* panel = b + words * first * kLanes;
+  for (int64_t k = 0; k < words; ++k)
+    for (int64_t j = 0; j < vectors; ++j)
+      store(panel + (k * vectors + j) * kLanes,
+            G::Unit::across_rows(k, [&](int64_t row) { return w(row, (first + j) * kLanes); }));
+}
+
+// Panel p of B = W^T: k runs along the rows of W.
+template <class G, class T>
+inline void pack_columns(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
+  int64_t first = n.first(p), vectors = n.size(p);
+  float* panel = b + words * first * kLanes;
+  for (int64_t j = 0; j < vectors; ++j)
+    for (int64_t k = 0; k < words; k += kLanes) {
+      Vec block[kLanes];
+      for (int64_t row = 0; row < kLanes; ++row)
+        block[row] = G::Unit::along_row(
+            k, [&](int64_t column) { return w((first + j) * kLanes + row, column); });
+      transpose(block);
+      for (int64_t i = 0; i < least(kLanes, words - k); ++i)
+        store(panel + ((k + i) * vectors + j) * kLanes, block[i]);
+    }
+}
+
+// A = T^T as words along m, from a tile t [m, n] of fp32 rows (n a multiple of kLanes). Rows of A
+// are `words` long, a multiple of kLanes; what lies beyond m is 0.
+template <class G>
+inline void pack_transposed(const float* t, int64_t m, int64_t n, float* a, int64_t words) {
+  for (int64_t j = 0; j < n; j += kLanes)
+    for (int64_t k = 0; k < words; k += kLanes) {
+      Vec block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        block[i] = G::Unit::across_rows(
+            k + i, [&](int64_t row) { return row < m ? read<Vec>(t + row * n + j) : Vec{}; });
+      transpose(block);
+      for (int64_t i = 0; i < kLanes; ++i) store(a + (j + i) * words + k, block[i]);
+    }
+}
+
+// One panel of B = X, a tile of m rows and d columns, from column `first` on; rows beyond m are 0.
+// Adds each column's sum to `sums` unless that is null.
+template <class G, int vectors>
+inline void pack_tile(const typename G::Store* x, int64_t ld, int64_t m, int64_t d, int64_t first,
+                      int64_t words, float* b, double* sums) {
+  constexpr int per_word = G::Unit::kPerWord;
+  Vec total[vectors] = {};
+  auto row = [&](int64_t k, auto columns) {
+    const auto* row = x + k * per_word * ld + first;
+    const auto* next = k * per_word + 1 < m ? row + ld : nullptr;
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      Vec v = G::Unit::interleave(row + j * kLanes, next ? next + j * kLanes : nullptr,
+                                  columns - j * kLanes);
+      store(b + (k * vectors + j) * kLanes, v);
+      total[j] = G::Unit::multiply_add(G::Unit::one(), v, total[j]);
+    }
+  };
+  int64_t filled = divide_up(m, per_word);
+  if (d - first >= vectors * kLanes)
+    for (int64_t k = 0; k < filled; ++k)
+      row(k, std::integral_constant<int64_t, vectors * kLanes>());
+  else
+    for (int64_t k = 0; k < filled; ++k) row(k, d - first);
+  std::memset(b + filled * vectors * kLanes, 0, (words - filled) * vectors * sizeof(Vec));
+  for (int j = 0; sums && j < vectors; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) sums[first + j * kLanes + lane] += total[j][lane];
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

@@ -1,0 +1,233 @@
+// What forward and backward have in common: the work is cut into tiles of rows small enough to
+// stay in the second-level cache while they go through every step.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+
+#include "../philox.h"
+#include "activation.h"
+#include "isa.h"
+#include "pack.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+constexpr int64_t kTileBytes = 256 << 10;
+constexpr int64_t kTileRows = 64;
+
+// Memory that is kept by its thread from call to call: a fresh allocation would cost page faults.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  char* reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = size_t(round_up(bytes + bytes / 4, 4096));
+      data_ = (char*)std::aligned_alloc(4096, size_);
+      if (!data_) std::abort();
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Hands out arrays of a Scratch; from a null base it only counts the bytes needed.
+struct Carver {
+  char* base = nullptr;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t n, bool wanted = true) {
+    if (!wanted) return nullptr;
+    T* p = base ? (T*)(base + used) : nullptr;
+    used += size_t(round_up(n * int64_t(sizeof(T)), 64));
+    return p;
+  }
+};
+
+// A Layout is constructed as Layout(Carver&, args...).
+template <class Layout, class... Args>
+inline Layout carve(Scratch& scratch, const Args&... args) {
+  Carver counter;
+  Layout(counter, args...);
+  Carver carver{scratch.reserve(counter.used), 0};
+  return Layout(carver, args...);
+}
+
+// One for what a call shares between its tasks, one for what each task needs.
+inline Scratch& shared_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+inline Scratch& task_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+template <class F>
+inline void parallel(const Threads& threads, int64_t n, const F& f) {
+  if (n == 1 || threads.count == 1)
+    for (int64_t i = 0; i < n; ++i) f(i);
+  else
+    threads.run(n, [](int64_t i, void* context) { (*(const F*)context)(i); }, (void*)&f);
+}
+
+template <class T>
+inline T* row_pointer(const Rows& rows, const int64_t (&shape)[3], int64_t row) {
+  int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
+  int64_t outer = row / shape[2] / shape[1];
+  return (T*)rows.data + outer * rows.strides[0] + middle * rows.strides[1] +
+         inner * rows.strides[2];
+}
+
+// Whether an output is better written past the caches: it is larger than them, and the CPU has been
+// seen to gain (AMD does, Intel loses).
+template <class T>
+inline bool streams(const Rows& out, const Bottleneck& p) {
+#if defined(__x86_64__)
+  constexpr int64_t least_bytes = 32 << 20;
+  uintptr_t misaligned = (uintptr_t)out.data;
+  for (int64_t stride : out.strides) misaligned |= uintptr_t(stride) * sizeof(T);
+  return p.count() * p.dim * int64_t(sizeof(T)) >= least_bytes && misaligned % 64 == 0 &&
+         __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+// A tile of y or dx.
+template <class T>
+struct Output {
+  T* data;
+  int64_t ld, d;
+  bool stream;
+
+  void prefetch(int64_t i, int64_t j, int64_t n) const {
+    if (!stream) prefetch_columns<1, 3>(data + i * ld + j, n);
+  }
+  FASTADAPTERS_INLINE void write(int64_t i, int64_t j, Vec v) const {
+    T* p = data + i * ld + j;
+    if (stream && d - j >= kLanes)
+      fastadapters::cpu::stream(p, v);
+    else
+      store(p, v, d - j);
+  }
+};
+
+// The sizes every layout is made of. "Words" are the 32-bit words of unit.h along k.
+template <class G>
+struct Sizes {
+  int64_t m, d, r;
+  Panels<G> wide, thin;        // of d and of r columns
+  int64_t d_words, r_words;    // d and r as k
+  int64_t d_stride, r_stride;  // of a padded row, in values of G::Store
+  int64_t tile_rows;
+
+  static int64_t words(int64_t n) { return round_up(divide_up(n, G::Unit::kPerWord), G::kDepth); }
+  static int64_t stride(int64_t n) { return round_up(words(n), kLanes) * G::Unit::kPerWord; }
+  explicit Sizes(const Bottleneck& p)
+      : m(p.count()),
+        d(p.dim),
+        r(p.bottleneck),
+        wide(d),
+        thin(r),
+        d_words(words(d)),
+        r_words(words(r)),
+        d_stride(stride(d)),
+        r_stride(stride(r)) {
+    int64_t fitting = kTileBytes / greatest(d_stride * int64_t(sizeof(typename G::Store)), 1);
+    tile_rows = greatest(least(fitting, kTileRows) / G::kBlock, 1) * G::kBlock;
+  }
+
+  // Contiguous ranges of rows, one per task; a task is worth some tens of microseconds.
+  int64_t tasks(int threads, int64_t least_rows) const {
+    int64_t worthwhile = m * d * (r + 8) >> 20;
+    return greatest(1, least(least(threads, m / least_rows), worthwhile));
+  }
+
+  // tile(row, rows) for every tile of task t of n. A tile never crosses the innermost row
+  // dimension, so its rows have one stride.
+  template <class F>
+  void tiles(const int64_t (&shape)[3], int64_t t, int64_t n, const F& tile) const {
+    int64_t blocks = divide_up(m, G::kRows);
+    int64_t end = least(m, blocks * (t + 1) / n * G::kRows);
+    for (int64_t row = blocks * t / n * G::kRows; row < end;) {
+      int64_t left = least(end - row, shape[2] - row % shape[2]);
+      int64_t rows = least(left, round_up(divide_up(left, divide_up(left, tile_rows)), G::kRows));
+      tile(row, rows);
+      row += rows;
+    }
+  }
+};
+
+// A tile as the A operand of a GEMM: where it is if its layout allows, else a copy.
+template <class G>
+struct Operand {
+  const typename G::Store* data;
+  int64_t ld;
+};
+
+// How to normalise it on the way: mean and reciprocal standard deviation of each row, then gain and
+// shift of each column if given.
+struct Normalise {
+  const float *stats = nullptr, *weight = nullptr, *bias = nullptr;
+};
+
+template <class G, class T>
+inline Operand<G> operand(const T* x, int64_t ld, int64_t m, const Sizes<G>& sizes,
+                          typename G::Store* copy, Normalise norm = {}) {
+  if constexpr (std::is_same_v<T, typename G::Store>)
+    if (!norm.stats && m % G::kRows == 0 && sizes.d_words * G::Unit::kPerWord == sizes.d)
+      return {x, ld};
+  for (int64_t i = 0; i < round_up(m, G::kRows); ++i)
+    for (int64_t j = 0; j < sizes.d_stride; j += kLanes) {
+      Vec v = {};
+      if (i < m && j < sizes.d) {
+        v = load(x + i * ld + j, sizes.d - j);
+        if (norm.stats) v = (v - norm.stats[2 * i]) * norm.stats[2 * i + 1];
+        if (norm.weight) v = v * read<Vec>(norm.weight + j) + read<Vec>(norm.bias + j);
+      }
+      store(copy + i * sizes.d_stride + j, v);
+    }
+  return {copy, sizes.d_stride};
+}
+
+template <class T>
+inline void row_statistics(const T* x, int64_t d, float eps, float* stats) {
+  Vec total = {}, squares = {};
+  for (int64_t j = 0; j < d; j += kLanes) total += load(x + j, d - j);
+  float mean = sum(total) / d;
+  for (int64_t j = 0; j < d; j += kLanes) {
+    Vec v = load(x + j, d - j) - mean;
+    squares += j + kLanes <= d ? v * v : load((float*)&v, d - j) * v;
+  }
+  stats[0] = mean;
+  stats[1] = 1 / std::sqrt(sum(squares) / d + eps);
+}
+
+// A parameter [n] as fp32 rounded to T, padded to whole vectors; `absent` where it is not given.
+template <class T>
+inline void expand(const Parameter& p, int64_t n, float absent, float* out) {
+  Weight<T> row{p, 1, n};
+  for (int64_t j = 0; j < n; j += kLanes) store(out + j, p.data ? row(0, j) : broadcast(absent));
+}
+
+// The factors dropout multiplies row `row` of h [M, r] with: 0 or 1 / (1 - p).
+inline void dropout_row(const Bottleneck& p, int64_t row, float* factors) {
+  uint64_t key = uint64_t(p.seed[0]), offset = uint64_t(p.seed[1]);
+  uint32_t threshold = dropout_threshold(p.dropout);
+  float kept = p.dropout < 1 ? float(1 / (1 - p.dropout)) : 0;
+  int64_t blocks = divide_up(p.bottleneck, 4);
+  for (int64_t b = 0; b < blocks; ++b) {
+    PhiloxBlock random = philox4x32(key, uint64_t(row * blocks + b), offset);
+    for (int lane = 0; lane < 4; ++lane)
+      factors[4 * b + lane] = random.lane[lane] < threshold ? 0 : kept;
+  }
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

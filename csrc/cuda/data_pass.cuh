@@ -1,0 +1,456 @@
+// The kernel that computes y in forward, and dx, h and dz in backward.
+//
+// One block takes 64 rows through the whole op. It walks over the columns of D in chunks of 128
+// bytes: first to project down (z stays in registers, h in shared memory), then back to project up.
+// Chunks of activations land in a ring; the walk back finds the youngest of them still there and
+// re-reads the others, which are in the L2 cache. Backward is the same walk with dy behind x.
+#pragma once
+
+#include <algorithm>
+
+#include "../philox.h"
+#include "problem.cuh"
+
+namespace fastadapters::cuda {
+
+constexpr int kLargestLookahead = 2;
+
+struct DataPass : Problem {
+  Activations tail;        // forward: the residual; backward: dy
+  Activations out;         // y or dx
+  bool keep_tail = false;  // the tail is what the last pass down has left in the ring
+  bool add_tail = false;
+  int passes_per_part = 1;
+  int ring = 0, lookahead = 0;
+  char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, parts * kWidth]
+  char* d_hidden = nullptr;
+};
+
+// Where the walk is: `pass` counts the passes down; when they are over, `part` of `chunk` of the
+// way back. `slot` and `weights` are places in the rings of activations and of weights.
+struct Walk {
+  int pass = 0, chunk = 0, part = 0, slot = 0, weights = 0;
+
+  __device__ __forceinline__ void advance(const DataPass& p, int passes) {
+    weights = weights == p.lookahead ? 0 : weights + 1;
+    const bool down = pass < passes;
+    if (!down && ++part < p.parts) return;
+    part = 0;
+    ++chunk;
+    if (down && chunk == p.chunks) {
+      chunk = 0;
+      if (++pass == passes && p.keep_tail) return;  // the way back begins where the way down ended
+    }
+    if (!down && p.keep_tail) {
+      slot = slot == 0 ? p.ring - 1 : slot - 1;
+    } else {
+      slot = slot == p.ring - 1 ? 0 : slot + 1;
+    }
+  }
+};
+
+// Places in shared memory. The hidden rows are panels of one part after another.
+template <class E, int kWidth>
+struct Layout {
+  static constexpr int kSize = sizeof(typename E::T);
+  static constexpr int kChunk = kLine / kSize;  // columns of D
+  static constexpr int kHiddenPanels = (kWidth * kSize - 1) / kLine + 1;
+  static constexpr int kHiddenLine = std::min(kWidth * kSize, kLine);  // bytes used of their rows
+  static constexpr int kUp = kChunk * kLine;                           // bytes in a panel of `up`
+  static constexpr int kWeights = std::max(kWidth * kLine, kHiddenPanels* kUp);
+
+  struct Tables {
+    int64_t x[kRows], tail[kRows], out[kRows];  // where the rows start
+    float2 stats[kRows];
+    float2 row_sums[2][kRows];  // dz . down_sums and dz . (z - bias), a half of the columns each
+  };
+
+  int hidden, extra, tables, bytes;
+
+  __host__ __device__ Layout(const DataPass& p, bool extra_x) {
+    const int weights = p.ring * kPanel;
+    hidden = weights + (p.lookahead + 1) * kWeights;
+    extra = hidden + p.parts * kHiddenPanels * kPanel;
+    tables = extra + (extra_x ? (p.lookahead + 1) * kPanel : 0);
+    bytes = tables + int(sizeof(Tables));
+  }
+};
+
+// Two threads share a row. Over this one's half of the first `columns` elements of row
+// threadIdx.x / 2: the sum of x less `about`, and of its square.
+template <class E>
+__device__ __forceinline__ float2 sum_half_row(const char* panel, int columns, float about) {
+  constexpr int kElements = 16 / sizeof(typename E::T);
+  float2 sums = {0, 0};
+#pragma unroll
+  for (int i = 0; i < kSegments / 2; ++i) {
+    const int segment = 2 * i + threadIdx.x % 2;
+    float v[kElements];
+    load_segment<E>(panel + segment_offset(threadIdx.x / 2, segment), v);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float difference = segment * kElements + e < columns ? v[e] - about : 0;
+      sums.x += difference;
+      sums.y += difference * difference;
+    }
+  }
+  return sums;
+}
+
+// value = activation(z); in backward also gradient *= its derivative.
+template <bool kBackward, int kN>
+__device__ __forceinline__ void activate(Activation activation, const float (&z)[2][kN][4],
+                                         float (&value)[2][kN][4], float (&gradient)[2][kN][4]) {
+  const auto each = [&](auto function) {  // returns the value and the derivative
+#pragma unroll
+    for (int i = 0; i < 8 * kN; ++i) {
+      const float2 result = function((&z[0][0][0])[i]);
+      (&value[0][0][0])[i] = result.x;
+      if constexpr (kBackward) (&gradient[0][0][0])[i] *= result.y;
+    }
+  };
+  // z times a sigmoid of z (a + b z^2)
+  const auto gated = [&](float a, float b) {
+    each([=](float z) -> float2 {
+      const float gate = 1 / (1 + expf(-z * (a + b * z * z)));
+      return {z * gate, gate + z * gate * (1 - gate) * (a + 3 * b * z * z)};
+    });
+  };
+  switch (activation) {
+    case Activation::identity:
+      return each([](float z) -> float2 { return {z, 1}; });
+    case Activation::relu:
+      return each([](float z) -> float2 { return {z < 0 ? 0 : z, z > 0 ? 1.0f : 0.0f}; });
+    case Activation::gelu:
+      return each([](float z) -> float2 {
+        const float cdf = 0.5f + 0.5f * erff(0.707106781f * z);
+        return {z * cdf, cdf + z * 0.398942280f * expf(-0.5f * z * z)};
+      });
+    default:
+      return gated(activation == Activation::silu         ? 1.0f
+                   : activation == Activation::quick_gelu ? 1.702f
+                                                          : 1.59576912f,
+                   activation == Activation::gelu_tanh ? 0.0713548162f : 0.0f);
+  }
+}
+
+template <class E, int kWidth, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__ DataPass p) {
+  using T = typename E::T;
+  using L = Layout<E, kWidth>;
+  constexpr int kSize = L::kSize, kChunk = L::kChunk;
+  constexpr int kDownN = kWidth / 16, kUpN = kChunk / 16;
+  extern __shared__ __align__(128) char shared[];
+
+  const bool norm = p.down_sums != nullptr;
+  const bool expand = p.out.data != nullptr;
+  const L layout(p, kBackward && norm && expand);
+  char* const weights = shared + p.ring * kPanel;
+  char* const hidden = shared + layout.hidden;
+  char* const extra = shared + layout.extra;
+  auto& tables = *reinterpret_cast<typename L::Tables*>(shared + layout.tables);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group = lane / 4, pair = lane % 4;
+  const int warp_row = warp / 2 * 32, warp_column = warp % 2;
+  const int first_row = blockIdx.x * kRows, rows = min(p.rows - first_row, kRows);
+  const int row_bytes = p.dim * kSize;
+  const int passes = p.parts * p.passes_per_part;
+
+  if (threadIdx.x < kRows) {
+    const int i = threadIdx.x, row = first_row + i;
+    tables.x[i] = i < rows ? row_offset(p, p.x, row) : 0;
+    tables.tail[i] = i < rows ? row_offset(p, p.tail, row) : 0;
+    tables.out[i] = i < rows ? row_offset(p, p.out, row) : 0;
+    if (kBackward) {
+      tables.stats[i] = i < rows && norm ? p.stats[row] : float2{0, 0};
+      tables.row_sums[0][i] = tables.row_sums[1][i] = {0, 0};
+    }
+  }
+  __syncthreads();
+
+  const auto load_rows = [&](char* panel, const Activations& from, const int64_t* starts,
+                             int chunk) {
+    const char* const data = from.data + chunk * kLine;
+    load_panel<T, kRows>(panel, rows, row_bytes - chunk * kLine, from.aligned,
+                         [&](int i) { return data + starts[i]; });
+  };
+  const auto load_weights = [&](char* panels, bool up, int part, int chunk) {
+    if (up) {
+      const char* const data = p.up.data + chunk * kChunk * p.up.stride + part * kWidth * kSize;
+#pragma unroll
+      for (int i = 0; i < L::kHiddenPanels; ++i) {
+        load_panel<T, kChunk, L::kHiddenLine>(
+            panels + i * L::kUp, p.dim - chunk * kChunk,
+            (p.bottleneck - part * kWidth) * kSize - i * kLine, true,
+            [&](int row) { return data + i * kLine + row * p.up.stride; });
+      }
+    } else {
+      const char* const data = p.down.data + part * kWidth * p.down.stride + chunk * kLine;
+      load_panel<T, kWidth>(panels, p.bottleneck - part * kWidth, row_bytes - chunk * kLine, true,
+                            [&](int row) { return data + row * p.down.stride; });
+    }
+  };
+
+  // Each call brings what one step needs, `lookahead` steps ahead of it.
+  Walk next;
+  const auto load_next = [&] {
+    const bool down = next.pass < passes;
+    if (down || (expand && next.chunk < p.chunks)) {
+      const bool second = !down || (kBackward && next.pass % p.passes_per_part == 1);
+      const int part = down ? next.pass / p.passes_per_part : next.part;
+      const int chunk = !down && p.keep_tail ? p.chunks - 1 - next.chunk : next.chunk;
+      if (down || (p.add_tail && part == 0 && (!p.keep_tail || next.chunk >= p.ring))) {
+        load_rows(shared + next.slot * kPanel, second ? p.tail : p.x,
+                  second ? tables.tail : tables.x, chunk);
+      }
+      if (kBackward && norm && !down && part == 0) {
+        load_rows(extra + next.chunk % (p.lookahead + 1) * kPanel, p.x, tables.x, chunk);
+      }
+      load_weights(weights + next.weights * L::kWeights, kBackward ? down && second : !down, part,
+                   chunk);
+    }
+    copy_commit();
+    next.advance(p, passes);
+  };
+  // After it this step's data is there, and the place of the step before may be overwritten.
+  const auto begin_step = [&] {
+    if (p.lookahead == 1) {
+      copy_wait<0>();
+    } else {
+      copy_wait<kLargestLookahead - 1>();
+    }
+    __syncthreads();
+    load_next();
+  };
+  for (int i = 0; i < p.lookahead; ++i) load_next();
+
+  // In fp32 the mean (or, before it is known, that of the first chunk) is taken off each row of x
+  // before it is multiplied, lest LayerNorm's sums cancel. In 16 bits the products are exact.
+  constexpr bool kShift = kSize == 4;
+  float shift[2][2] = {};
+  const float no_shift[2][2] = {};
+  float2 sums = {0, 0};  // of a half row of x and of its squares, about the mean of the first chunk
+  float about = 0;
+  const float scale = p.channel_scale ? 1 : p.scale.data ? load<E>(p.scale, 0) : p.scale_value;
+
+  Walk now;
+  for (int part = 0; part < p.parts; ++part) {
+    float z[2][kDownN][4] = {}, gradient[2][kDownN][4] = {};
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      begin_step();
+      const char* const slot = shared + now.slot * kPanel;
+      if (norm && part == 0) {
+        if constexpr (!kBackward) {
+          const int columns = p.dim - chunk * kChunk;
+          if (chunk == 0) {
+            const float2 sum = sum_half_row<E>(slot, columns, 0);
+            about = (sum.x + __shfl_xor_sync(0xffffffff, sum.x, 1)) / min(columns, kChunk);
+            if constexpr (kShift) {
+              if (threadIdx.x % 2 == 0) tables.stats[threadIdx.x / 2].x = about;
+              __syncthreads();
+            }
+          }
+          const float2 sum = sum_half_row<E>(slot, columns, about);
+          sums = {sums.x + sum.x, sums.y + sum.y};
+        }
+        if (kShift && chunk == 0) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            shift[i / 2][i % 2] = tables.stats[warp_row + 8 * i + group].x;
+          }
+        }
+      }
+      multiply<E, 4, false, false>(
+          z, {slot, kPanel, warp_row},
+          {weights + now.weights * L::kWeights, 0, warp_column * (kWidth / 2)}, shift);
+      now.advance(p, passes);
+    }
+    if (kBackward && p.passes_per_part == 2) {
+      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+        begin_step();
+        multiply<E, 4, false, true>(
+            gradient, {shared + now.slot * kPanel, kPanel, warp_row},
+            {weights + now.weights * L::kWeights, L::kUp, warp_column * (kWidth / 2)}, no_shift);
+        now.advance(p, passes);
+      }
+    }
+
+    if (!kBackward && norm && part == 0) {
+      sums.x += __shfl_xor_sync(0xffffffff, sums.x, 1);
+      sums.y += __shfl_xor_sync(0xffffffff, sums.y, 1);
+      const float mean = sums.x / p.dim, variance = fmaxf(sums.y / p.dim - mean * mean, 0);
+      if constexpr (kShift) __syncthreads();  // the shifts have been read
+      if (threadIdx.x % 2 == 0) {
+        const int row = threadIdx.x / 2;
+        tables.stats[row] = {about + mean, rsqrtf(variance + p.norm_eps)};
+        if (p.stats && row < rows) p.stats[first_row + row] = tables.stats[row];
+      }
+      __syncthreads();
+    }
+
+    const int column = part * kWidth + warp_column * (kWidth / 2) + 2 * pair;
+    float bias[kDownN][2], down_sums[kDownN][2];
+    load_columns<E>(bias, p.down_bias, column, p.bottleneck);
+    if (norm) {
+      load_columns<E>(down_sums, {p.down_sums, Dtype::float32, true}, column, p.bottleneck);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 stats = tables.stats[warp_row + 8 * i + group];
+        const float mean = stats.x - shift[i / 2][i % 2];
+#pragma unroll
+        for (int j = 0; j < 2 * kDownN; ++j) {
+          float& value = z[i / 2][j / 2][i % 2 * 2 + j % 2];
+          value = stats.y * (value - mean * down_sums[j / 2][j % 2]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * kDownN; ++i)
+      z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
+    float h[2][kDownN][4];
+    activate<kBackward>(p.activation, z, h, gradient);
+
+    if (p.seed != nullptr) {
+      // Which of this thread's elements dropout keeps, as bits in the order i, n, column.
+      uint32_t kept = 0;
+#pragma unroll 1
+      for (int i = 0; i < 4 * kDownN; ++i) {
+        const int64_t row = first_row + warp_row + i / kDownN * 8 + group;
+        const int at = column + i % kDownN * 8;
+        const PhiloxBlock block =
+            philox4x32(p.seed[0], row * ((p.bottleneck + 3) / 4) + at / 4, p.seed[1]);
+        const bool second = at % 4 != 0;
+        kept |= uint32_t((second ? block.lane[2] : block.lane[0]) >= p.threshold) << 2 * i;
+        kept |= uint32_t((second ? block.lane[3] : block.lane[1]) >= p.threshold) << (2 * i + 1);
+      }
+#pragma unroll
+      for (int i = 0; i < 8 * kDownN; ++i) {
+        const float mask = kept >> i & 1 ? p.keep : 0;
+        h[i / (4 * kDownN)][i / 2 % kDownN][i / (2 * kDownN) % 2 * 2 + i % 2] *= mask;
+        gradient[i / (4 * kDownN)][i / 2 % kDownN][i / (2 * kDownN) % 2 * 2 + i % 2] *= mask;
+      }
+    }
+
+    char* const panels = hidden + part * L::kHiddenPanels * kPanel;
+    const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = warp_row + 8 * i + group;
+      float2 row_sums = {0, 0};
+#pragma unroll
+      for (int n = 0; n < kDownN; ++n) {
+        const int at = i % 2 * 2;
+        const float* const value = h[i / 2][n] + at;
+        if constexpr (kBackward) {
+          // Rounded before they are summed: what is subtracted from dx must cancel as it should.
+          const float dz[2] = {E::round(gradient[i / 2][n][at] * scale),
+                               E::round(gradient[i / 2][n][at + 1] * scale)};
+          if (norm) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              row_sums.x += dz[e] * down_sums[n][e];
+              row_sums.y += dz[e] * (z[i / 2][n][at + e] - bias[n][e]);
+            }
+          }
+          store_pair<E>(panels + place(i, n), dz[0], dz[1]);
+          if (row < rows) {
+            const int64_t offset =
+                (int64_t(first_row + row) * p.parts * kWidth + column + 8 * n) * kSize;
+            if (p.hidden) store_pair<E>(p.hidden + offset, value[0], value[1]);
+            if (p.d_hidden) store_pair<E>(p.d_hidden + offset, dz[0], dz[1]);
+          }
+        } else {
+          store_pair<E>(panels + place(i, n), value[0], value[1]);
+        }
+      }
+      if (kBackward && norm) {
+#pragma unroll
+        for (int step = 1; step < 4; step *= 2) {
+          row_sums.x += __shfl_xor_sync(0xffffffff, row_sums.x, step);
+          row_sums.y += __shfl_xor_sync(0xffffffff, row_sums.y, step);
+        }
+        if (pair == 0) {
+          float2& total = tables.row_sums[warp_column][row];
+          total = {total.x + row_sums.x, total.y + row_sums.y};
+        }
+      }
+    }
+  }
+  if (!expand) return;
+
+  const Fragment<E> place(warp_row, warp_column * (kChunk / 2), kPanel);
+  for (int step = 0; step < p.chunks; ++step) {
+    const int chunk = p.keep_tail ? p.chunks - 1 - step : step;
+    const int column = chunk * kChunk + warp_column * (kChunk / 2) + 2 * pair;
+    float out[2][kUpN][4] = {};
+    float bias[kUpN][2], scales[kUpN][2];
+    if constexpr (!kBackward) {
+      load_columns<E>(bias, p.up_bias, column, p.dim);
+      if (p.channel_scale) {
+        load_columns<E>(scales, p.scale, column, p.dim);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * kUpN; ++i) scales[i / 2][i % 2] = scale;
+      }
+#pragma unroll
+      for (int i = 0; i < 8 * kUpN; ++i) {
+        out[i / (4 * kUpN)][i / 4 % kUpN][i % 4] = bias[i / 4 % kUpN][i % 2];
+      }
+    }
+    char* slot;
+    for (int part = 0; part < p.parts; ++part) {
+      begin_step();
+      slot = shared + now.slot * kPanel;
+      multiply<E, kWidth * kSize / 32, false, kBackward>(
+          out, {hidden + part * L::kHiddenPanels * kPanel, kPanel, warp_row},
+          {weights + now.weights * L::kWeights, kBackward ? 0 : L::kUp, warp_column * (kChunk / 2)},
+          no_shift);
+      now.advance(p, passes);
+    }
+
+    if (kBackward && norm) {
+      const char* const x = extra + step % (p.lookahead + 1) * kPanel;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp_row + 8 * i + group;
+        const float2 stats = tables.stats[row];
+        const float2 a = tables.row_sums[0][row], b = tables.row_sums[1][row];
+        const float2 means = {(a.x + b.x) / p.dim, (a.y + b.y) / p.dim};
+#pragma unroll
+        for (int n = 0; n < kUpN; ++n) {
+          const float2 at = load_pair<E>(x + place(i, n));
+          float* const value = out[i / 2][n] + i % 2 * 2;
+          value[0] = stats.y * (value[0] - means.x - (at.x - stats.x) * stats.y * means.y);
+          value[1] = stats.y * (value[1] - means.x - (at.y - stats.x) * stats.y * means.y);
+        }
+      }
+    }
+    const auto finish = [&](auto add_tail) {
+#pragma unroll
+      for (int i = 0; i < 4 * kUpN; ++i) {
+        const int n = i % kUpN;
+        char* const at = slot + place(i / kUpN, n);
+        const float2 tail = decltype(add_tail)::value ? load_pair<E>(at) : float2{0, 0};
+        const float* const value = out[i / kUpN / 2][n] + i / kUpN % 2 * 2;
+        if constexpr (kBackward) {
+          store_pair<E>(at, value[0] + tail.x, value[1] + tail.y);
+        } else {
+          store_pair<E>(at, fmaf(scales[n][0], value[0], tail.x),
+                        fmaf(scales[n][1], value[1], tail.y));
+        }
+      }
+    };
+    if (p.add_tail) {
+      finish(std::true_type{});
+    } else {
+      finish(std::false_type{});
+    }
+    __syncthreads();
+    char* const data = p.out.data + chunk * kLine;
+    store_panel<T>(slot, rows, row_bytes - chunk * kLine, p.out.aligned,
+                   [&](int i) { return data + tables.out[i]; });
+  }
+}
+
+}  // namespace fastadapters::cuda

@@ -1,0 +1,248 @@
+// The kernels that make the gradients of the parameters from x, dy, h and dz.
+#pragma once
+
+#include "data_pass.cuh"
+
+namespace fastadapters::cuda {
+
+struct WeightPass : Problem {
+  Activations dy;
+  const char* hidden = nullptr;
+  const char* d_hidden = nullptr;
+  int first_job = 0;  // 0: dz^T x and the sums of dz; 1: dy^T h and the sums of dy
+  int rows_per_split = 0;
+  float* partials[2];  // [splits, D, parts * kWidth]
+  float* sums[2];      // [splits, parts * kWidth], [splits, D]
+};
+
+// A panel of x or dy and those of dz or h; as many as two blocks can have on every architecture.
+template <class L>
+struct Stages {
+  static constexpr int kBytes = kPanel * (1 + L::kHiddenPanels);
+  static constexpr int kCount = L::kHiddenPanels == 1 ? 3 : 2;
+};
+
+// Block (chunk and part, split, job) takes a chunk of D, a part of r and a share of the rows. Job
+// 0: norm(x)^T dz, less gamma and beta, and the sums of dz; job 1: dy^T h, and the sums of dy.
+template <class E, int kWidth>
+__global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant__ WeightPass p) {
+  using T = typename E::T;
+  using L = Layout<E, kWidth>;
+  constexpr int kSize = L::kSize, kChunk = L::kChunk;
+  constexpr int kStage = Stages<L>::kBytes, kStages = Stages<L>::kCount;
+  constexpr int kM = kChunk / 32, kN = kWidth / 16;
+  extern __shared__ __align__(128) char shared[];
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int group = lane / 4, pair = lane % 4;
+  const int part = blockIdx.x % p.parts, chunk = blockIdx.x / p.parts, split = blockIdx.y;
+  const int job = p.first_job + blockIdx.z;
+  const bool normalise = job == 0 && p.down_sums != nullptr;
+  const bool sum = job == 0 ? chunk == 0 : part == 0;
+  const int width = p.parts * kWidth;
+  const int first_row = split * p.rows_per_split;
+  const int last_row = min(first_row + p.rows_per_split, p.rows);
+  const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
+  const Activations& wide = job == 0 ? p.x : p.dy;
+  const char* const narrow = (job == 0 ? p.d_hidden : p.hidden) + int64_t(part) * kWidth * kSize;
+
+  const auto load_next = [&](int step) {
+    if (step < steps) {
+      char* const stage = shared + step % kStages * kStage;
+      const int row = first_row + step * kRows, rows = last_row - row;
+      load_panel<T, kRows>(stage, rows, (p.dim - chunk * kChunk) * kSize, wide.aligned, [&](int i) {
+        return wide.data + row_offset(p, wide, row + min(i, rows - 1)) + chunk * kLine;
+      });
+#pragma unroll
+      for (int j = 0; j < L::kHiddenPanels; ++j) {
+        const char* const data = narrow + int64_t(row) * width * kSize + j * kLine;
+        load_panel<T, kRows, L::kHiddenLine>(stage + (1 + j) * kPanel, rows, kLine, true,
+                                             [&](int i) { return data + i * width * kSize; });
+      }
+    }
+    copy_commit();
+  };
+
+  const float no_shift[kM][2] = {};
+  float acc[kM][kN][4] = {};
+  float2 column_sums[L::kHiddenPanels] = {};  // of this lane's 4 bytes of a line, this warp's rows
+  for (int i = 0; i < kStages - 1; ++i) load_next(i);
+  for (int step = 0; step < steps; ++step) {
+    copy_wait<kStages - 2>();
+    __syncthreads();
+    load_next(step + kStages - 1);
+    char* const stage = shared + step % kStages * kStage;
+    if (normalise) {
+      const int segment = threadIdx.x % kSegments;
+#pragma unroll
+      for (int i = threadIdx.x / kSegments; i < kRows; i += kThreads / kSegments) {
+        const int row = first_row + step * kRows + i;
+        const float2 stats = row < last_row ? p.stats[row] : float2{0, 0};
+        char* const place = stage + segment_offset(i, segment);
+        float v[16 / kSize];
+        load_segment<E>(place, v);
+#pragma unroll
+        for (float& value : v) value = (value - stats.x) * stats.y;
+        store_segment<E>(place, v);
+      }
+      __syncthreads();
+    }
+    multiply<E, kRows * kSize / 32, true, true>(acc, {stage, kPanel, warp / 2 * (kChunk / 2)},
+                                                {stage + kPanel, kPanel, warp % 2 * (kWidth / 2)},
+                                                no_shift);
+    if (sum) {
+      const char* const panels = stage + (job == 0 ? kPanel : 0);
+#pragma unroll
+      for (int j = 0; j < L::kHiddenPanels; ++j) {
+        if (j > 0 && job == 1) break;
+#pragma unroll 4
+        for (int i = warp; i < kRows; i += kThreads / 32) {
+          if (job == 0 && 4 * lane >= kWidth * kSize) break;
+          const char* const place = panels + byte_offset(kPanel, i, j * kLine + 4 * lane);
+          if constexpr (kSize == 4) {
+            column_sums[j].x += *reinterpret_cast<const float*>(place);
+          } else {
+            const float2 v = load_pair<E>(place);
+            column_sums[j].x += v.x;
+            column_sums[j].y += v.y;
+          }
+        }
+      }
+    }
+  }
+
+  float* const to =
+      p.partials[job] + (int64_t(split) * p.dim + chunk * kChunk) * width + part * kWidth;
+#pragma unroll
+  for (int i = 0; i < 2 * kM; ++i) {
+    const int row = warp / 2 * (kChunk / 2) + 8 * i + group;
+    if (chunk * kChunk + row >= p.dim) continue;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int column = warp % 2 * (kWidth / 2) + n * 8 + 2 * pair;
+      *reinterpret_cast<float2*>(to + int64_t(row) * width + column) = {
+          acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]};
+    }
+  }
+
+  if (sum) {
+    __syncthreads();  // the stages are free
+    float2* const scratch = reinterpret_cast<float2*>(shared);
+#pragma unroll
+    for (int j = 0; j < L::kHiddenPanels; ++j) {
+      scratch[j * kThreads + threadIdx.x] = column_sums[j];
+    }
+    __syncthreads();
+    constexpr int kPerLane = 4 / kSize;
+    for (int i = threadIdx.x; i < (job == 0 ? kWidth : kChunk); i += kThreads) {
+      float total = 0;
+      for (int w = 0; w < kThreads / 32; ++w) {
+        const int lane_of = i / kPerLane;
+        const float2 v = scratch[lane_of / 32 * kThreads + w * 32 + lane_of % 32];
+        total += i % kPerLane == 0 ? v.x : v.y;
+      }
+      if (job == 0) {
+        p.sums[0][split * width + part * kWidth + i] = total;
+      } else if (chunk * kChunk + i < p.dim) {
+        p.sums[1][int64_t(split) * p.dim + chunk * kChunk + i] = total;
+      }
+    }
+  }
+}
+
+struct Finish {
+  BottleneckBackward op;
+  int splits, width;
+  const float* partials[2];
+  const float* sums[2];
+  float* d_scales;  // [D], where the scale is one number
+};
+
+// Adds the partial sums in order. One warp for each column of D: its row of dWu, its column of dWd,
+// its element of everything else.
+template <class E>
+__global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ Finish p) {
+  const BottleneckBackward& op = p.op;
+  const int lane = threadIdx.x % 32;
+  const int64_t d = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
+  if (d >= op.dim) return;
+  const auto vector = [](const Parameter& v) { return Vector{v.data, v.dtype, false}; };
+  const auto at = [&](const Parameter& v, int64_t i, float otherwise) {
+    return v.data ? load<E>(vector(v), i) : otherwise;
+  };
+  const float scale = at(op.scale, op.channel_scale ? d : 0, op.scale_value);
+  const float gamma = at(op.norm_weight, d, 1), beta = at(op.norm_bias, d, 0);
+  const bool down = op.d_down_weight.data || op.d_norm_weight.data || op.d_norm_bias.data;
+  const bool up = op.d_up_weight.data || op.d_scale.data;
+  const bool biased = op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data) ||
+                      (op.d_down_bias.data && d == 0);
+  float d_scale = 0, d_gamma = 0, d_beta = 0;
+  for (int i = lane; i < op.bottleneck; i += 32) {
+    float product[2] = {0, 0}, bias = 0;
+    for (int split = 0; split < p.splits; ++split) {
+      const int64_t from = (split * op.dim + d) * p.width + i;
+      if (down) product[0] += p.partials[0][from];
+      if (up) product[1] += p.partials[1][from];
+      if (biased) bias += p.sums[0][split * p.width + i];
+    }
+    if (op.d_up_weight.data) store(op.d_up_weight, d * op.bottleneck + i, scale * product[1]);
+    if (op.d_scale.data) {
+      d_scale += product[1] * load<E>(vector(op.up_weight), d * op.bottleneck + i);
+    }
+    if (op.d_down_weight.data) {
+      store(op.d_down_weight, i * op.dim + d, gamma * product[0] + beta * bias);
+    }
+    if (op.d_norm_weight.data || op.d_norm_bias.data) {
+      const float weight = load<E>(vector(op.down_weight), i * op.dim + d);
+      d_gamma += product[0] * weight;
+      d_beta += bias * weight;
+    }
+    if (op.d_down_bias.data && d == 0) store(op.d_down_bias, i, bias);
+  }
+  float sum = 0;
+  if (op.d_up_bias.data || (op.d_scale.data && op.up_bias.data)) {
+    for (int split = lane; split < p.splits; split += 32) sum += p.sums[1][split * op.dim + d];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    d_scale += __shfl_xor_sync(0xffffffff, d_scale, step);
+    d_gamma += __shfl_xor_sync(0xffffffff, d_gamma, step);
+    d_beta += __shfl_xor_sync(0xffffffff, d_beta, step);
+    sum += __shfl_xor_sync(0xffffffff, sum, step);
+  }
+  if (lane != 0) return;
+  if (op.d_norm_weight.data) store(op.d_norm_weight, d, d_gamma);
+  if (op.d_norm_bias.data) store(op.d_norm_bias, d, d_beta);
+  if (op.d_up_bias.data) store(op.d_up_bias, d, scale * sum);
+  if (op.d_scale.data) {
+    d_scale += at(op.up_bias, d, 0) * sum;
+    if (op.channel_scale) {
+      store(op.d_scale, d, d_scale);
+    } else {
+      p.d_scales[d] = d_scale;
+    }
+  }
+}
+
+// Sums over one block, in a fixed order; thread 0 has the result.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float warps[8];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int i = 0; i < 8; ++i) value += warps[i];
+  return value;
+}
+
+__global__ void __launch_bounds__(256)
+    finish_scale(const float* d_scales, int64_t count, Parameter d_scale) {
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += 256) sum += d_scales[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) store(d_scale, 0, sum);
+}
+
+}  // namespace fastadapters::cuda

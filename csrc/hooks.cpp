@@ -1,0 +1,48 @@
+// The test hooks: what tests need and no op can express. The module also holds the op library
+// itself, registered under the namespace fastadapters_hooks; the functions here act on that copy.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::list cpu_isas() {
+  py::object names = py::str(fastadapters_cpu_isas());
+  return names.attr("split")(",");
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (!fastadapters_set_cpu_isa(name.c_str())) {
+    throw py::value_error("name: expected one of " + std::string(fastadapters_cpu_isas()) +
+                          ", got " + name);
+  }
+}
+
+py::array_t<uint32_t> philox(uint64_t key, uint64_t offset, uint64_t counter, int64_t blocks) {
+  py::array_t<uint32_t> out({blocks, int64_t{4}});
+  fastadapters_philox(key, offset, counter, blocks, out.mutable_data());
+  return out;
+}
+
+py::dict build() {
+  using namespace py::literals;
+  return py::dict("compiler"_a = __VERSION__, "standard"_a = int64_t{__cplusplus},
+                  "pybind11"_a = PYBIND11_VERSION_HEX);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_hooks, m) {
+  m.doc() = "Test hooks of fastadapters";
+  m.def("cpu_isas", &cpu_isas, "Instruction sets that run here, best first; amx is emulated");
+  m.def("cpu_isa", &fastadapters_cpu_isa, "The instruction set in use");
+  m.def("set_cpu_isa", &set_cpu_isa, "Use this instruction set from now on", py::arg("name"));
+  m.def("philox", &philox, "Blocks [blocks, 4] of the Philox stream, from block `counter` on",
+        py::arg("key"), py::arg("offset"), py::arg("counter"), py::arg("blocks"));
+  m.def("build", &build, "How the hooks were built");
+}

@@ -1,0 +1,24 @@
+"""Fused kernels and drop-in modules for small adapters in large frozen multimodal models."""
+
+from . import functional
+from .backends import backend, explain
+from .modules import (
+    AlignmentEnhancer,
+    BottleneckAdapter,
+    MultiModalAdapter,
+    MultiwayAdapter,
+    WanderAdapter,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignmentEnhancer",
+    "BottleneckAdapter",
+    "MultiModalAdapter",
+    "MultiwayAdapter",
+    "WanderAdapter",
+    "backend",
+    "explain",
+    "functional",
+]

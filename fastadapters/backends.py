@@ -1,0 +1,150 @@
+"""Which backends exist here, which one runs an op, and why.
+
+`reference` and `eager` are plain PyTorch and always available. `cpu` (C++) and `cuda` (C++/CUDA)
+live in the compiled library, `triton` in `fastadapters.kernels`. Nothing here touches CUDA or
+Triton until a CUDA tensor or a user asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
+
+# The backends with a kernel for each op, fastest first.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("cpu", "cuda", "triton"),
+    "cross_modal_attention": (),
+    "sequence_fusion": (),
+}
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+LIBRARY = Path(__file__).parent / "_C.abi3.so"
+
+
+class Decision(NamedTuple):
+    """One dispatch: the op, the backend that ran it, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+def _load_library() -> str | None:
+    """Load the compiled kernels; None, or why there are none."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} was not built (see docs/building.md)"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        return f"{LIBRARY.name} did not load: {error.__cause__ or error}"
+    return None
+
+
+library_error = _load_library()
+_selected = os.environ.get("FASTADAPTERS_BACKEND", "auto")
+_log: list[Decision] | None = None
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether the compiled library implements ``op`` for dispatch key ``key`` (CPU, CUDA)."""
+    return library_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastadapters::{op}", key
+    )
+
+
+def unavailable(name: str) -> str | None:
+    """Why backend ``name`` cannot run on this machine; None when it can."""
+    if name in ("auto", "reference", "eager"):
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+    elif library_error is not None:
+        return library_error
+    if name == "cuda" and not has_kernel("bottleneck_forward_out", "CUDA"):
+        return "the library was built without CUDA"
+    if _DEVICE[name] == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU (or this PyTorch was built without one)"
+    if name == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < (8, 0)):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def status() -> dict[str, str | None]:
+    """Every backend, with None when it can run here or else the reason why not."""
+    return {name: unavailable(name) for name in NAMES if name != "auto"}
+
+
+def _why_not(name: str, op: str, x: Tensor) -> str | None:
+    """Why fused backend ``name`` cannot run ``op`` on a tensor like ``x``."""
+    if name not in KERNELS[op]:
+        return f"it has no kernel for {op}"
+    if x.device.type != _DEVICE[name]:
+        return f"it runs on {_DEVICE[name]} tensors, not on {x.device.type}"
+    if x.dtype not in _FUSED_DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    return unavailable(name)
+
+
+def resolve(op: str, x: Tensor) -> str:
+    """The backend that runs ``op`` on a tensor like ``x``; RuntimeError if a chosen one cannot."""
+    name = _selected
+    if name == "auto":
+        reasons = []
+        for name in (*KERNELS[op], "eager"):
+            problem = None if name == "eager" else _why_not(name, op, x)
+            if problem is None:
+                break
+            reasons.append(f"not {name}: {problem}")
+        reason = "; ".join(("fastest available", *reasons))
+    else:
+        if name not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+        problem = None if name in ("reference", "eager") else _why_not(name, op, x)
+        if problem is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {problem}")
+        reason = "chosen by name"
+    if _log is not None:
+        _log.append(Decision(op, name, reason))
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops in this block on backend ``name``: auto, reference, eager, cpu, triton or cuda.
+
+    ``auto`` (the default; the environment variable FASTADAPTERS_BACKEND changes it) takes the
+    fastest that can run and falls back silently; any other that cannot run raises RuntimeError
+    when an op is called. The choice is process-wide, like the flags of ``torch.backends``.
+    Raises ValueError for an unknown name.
+    """
+    global _selected
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
+    """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order."""
+    global _log
+    previous, _log = _log, []
+    try:
+        fn(*args, **kwargs)
+        return _log
+    finally:
+        _log = previous

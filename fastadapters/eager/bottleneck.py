@@ -1,0 +1,60 @@
+"""The adapter bottleneck in as few passes over memory as plain PyTorch calls allow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.bottleneck import ACTIVATIONS
+from ..reference.philox import dropout_multiplier
+
+
+def up_project(
+    h: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    scale: float | Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """residual + scale * (h Wu^T + bu) for h [M, r], residual [M, D]; one fresh tensor [M, D].
+
+    The scale moves into the small factors. On the CPU in 16 bit the bias becomes one more column
+    of h, which leaves the GEMM's own accumulation into a copy of the residual; in float32 its width
+    r + 1 costs more in backward than it saves, and the residual is added in place.
+    """
+    per_row = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
+    up_weight = up_weight * per_row
+    bias = None if up_bias is None else up_bias * scale
+    if residual is None:
+        return F.linear(h, up_weight, bias)
+    if bias is None or h.device.type != "cpu" or h.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(h, up_weight, bias).add_(residual)
+    weight_and_bias = torch.cat([up_weight, bias.unsqueeze(1)], dim=1)
+    return torch.addmm(residual, F.pad(h, (0, 1), value=1.0), weight_and_bias.T)
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and result as `fastadapters.reference.bottleneck`."""
+    d, r = x.shape[-1], down_weight.shape[0]
+    normed = x if norm_weight is None else F.layer_norm(x, (d,), norm_weight, norm_bias, norm_eps)
+    h = ACTIVATIONS[activation](F.linear(normed, down_weight, down_bias)).reshape(-1, r)
+    if seed is not None:
+        h = h * dropout_multiplier(seed, h.shape[0], r, dropout, h.dtype)
+    residual = None if residual is None else residual.reshape(-1, d)
+    return up_project(h, up_weight, up_bias, scale, residual).reshape(x.shape)

@@ -1,0 +1,98 @@
+"""``python -m fastadapters.info``: what is installed, what can run, what runs, and why."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from . import __version__, backends
+
+# Variables that change what runs or how fast, beside all FASTADAPTERS_*.
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return f"none, this PyTorch was built for {'ROCm' if torch.version.hip else 'CPUs'}"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, no device"
+    devices = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return f"{torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(sorted(devices))}"
+
+
+def _library() -> Iterator[tuple[str, str]]:
+    yield "path", backends.library_error or str(backends.LIBRARY)
+    record = backends.LIBRARY.with_name("_build.json")
+    if record.exists():
+        built = json.loads(record.read_text())
+        notes = built.pop("notes")
+        for key, value in built.items():
+            yield key, value if isinstance(value, str) else " ".join(value)
+        for note in notes:
+            yield "note", note
+    if backends.library_error is None:
+        library = ctypes.CDLL(str(backends.LIBRARY))
+        library.fastadapters_cpu_isa.restype = ctypes.c_char_p
+        library.fastadapters_cpu_isas.restype = ctypes.c_char_p
+        yield "cpu isa", library.fastadapters_cpu_isa().decode()
+        yield "cpu isas here", library.fastadapters_cpu_isas().decode().replace(",", " ")
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    for name, problem in backends.status().items():
+        yield name, problem or "available"
+
+
+def _ops() -> Iterator[tuple[str, str]]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for op in backends.KERNELS:
+        for device in devices:
+            x = torch.empty(0, device=device)
+            with backends.backend("auto"):
+                (decision,) = backends.explain(backends.resolve, op, x)
+            yield f"{op} on {device}", f"{decision.backend}: {decision.reason}"
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("FASTADAPTERS_") or name in _VARIABLES:
+            yield name, value
+
+
+def report() -> str:
+    """The whole report, one fact a line."""
+    versions = (
+        ("fastadapters", __version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("triton", _triton()),
+        ("cuda", _cuda()),
+    )
+    sections: dict[str, Iterable[tuple[str, str]]] = {
+        "versions": versions,
+        "library": _library(),
+        "backends": _backends(),
+        "what auto runs": _ops(),
+        "environment": _environment(),
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {key:<30}{value}" for key, value in rows)]
+    return "\n".join(lines[1:])
+
+
+if __name__ == "__main__":
+    print(report())

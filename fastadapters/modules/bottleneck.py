@@ -1,0 +1,166 @@
+"""The bottleneck adapter of AdaptFormer and MultiWay-Adapter, Houlsby and Pfeiffer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops.bottleneck import ACTIVATION_CODES
+
+INITS = ("lora", "houlsby", "bert")
+LAYERNORMS = (None, "in", "out")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """TypeError or ValueError unless every size is an integer of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """ValueError unless ``p`` is a probability."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+
+
+class BottleneckAdapter(nn.Module):
+    """residual + scale * (dropout(activation(norm(x) Wd^T + bd)) Wu^T + bu).
+
+    Parameters are named as in the ``Adapter`` of AdaptFormer and MultiWay-Adapter, whose state
+    dicts load: ``down_proj``, ``up_proj``, ``adapter_layer_norm_before``, ``scale``.
+
+    Args:
+        dim: model width D.
+        bottleneck: bottleneck width r.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or "identity".
+        scale: a number, "learnable" (one, [1], starting at 1) or "channel" ([D], starting at 1).
+        dropout: probability of dropping an element after the activation, in training.
+        layernorm: "in" normalises x, "out" the adapter's output before the residual; or None.
+        residual: whether ``forward`` adds x when it is given no residual.
+        bias: whether the projections have biases.
+        init: "lora" (Kaiming-uniform down, zero up), "houlsby" (truncated normal of standard
+            deviation 0.01) or "bert" (normal, 0.02); biases are zero. Only "lora" starts as the
+            identity.
+        device, dtype: of the parameters.
+
+    Shapes: x [..., D], residual like x, result [..., D] in the dtype of x (or of autocast).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int,
+        *,
+        activation: str = "relu",
+        scale: float | str = 1.0,
+        dropout: float = 0.0,
+        layernorm: str | None = None,
+        residual: bool = True,
+        bias: bool = True,
+        init: str = "lora",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(dim=dim, bottleneck=bottleneck)
+        check_choice("activation", activation, tuple(ACTIVATION_CODES))
+        check_choice("layernorm", layernorm, LAYERNORMS)
+        check_choice("init", init, INITS)
+        if isinstance(scale, str):
+            check_choice("scale", scale, ("learnable", "channel"))
+        check_probability("dropout", dropout)
+        self.activation = activation
+        self.dropout = dropout
+        self.layernorm = layernorm
+        self.residual = residual
+        self.init = init
+        self.down_proj = nn.Linear(dim, bottleneck, bias, device, dtype)
+        self.up_proj = nn.Linear(bottleneck, dim, bias, device, dtype)
+        if layernorm is not None:
+            self.adapter_layer_norm_before = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.scale: float | nn.Parameter
+        if isinstance(scale, str):
+            size = 1 if scale == "learnable" else dim
+            self.scale = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        else:
+            self.scale = scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``init`` says; biases 0, LayerNorm and learnable scale 1."""
+        for layer in (self.down_proj, self.up_proj):
+            if self.init == "houlsby":
+                nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            elif self.init == "bert":
+                nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if self.init == "lora":
+            nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up_proj.weight)
+        if self.layernorm is not None:
+            self.adapter_layer_norm_before.reset_parameters()
+        if isinstance(self.scale, Tensor):
+            nn.init.ones_(self.scale)
+
+    def parameters_of(self) -> functional.BottleneckParameters:
+        """What the functional form takes, LayerNorm included if it comes first."""
+        down, up = self.down_proj, self.up_proj
+        norm = self.adapter_layer_norm_before if self.layernorm == "in" else None
+        return functional.BottleneckParameters(
+            down.weight, up.weight, down.bias, up.bias, self.scale,
+            None if norm is None else norm.weight, None if norm is None else norm.bias,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The adapter on x [..., D], added to ``residual``, else to x if the module has one."""
+        if residual is None and self.residual:
+            residual = x
+        after = self.layernorm == "out"
+        y = functional.bottleneck(
+            x,
+            **self.parameters_of()._asdict(),
+            activation=self.activation,
+            residual=None if after else residual,
+            norm_eps=self.norm_eps,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        if not after:
+            return y
+        y = self.normalize(y)
+        return y if residual is None else y + residual.to(y.dtype)
+
+    def normalize(self, y: Tensor) -> Tensor:
+        """The LayerNorm of ``layernorm="out"``, in the dtype of y."""
+        norm = self.adapter_layer_norm_before
+        weight, bias = norm.weight.to(y.dtype), norm.bias.to(y.dtype)
+        return F.layer_norm(y, weight.shape, weight, bias, norm.eps).to(y.dtype)
+
+    @property
+    def norm_eps(self) -> float:
+        return 1e-5 if self.layernorm is None else self.adapter_layer_norm_before.eps
+
+    def extra_repr(self) -> str:
+        scale = f"[{self.scale.numel()}]" if isinstance(self.scale, Tensor) else self.scale
+        return (
+            f"activation={self.activation!r}, scale={scale}, dropout={self.dropout}, "
+            f"layernorm={self.layernorm!r}, residual={self.residual}"
+        )

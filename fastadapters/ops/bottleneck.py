@@ -1,0 +1,196 @@
+"""The bottleneck as PyTorch operators: schemas, fake kernels, autograd.
+
+``bottleneck_forward`` and ``bottleneck_backward`` allocate their results; the ``_out`` forms fill
+tensors given by the caller, strided slices included. The schemas are defined here, so that they
+exist with or without the compiled library, which only adds kernels to them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, eager
+from ..reference.bottleneck import ACTIVATIONS
+from . import autograd
+
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATION_NAMES)}
+
+PARAMETERS = (
+    "down_weight",
+    "down_bias",
+    "up_weight",
+    "up_bias",
+    "norm_weight",
+    "norm_bias",
+    "scale",
+)
+
+
+def declare(suffix: str = "") -> str:
+    """The schema of one adapter's tensors: its parameters and the dropout seed."""
+    optional = (name not in ("down_weight", "up_weight") for name in PARAMETERS)
+    tensors = (f"Tensor{'?' * o} {n}{suffix}" for n, o in zip(PARAMETERS, optional, strict=True))
+    return f"{', '.join(tensors)}, Tensor? seed{suffix}"
+
+
+OPTIONS = "float norm_eps, float dropout, int activation, bool add_x"
+_INPUTS = f"{declare()}, float scale_value, {OPTIONS}"
+_GRADIENTS = ("dx", *(f"d_{name}" for name in PARAMETERS))
+_GRADIENTS_OUT = ", ".join(f"Tensor({chr(97 + i)}!)? {n}" for i, n in enumerate(_GRADIENTS))
+
+SCHEMAS = {
+    "bottleneck_forward": f"(Tensor x, Tensor? residual, {_INPUTS}, bool save)"
+    " -> (Tensor y, Tensor z, Tensor stats)",
+    "bottleneck_backward": f"(Tensor dy, Tensor x, Tensor z, Tensor stats, {_INPUTS}, int needs)"
+    f" -> ({', '.join(f'Tensor {name}' for name in _GRADIENTS)})",
+    "bottleneck_forward_out": "(Tensor(a!) y, Tensor(b!)? z, Tensor(c!)? stats, Tensor x,"
+    f" Tensor? residual, {_INPUTS}) -> ()",
+    "bottleneck_backward_out": f"({_GRADIENTS_OUT}, Tensor dy, Tensor x, Tensor? z,"
+    f" Tensor? stats, {_INPUTS}) -> ()",
+}
+
+
+def allocate_saved(
+    x: Tensor, down_weight: Tensor, norm_weight: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    """z [M, r] (on the CPU; elsewhere recomputing it costs less) and stats [M, 2], or empty."""
+    m, r = math.prod(x.shape[:-1]), down_weight.shape[0]
+    z = x.new_empty((m, r) if save and x.device.type == "cpu" else (0,))
+    stats_shape = (m, 2) if save and norm_weight is not None else (0,)
+    return z, x.new_empty(stats_shape, dtype=torch.float32)
+
+
+def allocate_gradients(
+    x: Tensor, parameters: Sequence[Tensor | None], needs: int
+) -> tuple[Tensor, ...]:
+    """dx and a gradient for each parameter whose bit is set in ``needs``; empty tensors else."""
+
+    def allocate(i: int, like: Tensor | None) -> Tensor:
+        if like is not None and needs >> i & 1:
+            return like.new_empty(like.shape)
+        return x.new_empty(0)
+
+    return tuple(allocate(i, like) for i, like in enumerate((x, *parameters)))
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm_weight, save = rest[3], rest[-1]
+    return x.new_empty(x.shape), *allocate_saved(x, down_weight, norm_weight, save)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, z: Tensor, stats: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return allocate_gradients(x, rest[: len(PARAMETERS)], rest[-1])
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "bottleneck_forward": _fake_forward,
+    "bottleneck_backward": _fake_backward,
+    "bottleneck_forward_out": lambda *args: None,
+    "bottleneck_backward_out": lambda *args: None,
+}
+
+
+def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a program exported elsewhere runs where there is no kernel; inference only."""
+    n = len(PARAMETERS)
+    tensors = dict(zip(PARAMETERS, rest[:n], strict=True))
+    seed, scale_value, norm_eps, dropout, activation, add_x, save = rest[n:]
+    if save:
+        raise RuntimeError(
+            "fastadapters::bottleneck_forward has no kernel here that can train: "
+            f"{backends.library_error or f'none for {x.device.type} tensors'}"
+        )
+    scale = tensors.pop("scale")
+    cast: dict[str, Any] = {n: t if t is None else t.to(x.dtype) for n, t in tensors.items()}
+    y = eager.bottleneck(
+        x,
+        **cast,
+        activation=ACTIVATION_NAMES[activation],
+        scale=scale_value if scale is None else scale.to(x.dtype),
+        residual=x if add_x else residual,
+        norm_eps=norm_eps,
+        dropout=dropout,
+        seed=seed,
+    )
+    return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _residual, *rest, save = inputs
+    if not save:
+        raise RuntimeError("fastadapters::bottleneck_forward: save=True is needed for gradients")
+    _, z, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(z, stats)
+    tensors, ctx.options = rest[: len(PARAMETERS) + 1], rest[len(PARAMETERS) + 1 :]
+    ctx.save_for_backward(x, z, stats, *tensors)
+
+
+def define(namespace: str) -> torch.library.Library:
+    """Declare the ops in ``namespace`` (schemas, fake kernels, autograd), without kernels."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+    ops = getattr(torch.ops, namespace)
+
+    def backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, *need = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        wanted = (need_x, *need[: len(PARAMETERS)])
+        gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
+        if any(wanted):
+            needs = sum(bit << i for i, bit in enumerate(wanted))
+            x, z, stats, *tensors = ctx.saved_tensors
+            computed = autograd.below_autograd(
+                ops.bottleneck_backward.default, dy, x, z, stats, *tensors, *ctx.options, needs
+            )
+            gradients = tuple(g if w else None for g, w in zip(computed, wanted, strict=True))
+        rest = (None,) * (len(need) - len(PARAMETERS))
+        return gradients[0], dy if need_residual else None, *gradients[1:], *rest
+
+    for name in SCHEMAS:
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    autograd.register(library, "bottleneck_forward", _setup_context, backward)
+    return library
+
+
+def define_fallback(library: torch.library.Library) -> None:
+    """Let the forward run eagerly on the devices that ``library`` has no kernel for."""
+    for key in ("CPU", "CUDA"):
+        if not backends.has_kernel("bottleneck_forward", key):
+            library.impl("bottleneck_forward", _eager_forward, key)
+
+
+def define_allow_tf32(library: torch.library.Library) -> None:
+    """Tell the compiled kernels, which ask at each float32 call, what precision PyTorch allows."""
+    library.define("allow_tf32() -> bool")
+    library.impl(
+        "allow_tf32",
+        lambda: torch.get_float32_matmul_precision() != "highest",
+        "CompositeExplicitAutograd",
+    )
+
+
+def implement_lazily(library: torch.library.Library, module: str) -> None:
+    """Make the ops the functions of their names in ``module``, imported at the first call."""
+
+    def implement(name: str) -> None:
+        def kernel(*args: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*args)
+
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+
+    for name in SCHEMAS:
+        implement(name)

@@ -1,0 +1,50 @@
+"""The adapter bottleneck, as its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .philox import dropout_multiplier
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+}
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = residual + scale * (dropout(act(norm(x) Wd^T + bd)) Wu^T + bu), shapes as `functional`.
+
+    All floating-point arguments have one dtype. Dropout is applied iff ``seed`` is given.
+    """
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
+    if seed is not None:
+        rows, r = h.numel() // h.shape[-1], h.shape[-1]
+        h = h * dropout_multiplier(seed, rows, r, dropout, h.dtype).reshape(h.shape)
+    y = scale * F.linear(h, up_weight, up_bias)
+    return y if residual is None else residual + y

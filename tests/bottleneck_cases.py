@@ -1,0 +1,205 @@
+"""Samples of the bottleneck op, and the comparison of a backend with the reference on one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from compare import DRAWS, check, last_bit
+from torch import Tensor
+
+import fastadapters
+from fastadapters import functional
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample: x [*rows, d], every option of `functional.bottleneck`, and the memory layout."""
+
+    rows: tuple[int, ...] = (3, 35)
+    d: int = 96
+    r: int = 16
+    dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype | None = None
+    activation: str = "relu"
+    down_bias: bool = True
+    up_bias: bool = True
+    scale: str = "number"  # number, learnable [1], channel [D]
+    residual: str = "x"  # x, other, none
+    norm: str = "none"  # none, weight, both
+    dropout: float = 0.0
+    layout: str = "contiguous"  # contiguous, slice (of rows), transposed, strided (last dimension)
+    cotangent: str = "dense"  # dense, expanded (strides 0)
+
+    def __str__(self) -> str:
+        changed = [
+            str(getattr(self, name)).removeprefix("torch.")
+            for name, field in self.__dataclass_fields__.items()
+            if getattr(self, name) != field.default
+        ]
+        return "-".join(changed) or "default"
+
+
+def option_cases(**common: object) -> list[Case]:
+    """Each value of each option at least once, several together."""
+    base = Case(**common)  # type: ignore[arg-type]
+    changes: list[dict[str, object]] = [
+        {},
+        {"activation": "gelu", "down_bias": False},
+        {"activation": "gelu_tanh", "up_bias": False, "residual": "other"},
+        {"activation": "silu", "scale": "learnable", "residual": "none"},
+        {"activation": "quick_gelu", "scale": "channel", "norm": "both"},
+        {"activation": "identity", "down_bias": False, "up_bias": False, "residual": "other"},
+        {"norm": "weight", "scale": "learnable"},
+        {"norm": "both", "residual": "none", "dropout": 0.25},
+        {"dropout": 0.5, "activation": "gelu", "scale": "channel", "up_bias": False},
+        {"dropout": 1.0, "residual": "none"},
+        {"layout": "slice", "residual": "other", "norm": "both"},
+        {"layout": "transposed", "cotangent": "expanded"},
+        {"layout": "strided", "residual": "other"},
+    ]
+    return [replace(base, **change) for change in changes]
+
+
+def shape_cases(**common: object) -> list[Case]:
+    """Ragged, tiny and empty sizes."""
+    sizes = [
+        ((0,), 64, 8),
+        ((1,), 1, 1),
+        ((1,), 100, 33),
+        ((2, 0, 3), 32, 4),
+        ((5,), 7, 3),
+        ((63,), 768, 10),
+        ((65,), 100, 48),
+        ((2, 3, 33), 130, 64),
+        ((130,), 33, 96),
+        ((70,), 256, 256),
+    ]
+    return [
+        Case(rows=rows, d=d, r=r, norm=norm, **common)  # type: ignore[arg-type]
+        for (rows, d, r), norm in itertools.product(sizes, ("none", "both"))
+    ]
+
+
+def _laid_out(t: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "slice" and t.dim() >= 2:
+        wide = t.new_full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1]), torch.nan)
+        wide[..., 2:-1, :] = t
+        return wide[..., 2:-1, :]
+    if layout == "transposed" and t.dim() >= 3:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "strided":
+        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+    return t
+
+
+def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """The tensors of a sample: ``x``, ``cotangent`` and whatever the options ask for."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return torch.randn(*shape, generator=gen) * scale + shift
+
+    d, r = case.d, case.r
+    tensors = {
+        "x": randn(*case.rows, d, shift=0.5 if case.norm != "none" else 0.0),
+        "down_weight": randn(r, d, scale=d**-0.5),
+        "up_weight": randn(d, r, scale=r**-0.5),
+    }
+    if case.down_bias:
+        tensors["down_bias"] = randn(r, scale=0.5)
+    if case.up_bias:
+        tensors["up_bias"] = randn(d, scale=0.5)
+    if case.norm != "none":
+        tensors["norm_weight"] = randn(d, scale=0.2, shift=1.0)
+    if case.norm == "both":
+        tensors["norm_bias"] = randn(d, scale=0.3)
+    if case.scale != "number":
+        tensors["scale"] = randn(1 if case.scale == "learnable" else d, shift=0.7)
+    if case.residual == "other":
+        tensors["residual"] = randn(*case.rows, d)
+    tensors["cotangent"] = randn(*case.rows, d)
+    if case.cotangent == "expanded":
+        tensors["cotangent"] = torch.ones(()).expand(*case.rows, d)
+    activations = {"x", "residual", "cotangent"}
+    for name, t in tensors.items():
+        dtype = case.dtype if name in activations else (case.param_dtype or case.dtype)
+        tensors[name] = t.to(dtype)
+        if name in ("x", "residual"):
+            tensors[name] = _laid_out(tensors[name], case.layout)
+    return tensors
+
+
+def run(
+    case: Case,
+    tensors: dict[str, Tensor],
+    backend: str,
+    needs: Callable[[str], bool] = lambda name: True,
+    seed: int = 7,
+) -> dict[str, Tensor]:
+    """``y`` and ``d_<name>`` for every input that ``needs`` a gradient, on ``backend``."""
+    leaves = {
+        name: t.detach().requires_grad_(needs(name))
+        for name, t in tensors.items()
+        if name != "cotangent"
+    }
+    arguments = dict(leaves)
+    if case.residual == "x":
+        arguments["residual"] = arguments["x"]
+    if case.scale == "number":
+        arguments["scale"] = 0.6  # type: ignore[assignment]
+    torch.manual_seed(seed)
+    with fastadapters.backend(backend):
+        y = functional.bottleneck(
+            **arguments,  # type: ignore[arg-type]
+            activation=case.activation,
+            dropout=case.dropout,
+            training=True,
+        )
+        wanted = [name for name in leaves if needs(name)]
+        gradients = (
+            torch.autograd.grad(y, [leaves[name] for name in wanted], tensors["cotangent"])
+            if wanted
+            else ()
+        )
+    named = zip((f"d_{name}" for name in wanted), gradients, strict=True)
+    return {"y": y.detach(), **dict(named)}
+
+
+def reference_pair(
+    case: Case, tensors: dict[str, Tensor], **kwargs: object
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """(gold, bases): the reference in float64 and in the compute dtype, on the rounded inputs.
+
+    The bases are several where few roundings decide.
+    """
+    rounded = {name: t.to(case.dtype).double() for name, t in tensors.items()}
+    gold = run(case, rounded, "reference", **kwargs)  # type: ignore[arg-type]
+    m = torch.Size(case.rows).numel()
+    few = case.scale == "learnable" or case.cotangent == "expanded" or min(m, case.r, case.d) < 48
+    bases: dict[str, list[Tensor]] = {name: [] for name in gold}
+    for draw in range(DRAWS if few else 1):
+        varied = {name: last_bit(t, draw) for name, t in tensors.items()}
+        for name, t in run(case, varied, "reference", **kwargs).items():  # type: ignore[arg-type]
+            bases[name].append(t)
+    return gold, bases
+
+
+def check_backend(case: Case, backend: str, seed: int = 0) -> None:
+    """Outputs and all gradients of ``backend`` under the tolerance rule; inputs untouched."""
+    tensors = inputs(case, seed)
+    before = {name: t.clone() for name, t in tensors.items()}
+    gold, bases = reference_pair(case, tensors)
+    out = run(case, tensors, backend)
+    assert out.keys() == gold.keys()
+    for name in gold:
+        check(out[name], gold[name], bases[name], f"{case} {name}")
+    for name, t in tensors.items():
+        assert torch.equal(t, before[name]), f"{case}: {name} was written to"

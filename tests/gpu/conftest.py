@@ -1,0 +1,22 @@
+"""Tests of GPU code on the PTX machine, see device.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import device
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def arena() -> Iterator[None]:
+    """Every tensor of these tests lies between gaps and has an exact end.
+
+    They are small: on a busy machine a second thread of torch's costs more than it gives.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with device.arena():
+        yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,262 @@
+"""The CUDA kernels as compiled for sm_80 and sm_90, run on the PTX machine through the op."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import bottleneck_cases
+import cuda_backend
+import device
+import pytest
+import test_multiway
+import torch
+from bottleneck_cases import Case, check_backend, option_cases
+from compare import check
+from torch import Tensor
+
+from fastadapters import backends, ops
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend's operators are those on the machine, which take CPU tensors."""
+    operators = cuda_backend.load()
+    monkeypatch.setitem(ops.NAMESPACES, "cuda", operators)
+    monkeypatch.setattr(backends, "_why_not", lambda name, op, x: None)
+    return operators
+
+
+# Every option and dtype; smooth activations where LayerNorm is folded into the weights, because one
+# z on the other side of relu's kink would decide the largest error.
+OPTIONS = [case for dtype in (BF16, FP16, FP32) for case in option_cases(dtype=dtype)]
+SHAPES = [
+    Case(rows=rows, d=d, r=r, dtype=dtype, activation="silu", norm=norm)
+    for dtype in (BF16, FP16, FP32)
+    for norm in ("none", "both")
+    for rows, d, r in [
+        ((0,), 64, 8),
+        ((1,), 1, 1),
+        ((1,), 100, 33),
+        ((5,), 7, 3),
+        ((2, 3, 33), 130, 64),
+        ((70,), 256, 256),
+        ((65,), 768, 48),
+    ]
+]
+LAYOUTS = [
+    Case(rows=(70,), d=72, r=24, dtype=BF16, param_dtype=FP32, scale="channel", norm="both"),
+    Case(rows=(2, 40), d=72, r=24, dtype=FP32, param_dtype=BF16, scale="learnable"),
+    Case(rows=(5, 7, 9), d=72, dtype=BF16, layout="transposed", residual="other"),
+    Case(rows=(3, 30), d=50, dtype=FP16, layout="slice", cotangent="expanded"),
+    Case(rows=(66,), d=64, r=512, dtype=BF16, activation="gelu", dropout=0.2),
+]
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("case", [*OPTIONS, *SHAPES, *LAYOUTS], ids=str)
+def test_matches_reference(case: Case, arch: int) -> None:
+    with device.simulate(arch, seed=len(str(case))):
+        check_backend(case, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+def test_layer_norm_far_from_zero(dtype: torch.dtype) -> None:
+    """Folded LayerNorm is as accurate as the reference when the mean dwarfs the deviation."""
+    case = Case(rows=(70,), d=200, r=40, dtype=dtype, activation="gelu", norm="both")
+    tensors = bottleneck_cases.inputs(case)
+    tensors["x"] = (tensors["x"].float() + 20).to(dtype)
+    gold, bases = bottleneck_cases.reference_pair(case, tensors)
+    with device.simulate(80):
+        out = bottleneck_cases.run(case, tensors, "cuda")
+    for name in gold:
+        check(out[name], gold[name], bases[name], name)
+
+
+@pytest.mark.parametrize(("residual", "dropout"), [("x", 0.0), ("other", 0.2)])
+def test_multiway_writes_slices(residual: str, dropout: float) -> None:
+    """Both adapters of the two-modality op fill their slices of one y and one dx."""
+    with device.simulate(80) as run:
+        test_multiway.test_is_two_bottlenecks("cuda", BF16, 17, residual, dropout)
+    assert len([r for r in run.launches if "data_pass" in r.name]) == 4
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    """fp32 rounded to TF32's 10 bits, ties away from zero."""
+    bits = t.detach().float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("norm", ["none", "both"])
+@pytest.mark.parametrize("r", [10, 64, 80])
+def test_tf32(r: int, norm: str, tf32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch may round fp32 factors to TF32 the kernels do, with the errors of that."""
+    linear = torch.nn.functional.linear
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return linear(to_tf32(x), to_tf32(weight))
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            dy, rows = to_tf32(dy), (-1, dy.shape[-1])
+            columns = to_tf32(x).reshape(-1, x.shape[-1])
+            return dy @ to_tf32(weight), dy.reshape(rows).T @ columns
+
+    def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype == torch.float64:
+            return linear(x, weight, bias)
+        y = Rounded.apply(x, weight)
+        return y if bias is None else y + bias
+
+    case = Case(rows=(100,), d=160, r=r, activation="gelu", norm=norm)
+    tensors = bottleneck_cases.inputs(case)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", rounded_linear)
+        gold, bases = bottleneck_cases.reference_pair(case, tensors)
+    with device.simulate(80) as run:
+        out = bottleneck_cases.run(case, tensors, "cuda")
+    assert run.total("data_pass").count("mma.sync.aligned.m16n8k8") > 0
+    for name in gold:
+        check(out[name], gold[name], bases[name], name)
+
+
+def test_ieee_by_default() -> None:
+    case = Case(rows=(70,), d=96, r=16)
+    with device.simulate(80) as run:
+        check_backend(case, "cuda")
+    assert run.total().count("mma.sync") == 0
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize(
+    "needs", ["x", "down_weight", "up_weight", "scale", "norm_weight", "up_bias"]
+)
+def test_computes_only_what_is_asked(needs: str, arch: int) -> None:
+    case = Case(
+        rows=(100,), d=192, r=24, dtype=BF16, activation="gelu", norm="both", scale="channel"
+    )
+    tensors = bottleneck_cases.inputs(case)
+    wanted = {"needs": lambda name: name == needs}
+    gold, bases = bottleneck_cases.reference_pair(case, tensors, **wanted)
+    with device.simulate(arch) as run:
+        out = bottleneck_cases.run(case, tensors, "cuda", **wanted)
+    check(out[f"d_{needs}"], gold[f"d_{needs}"], bases[f"d_{needs}"], needs)
+    weights = [r for r in run.launches if "weight_pass" in r.name]
+    assert len(weights) == (needs != "x")
+    assert all(r.grid[2] == 1 for r in weights)  # x^T dz or dy^T h, not both
+
+
+@ARCHITECTURES
+def test_schedules_give_equal_bits(arch: int) -> None:
+    case = Case(rows=(200,), d=200, r=40, dtype=BF16, norm="both", scale="learnable", dropout=0.3)
+    tensors = bottleneck_cases.inputs(case)
+    results = []
+    for seed in range(4):
+        with device.simulate(arch, seed):
+            results.append(bottleneck_cases.run(case, tensors, "cuda"))
+    for other in results[1:]:
+        for name, t in results[0].items():
+            assert torch.equal(other[name], t), name
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("d", [768, 1024])
+def test_traffic(d: int, arch: int, simulated: Any) -> None:
+    """x and dy come in once, and again what shared memory has not kept; y and dx go out once."""
+    m, r = 256, 64
+    gen = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
+    down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
+    biases = torch.zeros(r, dtype=BF16), torch.zeros(d, dtype=BF16)
+    weights = (down, biases[0], up, biases[1], None, None, None, None, 0.5, 1e-5, 0.0, 1, True)
+    with device.simulate(arch) as run:
+        y, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
+        dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)
+    forward, backward, gradients, _ = run.launches
+    size, tiles = x.nbytes, m // 64
+    for report, once, tail, out in ((forward, None, x, y), (backward, x, dy, dx)):
+        assert size <= report.traffic(tail).read < 1.75 * size
+        assert once is None or report.traffic(once).read == size
+        assert report.traffic(out).written == report.traffic(out).written_unique == size
+        for t in (x, dy, y, dx):
+            traffic = report.traffic(t)
+            assert traffic.partial_read_lines == traffic.partial_written_lines == 0
+        assert report.traffic(up).read == tiles * up.nbytes
+        assert report.traffic(down).read == tiles * down.nbytes * (2 if once is x else 1)
+        assert report.conflict_ratio == 1.0
+        assert report.count("mma.sync") > 0
+    assert gradients.traffic(x).read == gradients.traffic(dy).read == size
+    assert gradients.conflict_ratio == 1.0
+
+
+def test_too_wide_for_shared_memory() -> None:
+    case = Case(rows=(5,), d=64, r=4096, dtype=BF16)
+    with device.simulate(80), pytest.raises(RuntimeError, match=r"r = 4096.*not launched"):
+        bottleneck_cases.run(case, bottleneck_cases.inputs(case), "cuda")
+
+
+def mutated_cases(dtype: torch.dtype) -> list[Case]:
+    """Both lookaheads, all barriers of LayerNorm, one chunk of D, a last stage like the first."""
+    d, wide = (192, 128) if dtype == FP32 else (384, 256)
+    base = Case(rows=(200,), d=d, r=40, dtype=dtype, activation="gelu")
+    return [
+        replace(base, norm="both"),
+        base,
+        replace(base, rows=(70,), r=wide),
+        replace(base, rows=(70,), d=24, norm="both"),
+    ]
+
+
+KERNELS = {
+    "forward": (BF16, "data_pass.*BFloat16.*Li64ELb0"),
+    "backward": (BF16, "data_pass.*BFloat16.*Li64ELb1"),
+    "gradients": (BF16, "weight_pass.*BFloat16.*Li64"),
+    "forward_fp32": (FP32, "data_pass.*Float32ILb0.*Li64ELb0"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_synchronisation_is_needed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any one barrier, commit or wait deleted, the machine finds a fault."""
+    dtype, pattern = KERNELS[kernel]
+    name = next(n for n in device._kernels if re.search(pattern, n))
+    samples = [(case, bottleneck_cases.inputs(case)) for case in mutated_cases(dtype)]
+
+    def is_caught() -> bool:
+        for seed, (case, tensors) in itertools.product(range(4), samples):
+            try:
+                with device.simulate(80, seed):
+                    bottleneck_cases.run(
+                        case, tensors, "cuda", needs=lambda name: "forward" not in kernel
+                    )
+            except device.Fault:
+                return True
+        return False
+
+    assert not is_caught()
+    missed = []
+    for what, text in device.mutants(device._kernels[name][80], name):
+        monkeypatch.setitem(device._kernels, name, {80: text})
+        if not is_caught():
+            missed.append(what)
+    assert not missed

@@ -1,0 +1,186 @@
+"""The Triton kernels as compiled for sm_80 and sm_90, run on the PTX machine through the op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import bottleneck_cases
+import device
+import pytest
+import torch
+from bottleneck_cases import Case, check_backend, option_cases
+from compare import check
+from torch import Tensor
+
+from fastadapters import backends
+
+pytest.importorskip("triton")
+from fastadapters.kernels import bottleneck as kernels
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ARCHITECTURES = pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
+
+
+@pytest.fixture(autouse=True)
+def on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine runs kernels on CPU tensors, which the backend itself refuses."""
+    monkeypatch.setattr(backends, "_why_not", lambda name, op, x: None)
+
+
+# Every option in bf16; the other dtypes, sizes and layouts where the code they compile to differs.
+OTHERS = [
+    Case(rows=(70,), dtype=FP16, norm="both", activation="gelu", dropout=0.3),
+    Case(rows=(70,), dtype=FP16, param_dtype=FP32, scale="channel", residual="other"),
+    Case(rows=(70,), dtype=FP32, norm="both", activation="silu", scale="learnable", dropout=0.3),
+    Case(rows=(70,), dtype=FP32, activation="gelu", residual="other"),
+    Case(rows=(130,), d=256, r=64, dtype=BF16, param_dtype=FP32, activation="gelu", norm="both"),
+    Case(rows=(70,), d=200, r=128, dtype=BF16, activation="silu", scale="channel", dropout=0.3),
+    Case(rows=(40,), d=200, r=300, dtype=BF16, activation="silu", norm="both", dropout=0.3),
+]
+SHAPES = [
+    Case(rows=rows, d=d, r=r, dtype=BF16, activation="silu", norm=norm)
+    for rows, d, r, norm in [
+        ((0,), 64, 8, "none"),
+        ((1,), 1, 1, "both"),
+        ((5,), 7, 3, "none"),
+        ((63,), 768, 10, "none"),
+        ((65,), 100, 48, "both"),
+        ((2, 3, 33), 130, 33, "none"),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", [*option_cases(dtype=BF16), *OTHERS], ids=str)
+def test_matches_reference(case: Case) -> None:
+    with device.simulate(80, seed=len(str(case))):
+        check_backend(case, "triton")
+
+
+# On Hopper the products differ, and what feeds them: LayerNorm, scales, layouts, chunks of r.
+@pytest.mark.parametrize("case", [*option_cases(dtype=BF16)[::3], *OTHERS], ids=str)
+def test_matches_reference_on_hopper(case: Case) -> None:
+    with device.simulate(90, seed=len(str(case))):
+        check_backend(case, "triton")
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_ragged_shapes(case: Case) -> None:
+    with device.simulate(80):
+        check_backend(case, "triton")
+
+
+@ARCHITECTURES
+def test_tf32_where_the_precision_setting_allows_it(arch: int) -> None:
+    case = Case(rows=(70,), d=96, r=32, residual="none")
+    tensors = bottleneck_cases.inputs(case)
+    gold, _ = bottleneck_cases.reference_pair(case, tensors)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with device.simulate(arch) as run:
+            out = bottleneck_cases.run(case, tensors, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert run.total("_forward_kernel").count("mma.sync") > 0
+    error = (out["y"] - gold["y"]).square().mean().sqrt() / gold["y"].square().mean().sqrt()
+    assert 2**-13 < error < 2**-9  # operands of 10 explicit bits, the rest cut off
+
+
+@ARCHITECTURES
+def test_same_bits_whatever_the_schedule(arch: int) -> None:
+    case = Case(rows=(300,), d=96, r=16, dtype=BF16, norm="both", scale="learnable", dropout=0.3)
+    tensors = bottleneck_cases.inputs(case)
+    runs = []
+    for seed in range(3):
+        with device.simulate(arch, seed) as run:
+            runs.append(bottleneck_cases.run(case, tensors, "triton"))
+    (weights,) = (report for report in run.launches if report.name == "_weights_kernel")
+    assert weights.grid[2] > 1  # several splits
+    for other in runs[1:]:
+        for name, t in runs[0].items():
+            assert torch.equal(t, other[name]), name
+
+
+def compiled() -> int:
+    """How many kernels have been compiled for sm_80."""
+    names = ("_forward_kernel", "_backward_kernel", "_weights_kernel", "_reduce_kernel")
+    return sum(len(getattr(kernels, name).device_caches[80][0]) for name in names)
+
+
+def test_batch_size_is_no_reason_to_compile() -> None:
+    case = Case(d=64, r=8, dtype=BF16, dropout=0.3)
+    counts = []
+    for rows in (1, 2, 16, 129, 500):
+        with device.simulate(80):
+            tensors = bottleneck_cases.inputs(replace(case, rows=(rows,)))
+            bottleneck_cases.run(case, tensors, "triton")
+        counts.append(compiled())
+    assert counts[1:] == counts[:-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ran"),
+    [
+        ("", "forward"),
+        ("x", "norm forward norm backward"),
+        ("x down_weight", "norm forward norm backward weights reduce"),
+        ("down_bias", "norm forward norm backward weights reduce"),
+        ("norm_weight", "norm forward norm backward weights reduce"),
+        ("norm_bias", "norm forward norm backward weights reduce"),
+        ("up_weight", "norm forward norm backward weights reduce"),
+        ("up_bias", "norm forward weights reduce"),
+        ("scale", "norm forward norm backward weights reduce"),
+    ],
+)
+def test_only_what_is_asked_for(wanted: str, ran: str) -> None:
+    case = Case(rows=(70,), dtype=BF16, norm="both", activation="gelu", scale="learnable")
+    tensors = bottleneck_cases.inputs(case)
+    names = wanted.split()
+
+    def needs(name: str) -> bool:
+        return name in names
+
+    gold, bases = bottleneck_cases.reference_pair(case, tensors, needs=needs)
+    with device.simulate(80) as run:
+        out = bottleneck_cases.run(case, tensors, "triton", needs=needs)
+    assert out.keys() == gold.keys() == {"y", *(f"d_{name}" for name in names)}
+    for name in gold:
+        check(out[name], gold[name], bases[name], name)
+    launched = [report.name.strip("_").removesuffix("_kernel") for report in run.launches]
+    assert launched == (ran.split() if names else ["norm", "forward"])
+
+
+def traffic(arch: int, d: int) -> tuple[device.Simulation, dict[str, Tensor]]:
+    """A training step at M = 256, r = 64 in bf16, and its tensors."""
+    with device.simulate(arch) as run:
+        case = Case(rows=(256,), d=d, r=64, dtype=BF16, activation="gelu")
+        tensors = {name: t.clone() for name, t in bottleneck_cases.inputs(case).items()}
+        out = bottleneck_cases.run(case, tensors, "triton")
+    return run, tensors | out
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("d", [768, 1024])
+def test_traffic(arch: int, d: int) -> None:
+    """In units of x [M, D]. What is read twice comes from L2 the second time."""
+    run, t = traffic(arch, d)
+    unit = t["x"].nbytes
+    forward, backward, weights = (
+        run.total(f"_{n}_kernel") for n in ("forward", "backward", "weights")
+    )
+
+    moved = forward.traffic(t["x"])
+    assert moved.read == moved.read_sectors == 2 * unit and moved.partial_read_lines == 0
+    moved = forward.traffic(t["y"])
+    assert moved.written == moved.written_sectors == unit and moved.partial_written_lines == 0
+    for name in ("down_weight", "up_weight"):
+        assert forward.traffic(t[name]).read == forward.grid[0] * t[name].nbytes
+
+    assert backward.traffic(t["x"]).read == unit
+    assert backward.traffic(t["cotangent"]).read == 2 * unit
+    moved = backward.traffic(t["d_x"])
+    assert moved.written == moved.written_sectors == unit and moved.partial_written_lines == 0
+
+    assert weights.traffic(t["x"]).read == weights.traffic(t["cotangent"]).read == unit
+    assert forward.conflict_ratio == backward.conflict_ratio == 1.0
+    matrix = "wgmma" if arch == 90 else "mma.sync"
+    assert all(kernel.count(matrix) > 0 for kernel in (forward, backward, weights))

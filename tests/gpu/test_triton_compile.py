@@ -1,0 +1,178 @@
+"""Every tile of the Triton kernels, compiled for every architecture: nothing spills, all fits.
+
+python tests/gpu/test_triton_compile.py    # writes docs/triton-resources.md
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from compile_checks import Resources, occupancy, triton_resources
+
+triton = pytest.importorskip("triton")
+
+TABLE = Path(__file__).parents[2] / "docs" / "triton-resources.md"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# The most shared memory of a program. sm_86 and sm_89 run sm_80's tiles.
+SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), strict=True))
+MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
+PRODUCTS = ("_forward_kernel", "_backward_kernel", "_weights_kernel")
+EVERYTHING, PLAIN = "every option", "plain"
+
+
+class Compiled(NamedTuple):
+    """One kernel: dtype of x, largest r that shares its code, options, launch options, result."""
+
+    kernel: str
+    dtype: str
+    r: int
+    options: str
+    meta: dict[str, Any]
+    resources: Resources
+
+    @property
+    def threads(self) -> int:
+        return int(self.meta.get("num_warps", 4)) * 32
+
+
+def training_step(dtype: torch.dtype, r: int, options: str) -> None:
+    """Launch every kernel: with each option there is and fp32 parameters, or with biases alone."""
+    from fastadapters.kernels import bottleneck as kernels
+
+    d, m, full = 768, 256, options == EVERYTHING
+    x = torch.empty(m, d, dtype=dtype)
+    shapes = [(r, d), (r,), (d, r), (d,), (d,), (d,), (d,)]
+    parameters: list[Any] = [torch.empty(s, dtype=torch.float32 if full else dtype) for s in shapes]
+    if not full:
+        parameters[4:] = [None] * 3
+    seed = torch.empty(2, dtype=torch.int64) if full else None
+    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, True)
+    _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
+    kernels.bottleneck_backward(x, x, z, stats, *rest, 255)
+
+
+def compile_for(arch: str) -> list[Compiled]:
+    """What the launches of training steps compile to; run in a process of its own."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime.jit import JITFunction
+
+    amd = arch.startswith("gfx")
+
+    class Driver(DriverBase):
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_benchmarker(self) -> Any:
+            raise NotImplementedError
+
+        def map_python_to_cpp_type(self, kind: str) -> str:
+            return kind
+
+    results: list[Compiled] = []
+    seen = set()
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **meta)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            key = (self.__name__, str(dtype).removeprefix("torch."), r, options)
+            results.append(Compiled(*key, meta, triton_resources(kernel)))
+        return kernel
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    steps = [(torch.bfloat16, r, EVERYTHING) for r in (32, 64, 128)]
+    steps.append((torch.float32, 64, EVERYTHING))
+    if arch in ("sm_80", "sm_90"):
+        steps.append((torch.bfloat16, 64, PLAIN))
+    for dtype, r, options in steps:
+        training_step(dtype, r, options)
+    return results
+
+
+def compile_for_all() -> dict[str, list[Compiled]]:
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        results = pool.map(compile_for, ARCHITECTURES, chunksize=1)
+    return dict(zip(ARCHITECTURES, results, strict=True))
+
+
+def table(compiled: dict[str, list[Compiled]]) -> str:
+    """docs/triton-resources.md"""
+    lines = [
+        "# What the Triton bottleneck kernels take",
+        "",
+        f"Compiled by Triton {triton.__version__} for x [256, 768]; r is the largest that runs the",
+        "code. `plain` is biases and a residual; `every option` adds LayerNorm, dropout, scales",
+        "per channel and fp32 parameters. Registers: of a thread; shared: bytes of a program;",
+        "programs: resident on a multiprocessor. Nothing spills to memory. Written by",
+        "tests/gpu/test_triton_compile.py.",
+        "",
+        "| arch | kernel | x | r | options | BLOCK_M x BLOCK_D | warps | stages | registers |"
+        " shared | programs | limit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arch, kernels in compiled.items():
+        for c in kernels:
+            r = c.resources
+            fit = ("", "")
+            if arch.startswith("sm_"):
+                o = occupancy(
+                    int(arch[3:]), registers=r.registers, shared=r.shared, threads=c.threads
+                )
+                fit = (str(o.blocks), o.limit)
+            block = f"{c.meta.get('BLOCK_M', '')} x {c.meta['BLOCK_D']}"
+            cells = (
+                arch, c.kernel.strip("_").removesuffix("_kernel"), c.dtype, c.r, c.options, block,
+                c.threads // 32, c.meta.get("num_stages", ""), r.registers, r.shared, *fit,
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[Compiled]]:
+    return compile_for_all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_fit(compiled: dict[str, list[Compiled]], arch: str) -> None:
+    kernels = compiled[arch]
+    assert {c.kernel for c in kernels} >= {*PRODUCTS, "_norm_kernel", "_reduce_kernel"}
+    for c in kernels:
+        r = c.resources
+        # AMD's scalar registers spill into lanes of vector registers: no memory, so `stack` tells.
+        assert r.stack == 0 and (r.spills == 0 or arch == "gfx942"), c
+        assert r.shared <= SHARED[arch], c
+        on_matrix_cores = c.dtype == "bfloat16" or arch == "gfx942"
+        if c.kernel in PRODUCTS:
+            assert (MATRIX[arch] in r.matrix) == on_matrix_cores, c
+
+
+def test_the_table_is_current(compiled: dict[str, list[Compiled]]) -> None:
+    text = TABLE.read_text()
+    if f"Triton {triton.__version__} " not in text:
+        pytest.skip("the table is of another version of Triton")
+    assert text == table(compiled), f"run python {__file__}"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(compile_for_all()))

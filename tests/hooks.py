@@ -1,0 +1,69 @@
+"""The test-hook module: built when out of date, loaded once.
+
+    hooks = load()
+    hooks.set_cpu_isa("amx")    # emulated: runs on every CPU that has AVX-512
+    torch.ops.fastadapters_hooks.bottleneck_forward(...)
+
+Functions are in csrc/hooks.cpp. torch.ops.fastadapters_hooks is a second copy of the op library:
+the schemas of torch.ops.fastadapters and the CPU kernels, without autograd or fake kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fastadapters  # noqa: F401  (defines the schemas)
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE = "fastadapters_hooks"
+
+
+def build() -> Path:
+    """Bring build/hooks up to date (0.1 s when it is) and return the module's path."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    for tool in ("cmake", "ninja", "c++"):
+        if shutil.which(tool, path=path) is None:
+            pytest.skip(f"the test hooks cannot be built: no {tool}")
+    if importlib.util.find_spec("pybind11") is None:
+        pytest.skip("the test hooks cannot be built: no pybind11")
+    folder = ROOT / "build" / "hooks"
+    configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder]
+    for command in (
+        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", folder, "--target", "_hooks"],
+    ):
+        done = subprocess.run(
+            command, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"the test hooks did not build:\n{done.stdout}{done.stderr}")
+    (module,) = folder.glob("_hooks.*.so")
+    return module
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module; its ops get the package's schemas. Skips the test where it cannot be built."""
+    spec = importlib.util.spec_from_file_location("_hooks", build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name in (
+        "bottleneck_forward",
+        "bottleneck_backward",
+        "bottleneck_forward_out",
+        "bottleneck_backward_out",
+    ):
+        schema = getattr(torch.ops.fastadapters, name).default._schema
+        module.library.define(str(schema).partition("::")[2])
+    return module

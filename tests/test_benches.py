@@ -1,0 +1,221 @@
+"""The benches' own arithmetic and honesty: costs, matching, turns, memory, the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benches import (
+    adaptformer,
+    harness,
+    report,
+    test_bottleneck,
+    test_cross_modal_attention,
+    test_sequence_fusion,
+    workloads,
+)
+from fastadapters import backends
+from fastadapters.modules import BottleneckAdapter
+
+MODULES = (test_bottleneck, test_cross_modal_attention, test_sequence_fusion)
+SMALL = [(module, w.small()) for module in MODULES for w in module.WORKLOADS]
+KINDS = list({(m, type(w), w._replace(name="", quick=False)): (m, w) for m, w in SMALL}.values())
+
+
+def name(value: object) -> str:
+    return getattr(value, "name", getattr(value, "__name__", str(value)))
+
+
+def small_case(workload: workloads.Bottleneck | None = None) -> harness.Case:
+    workload = workload or workloads.BOTTLENECK[0].small()
+    case = test_bottleneck.case(workload, "cpu", torch.float32)
+    return case._replace(costs=workload.costs(training=True))
+
+
+def test_table_covers_every_op_and_is_unambiguous() -> None:
+    assert [module.__name__.removeprefix("benches.test_") for module in MODULES] == list(
+        backends.KERNELS
+    )
+    for module in MODULES:
+        assert any(w.quick for w in module.WORKLOADS)
+        assert len(set(module.WORKLOADS)) == len(module.WORKLOADS)
+    assert len(workloads.CLASSES) == 11
+
+
+def test_bottleneck_cost_by_hand() -> None:
+    w = workloads.Bottleneck("", 2, 3, 4, 2, cpu_batch=1)
+    weights = 2 * 8 + 2 + 4
+    assert w.costs(training=True) == [
+        workloads.Cost(24 + 24 + weights, 2 * 6 * 4 * 2 * 2),
+        workloads.Cost(24 + 24 + 24 + 2 * weights, 4 * 6 * 4 * 2 * 2),
+    ]
+    other = w._replace(residual="other", bias=False)
+    assert other.costs(training=False) == [workloads.Cost(3 * 24 + 16, 192)]
+
+
+@pytest.mark.parametrize(("module", "workload"), KINDS, ids=name)
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_flops_are_those_of_the_products(module, workload, training) -> None:
+    """PyTorch's own count of the leanest form: exact, for the head's many small terms nearly."""
+    case = module.case(workload, "cpu", torch.float32)
+    eager = case.candidates["eager"]
+    cotangents = (torch.randn_like(eager(**case.inputs)),) if training else None
+    with FlopCounterMode(display=False) as counter:
+        harness.stepper(eager, case.inputs, cotangents)()
+    flops = sum(cost.flops for cost in workload.costs(training))
+    counted = counter.get_total_flops()
+    tolerance = 0.1 if module is test_cross_modal_attention else 0.0
+    assert counted == pytest.approx(flops, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize(("module", "workload"), KINDS, ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_of_every_workload_matches(module, workload, dtype) -> None:
+    case = module.case(workload, "cpu", dtype)
+    out = case.candidates["ours"](**case.inputs)
+    cotangents = (torch.randn_like(out),)
+    assert harness.match(case, cotangents) == "yes"
+    if not getattr(workload, "dropout", 0.0):  # the baselines draw masks of their own
+        for form in ("reference", "eager"):
+            as_ours = case._replace(candidates={"ours": case.candidates[form]})
+            assert harness.match(as_ours, cotangents) == "yes", form
+
+
+def test_definition_in_parts_is_the_definition() -> None:
+    workload = workloads.CROSS_MODAL_ATTENTION[0].small()
+    case = test_cross_modal_attention.case(workload, "cpu", torch.float32)
+    dy = (torch.randn(workload.batch, workload.classes),)
+    whole, parts = (
+        harness.evaluate(case.definition, case.inputs, dy, torch.float64, case.batched, part)
+        for part in (None, 2)
+    )
+    assert whole.keys() == parts.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_wrong_result_has_no_speed(training: bool) -> None:
+    case = small_case()
+    right = case.candidates["ours"]
+    wrong = {**case.candidates, "ours": lambda **tensors: right(**tensors) * 1.0001}
+    row, samples = harness.run(
+        case._replace(candidates=wrong),
+        training=training, device="cpu", threads=1, budget=0.0, full=False,
+    )  # fmt: skip
+    assert row.match != "yes" and "error" in row.match
+    assert row.seconds == {} and samples == []
+    line = report.tables([row]).splitlines()[-1]
+    assert line.split(" | ")[4:10] == ["-"] * 6 and row.match in line
+
+
+def test_a_wrong_gradient_does_not_match() -> None:
+    case = small_case()
+    right = case.candidates["ours"]
+
+    def ours(x: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+        return right(x=x.detach(), **rest) + (x - x.detach())
+
+    dy = (torch.randn_like(case.inputs["x"]),)
+    wrong = case._replace(candidates={"ours": ours})
+    assert harness.match(wrong, None) == "yes"
+    assert harness.match(wrong, dy).startswith("gradient of x")
+
+
+def test_candidates_take_turns_in_changing_order() -> None:
+    calls: list[str] = []
+    names = ["a", "b", "c"]
+    samples = harness.measure(
+        {n: lambda n=n: calls.append(n) for n in names}, budget=0.0, min_rounds=20, calls=1
+    )
+    assert {n: len(s) for n, s in samples.items()} == dict.fromkeys(names, 20)
+    rounds = [tuple(calls[i : i + 3]) for i in range(3, len(calls), 3)]  # after one warm-up call
+    assert all(sorted(turn) == names for turn in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_measure_gives_the_time_of_one_call(monkeypatch) -> None:
+    now = 0.0
+
+    def wait() -> None:
+        nonlocal now
+        now += 0.25
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    samples = harness.measure({"f": wait}, budget=0.0, min_rounds=3, calls=8)
+    assert samples == {"f": [0.25] * 3}
+
+
+def test_peak_memory_counts_what_is_held() -> None:
+    def fn() -> None:
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        b = torch.empty(2 << 20, dtype=torch.uint8)
+        del a
+        c = torch.empty(1 << 19, dtype=torch.uint8)
+        del b, c
+
+    assert harness.peak_bytes(fn, "cpu") == 3 << 20
+
+
+def test_published_adapter_takes_our_parameters() -> None:
+    ours = BottleneckAdapter(48, 8, scale=0.3, init="bert")
+    published = adaptformer.Adapter(48, 8, 0.3)
+    published.load_state_dict(ours.state_dict())
+    x, residual = torch.randn(2, 2, 5, 48)
+    torch.testing.assert_close(published(x, residual), ours(x, residual))
+
+
+def row(seconds: dict[str, float], **changes: object) -> harness.Row:
+    base = harness.Row(
+        "bottleneck", "w", "forward", "float32", "cpu", 2, "default", "cpu", "yes", seconds, {},
+        {"ours": 1 << 20, "eager": 2 << 20}, roof="memory", roof_seconds=0.001,
+    )  # fmt: skip
+    return base._replace(**changes)
+
+
+def test_table_shows_losses_both_mallocs_and_the_best_compiled() -> None:
+    seconds = {
+        "ours": 0.002, "reference": 0.006, "eager": 0.001,
+        "compiled reference": 0.005, "compiled eager": 0.004,
+    }  # fmt: skip
+    tuned = row({**seconds, "reference": 0.003}, malloc="tuned")
+    skipped = row({"ours": 0.002}, workload="v", skipped={"reference": "needs about 9 GiB"})
+    text = report.tables([row(seconds), tuned, skipped])
+    line = text.splitlines()[4]
+    for cell in ("2 (cpu)", "3.00 [1.50]", "**0.50** [**0.50**]", "2.00 [2.00]", "50% memory"):
+        assert f"| {cell} |" in line
+    assert "reference on v: needs about 9 GiB" in text
+
+
+def test_report_writes_readme_and_plot(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    data = {
+        "rows": [row({"ours": 0.002, "reference": 0.006, "eager": 0.003})._asdict()],
+        "machine_info": {
+            "cpu": {"brand_raw": "A CPU", "count": 2},
+            "fastadapters": {"torch": "2.x", "malloc": "default"},
+        },
+    }
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(data))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(file)])
+    report.main()
+    printed = capsys.readouterr().out
+    assert "A CPU, 2 cores" in printed and "3.00" in printed
+    assert "old" in readme.read_text()
+    monkeypatch.setattr(sys, "argv", ["report", "--write", str(file)])
+    report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "old" not in text and printed.strip() in text
+    assert (tmp_path / "docs" / "bench.svg").read_text().count("<svg") == 1

@@ -1,0 +1,224 @@
+"""The CPU kernels of every instruction set, called as the ops they are, without autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bottleneck_cases import DTYPES, Case, inputs, option_cases, reference_pair, shape_cases
+from compare import check
+from hooks import NAMESPACE, load
+from torch import Tensor
+
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
+
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+OWN_KERNELS = [
+    (isa, dtype)
+    for isa in ISAS
+    for dtype in ([torch.bfloat16] if isa in ("amx", "avx512_bf16") else DTYPES)
+]
+
+
+@pytest.fixture
+def kernels() -> Iterator[Any]:
+    """The ops of the hooks; whatever instruction set a test chooses is put back."""
+    hooks = load()
+    before = hooks.cpu_isa()
+    yield getattr(torch.ops, NAMESPACE)
+    hooks.set_cpu_isa(before)
+
+
+def choose(isa: str) -> None:
+    hooks = load()
+    if isa not in hooks.cpu_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    hooks.set_cpu_isa(isa)
+
+
+def call(kernels: Any, case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``y`` and the gradient of every input, as `bottleneck_cases.run` gives them."""
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, (2,)) if case.dropout > 0 else None
+    parameters = [tensors.get(name) for name in PARAMETERS]
+    options = (1e-5, case.dropout, ACTIVATION_CODES[case.activation], case.residual == "x")
+    scale_value = 0.6 if case.scale == "number" else 1.0
+    x, residual = tensors["x"], tensors.get("residual")
+    y, z, stats = kernels.bottleneck_forward(
+        x, residual, *parameters, seed, scale_value, *options, True
+    )
+    gradients = kernels.bottleneck_backward(
+        tensors["cotangent"], x, z, stats, *parameters, seed, scale_value, *options, 255
+    )
+    named = dict(zip(("x", *PARAMETERS), gradients, strict=True))
+    if residual is not None:
+        named["residual"] = tensors["cotangent"]
+    return {"y": y, **{f"d_{name}": g for name, g in named.items() if name in tensors}}
+
+
+def check_kernels(kernels: Any, case: Case) -> None:
+    tensors = inputs(case)
+    gold, bases = reference_pair(case, tensors)
+    out = call(kernels, case, tensors)
+    assert out.keys() == gold.keys()
+    for name in gold:
+        check(out[name], gold[name], bases[name], f"{case} {name}")
+
+
+@pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
+def test_options(isa: str, dtype: torch.dtype, kernels: Any) -> None:
+    choose(isa)
+    for case in option_cases(d=100, r=33, rows=(3, 50)):
+        check_kernels(kernels, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
+def test_shapes(isa: str, dtype: torch.dtype, kernels: Any) -> None:
+    choose(isa)
+    for case in shape_cases():
+        check_kernels(kernels, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_and_panels(isa: str, kernels: Any) -> None:
+    """Widths and row counts around the sizes of the register blocks."""
+    choose(isa)
+    for r in (4, 16, 17, 49, 112):
+        check_kernels(kernels, Case(rows=(r + 1,), d=5 * r, r=r, dtype=torch.bfloat16))
+    for rows in (7, 9, 16, 31, 33, 97):
+        check_kernels(kernels, Case(rows=(rows,), d=64, r=24, dtype=torch.bfloat16, norm="both"))
+
+
+def test_row_dimensions(kernels: Any) -> None:
+    """Rows whose strides merge into one, two or three dimensions, or into none the kernels take."""
+    case = Case(rows=(2, 3, 4, 5), d=40, r=12)
+    tensors = inputs(case)
+    expected = call(kernels, case, tensors)
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 2, 3), (2, 0, 3, 1)):
+        back = tuple(order.index(i) for i in range(4))
+        for name in ("x", "cotangent"):
+            permuted = tensors[name].permute(*order, 4).contiguous().permute(*back, 4)
+            out = call(kernels, case, {**tensors, name: permuted})
+            for key in expected:
+                assert torch.allclose(out[key], expected[key], rtol=1e-5, atol=1e-5), (order, key)
+
+
+def test_outputs_in_slices(kernels: Any) -> None:
+    """The _out ops write the slices they are given and nothing beside them."""
+    case = Case(rows=(5, 7), d=72, r=20, scale="channel", norm="both")
+    tensors = inputs(case)
+    expected = call(kernels, case, tensors)
+    parameters = [tensors.get(name) for name in PARAMETERS]
+    x, cotangent = tensors["x"], tensors["cotangent"]
+    options = (None, 1.0, 1e-5, 0.0, ACTIVATION_CODES[case.activation], True)
+    wide = torch.full((5, 12, 72), 123.0)
+    y, z, stats = wide[:, 2:9], torch.empty(35, 20), torch.empty(35, 2)
+    kernels.bottleneck_forward_out(y, z, stats, x, None, *parameters, *options)
+    assert torch.equal(y, expected["y"])
+    assert (wide[:, :2] == 123).all() and (wide[:, 9:] == 123).all()
+    d_wide = torch.full((5, 12, 72), 123.0)
+    dx, d_up_weight = d_wide[:, 2:9], torch.empty(72, 20)
+    gradients = (dx, None, None, d_up_weight, None, None, None, None)
+    kernels.bottleneck_backward_out(*gradients, cotangent, x, z, stats, *parameters, *options)
+    assert torch.equal(dx, expected["d_x"])
+    # Slices are cut into other tiles, whose sums are added up in another order.
+    gold, bases = reference_pair(case, tensors)
+    check(d_up_weight, gold["d_up_weight"], bases["d_up_weight"], "d_up_weight")
+    assert (d_wide[:, :2] == 123).all() and (d_wide[:, 9:] == 123).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads(isa: str, kernels: Any) -> None:
+    """Equal bits from run to run; more threads change no more than the rule allows."""
+    choose(isa)
+    case = Case(rows=(1000,), d=256, r=40, dtype=torch.bfloat16, dropout=0.1, scale="channel")
+    tensors = inputs(case)
+    gold, bases = reference_pair(case, tensors)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, again = call(kernels, case, tensors), call(kernels, case, tensors)
+            for name in gold:
+                assert torch.equal(out[name], again[name]), f"{threads} threads: {name}"
+                check(out[name], gold[name], bases[name], f"{threads} threads: {name}")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_activations_over_their_range(isa: str, kernels: Any) -> None:
+    """Values and derivatives from saturation to saturation: with weights of 1, z is x."""
+    choose(isa)
+    x = torch.cat([torch.linspace(-12, 12, 2000), torch.tensor([-1e4, -90.0, -0.0, 90.0, 1e4])])
+    x = x.reshape(1, -1).T.contiguous()
+    one = torch.ones(1, 1)
+    for name, code in ACTIVATION_CODES.items():
+        case = Case(rows=(x.shape[0],), d=1, r=1, activation=name, residual="none", scale="number")
+        case = replace(case, down_bias=False, up_bias=False)
+        tensors = {"x": x, "down_weight": one, "up_weight": one, "cotangent": torch.ones_like(x)}
+        gold, bases = reference_pair(case, tensors)
+        parameters = [tensors.get(p) for p in PARAMETERS]
+        options = (None, 0.6, 1e-5, 0.0, code, False)
+        y, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
+        dx = kernels.bottleneck_backward(torch.ones_like(x), x, z, stats, *parameters, *options, 1)
+        small = x.abs() < 20
+        check(y[small], gold["y"][small], [b[small] for b in bases["y"]], f"{name} y")
+        check(dx[0][small], gold["d_x"][small], [b[small] for b in bases["d_x"]], f"{name} dx")
+        assert torch.isfinite(y).all() and torch.isfinite(dx[0]).all(), name
+
+
+def test_unwanted_results_are_empty(kernels: Any) -> None:
+    case = Case()
+    tensors = inputs(case)
+    parameters = [tensors.get(name) for name in PARAMETERS]
+    options = (None, 1.0, 1e-5, 0.0, 1, True)
+    y, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, False)
+    assert y.shape == tensors["x"].shape and z.shape == stats.shape == (0,)
+    _, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, True)
+    assert z.shape == (math.prod(case.rows), case.r)
+    for i in range(5):
+        gradients = kernels.bottleneck_backward(
+            tensors["cotangent"], tensors["x"], z, stats, *parameters, *options, 1 << i
+        )
+        assert [g.numel() > 0 for g in gradients] == [i == j for j in range(8)]
+
+
+def test_memory_safety(kernels: Any) -> None:
+    """What would read or write out of bounds is refused, whoever calls."""
+    tensors = inputs(Case(rows=(6,), d=16, r=4))
+    x, options = tensors["x"], (None, 1.0, 1e-5, 0.0, 1, True)
+
+    def forward(x: Tensor = x, **changed: Tensor) -> None:
+        parameters = [{**tensors, **changed}.get(name) for name in PARAMETERS]
+        kernels.bottleneck_forward(x, None, *parameters, *options, True)
+
+    forward()
+    for name in ("down_weight", "up_weight", "down_bias", "up_bias"):
+        with pytest.raises(RuntimeError, match=name):
+            forward(**{name: tensors[name][..., :-1].contiguous()})
+        with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+            forward(**{name: tensors[name].double()})
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        forward(x.double())
+    parameters = [tensors.get(name) for name in PARAMETERS]
+    _, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
+    for dy, saved in ((x[:-1], z), (x, z[:-1]), (x, z.bfloat16()), (x.bfloat16(), z)):
+        with pytest.raises(RuntimeError, match=r"dy|z"):
+            kernels.bottleneck_backward(dy, x, saved, stats, *parameters, *options, 255)
+
+
+def test_large_outputs(kernels: Any) -> None:
+    """Outputs larger than the caches are written another way; the bits must be the same."""
+    case = Case(rows=(11_000,), d=784, r=8)
+    tensors = inputs(case)
+    whole = call(kernels, case, tensors)
+    for part in (slice(0, 5000), slice(5000, None)):
+        rows = {name: tensors[name][part] for name in ("x", "cotangent")}
+        out = call(kernels, case, {**tensors, **rows})
+        for name in ("y", "d_x"):
+            assert torch.equal(whole[name][part], out[name]), name

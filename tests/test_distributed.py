@@ -1,0 +1,80 @@
+"""DDP and FSDP2 on two gloo processes: the adapters train as they do in one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from compare import DRAWS, check, last_bit
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastadapters
+from fastadapters import backends
+from fastadapters.modules import BottleneckAdapter
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
+STEPS, BATCH, D = 3, 8, 24
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        BottleneckAdapter(D, 5, init="bert", layernorm="in", scale="learnable"),
+        nn.Linear(D, D),
+        BottleneckAdapter(D, 7, init="houlsby", activation="gelu"),
+    )
+
+
+def train(model: nn.Module, batches: Tensor) -> list[Tensor]:
+    """The parameters after a few steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for x in batches:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def worker(rank: int, port: int, kind: str, backend: str, path: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = build()
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(1))
+    with fastadapters.backend(backend):
+        parameters = train(model, batches.chunk(2, dim=1)[rank])
+    if rank == 0:
+        torch.save(parameters, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(kind: str, backend: str, tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    path = str(tmp_path / "parameters.pt")
+    torch.multiprocessing.spawn(worker, (port, kind, backend, path), nprocs=2)
+    batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(1))
+    with fastadapters.backend("reference"):
+        gold = train(build().double(), batches.double())
+        bases = [train(build(), last_bit(batches, draw)) for draw in range(DRAWS)]
+    for i, (out, want, *base) in enumerate(zip(torch.load(path), gold, *bases, strict=True)):
+        check(out, want, base, f"parameter {i}")

@@ -1,0 +1,68 @@
+"""The test hooks, and what only they reach: the switch of instruction sets, Philox in C++."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hooks import NAMESPACE, load
+
+from fastadapters.reference import philox
+
+
+def test_instruction_sets_are_switched():
+    hooks = load()
+    before = hooks.cpu_isa()
+    names = hooks.cpu_isas()
+    assert names[-1] == "portable"
+    assert before in names
+    try:
+        for name in names:
+            hooks.set_cpu_isa(name)
+            assert hooks.cpu_isa() == name
+        with pytest.raises(ValueError, match=r"^name: expected one of .*portable, got sse9$"):
+            hooks.set_cpu_isa("sse9")
+        assert hooks.cpu_isa() == "portable"
+    finally:
+        hooks.set_cpu_isa(before)
+
+
+def test_cpu_of_the_hooks_is_that_of_this_machine():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    names = load().cpu_isas()
+    assert ("avx512" in names) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= {*flags})
+    assert ("avx2" in names) == ({"avx2", "fma", "f16c"} <= {*flags})
+
+
+@pytest.mark.parametrize("seed", [(0, 0), (2**63 - 1, 5), (-1, -(2**63)), (81985529216486895, 77)])
+def test_philox_stream(seed):
+    rows, groups = 5, 7
+    expected = philox.random_bits(torch.tensor(seed), rows, 4 * groups).reshape(-1, 4)
+    key, offset = (s % 2**64 for s in seed)
+    stream = load().philox(key, offset, 0, rows * groups)
+    assert stream.dtype == np.uint32
+    assert torch.equal(torch.from_numpy(stream.astype(np.int64)), expected)
+    assert np.array_equal(load().philox(key, offset, 3, 2), stream[3:5])
+    # The counter is 64-bit: past 2^32 blocks the stream does not start over.
+    assert not np.array_equal(load().philox(key, offset, 2**32, 1), stream[:1])
+
+
+def test_ops_are_a_copy_of_their_own():
+    load()
+    for name in ("bottleneck_forward", "bottleneck_backward_out"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    x, down, up = torch.randn(5, 16), torch.randn(4, 16), torch.randn(16, 4)
+    options = (None,) * 3 + (1.0, 1e-5, 0.0, 1, True, True)
+    y, z, _ = torch.ops.fastadapters_hooks.bottleneck_forward(
+        x, None, down, None, up, None, None, *options
+    )
+    torch.testing.assert_close(z, x @ down.T)
+    torch.testing.assert_close(y, x + torch.relu(z) @ up.T)
+
+
+def test_build_facts():
+    build = load().build()
+    assert build.keys() == {"compiler", "standard", "pybind11"}
+    assert build["standard"] >= 201703

@@ -1,0 +1,91 @@
+"""`functional.multiway_bottleneck` against two separate bottlenecks of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from bottleneck_cases import DTYPES
+from compare import DRAWS, check, last_bit
+from torch import Tensor
+
+import fastadapters
+from fastadapters import backends
+from fastadapters.functional import BottleneckParameters, bottleneck, multiway_bottleneck
+
+BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
+B, T, D = 3, 41, 72
+
+
+def sample(dtype: torch.dtype, widths: tuple[int, int]) -> Iterator[Tensor]:
+    gen = torch.Generator().manual_seed(11)
+    yield torch.randn(B, T, D, generator=gen).to(dtype)
+    yield torch.randn(B, T, D, generator=gen).to(dtype)
+    for r in widths:
+        for shape, gain in (
+            ((r, D), D**-0.5), ((D, r), r**-0.5), ((r,), 0.5), ((D,), 0.5), ((1,), 1.0),
+            ((D,), 1.0), ((D,), 0.3),
+        ):  # fmt: skip
+            yield (torch.randn(*shape, generator=gen) * gain).to(dtype)
+
+
+def run(tensors: list[Tensor], split: int, residual: str, dropout: float, name: str, op: bool):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    x, other = leaves[:2]
+    sides = [BottleneckParameters(*leaves[2 + 7 * i : 9 + 7 * i]) for i in (0, 1)]
+    options = {"activation": "gelu", "dropout": dropout, "training": True}
+    torch.manual_seed(5)
+    with fastadapters.backend(name):
+        if op:
+            res = {"x": x, "other": other, "none": None}[residual]
+            y = multiway_bottleneck(x, split, *sides, residual=res, **options)
+        else:
+            halves = []
+            for part, side in zip((slice(0, split), slice(split, T)), sides, strict=True):
+                xs = x[:, part]
+                res = {"x": xs, "other": other[:, part], "none": None}[residual]
+                halves.append(bottleneck(xs, **side._asdict(), residual=res, **options))
+            y = torch.cat(halves, dim=1)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+        grads = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    return [y.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [1, 17, 40])
+@pytest.mark.parametrize(("residual", "dropout"), [("x", 0.0), ("other", 0.2), ("none", 0.2)])
+def test_is_two_bottlenecks(name, dtype, split, residual, dropout) -> None:
+    tensors = list(sample(dtype, (16, 24)))
+    gold = run([t.double() for t in tensors], split, residual, dropout, "reference", op=False)
+    bases = [
+        run([last_bit(t, draw) for t in tensors], split, residual, dropout, "reference", op=False)
+        for draw in range(DRAWS)
+    ]
+    out = run(tensors, split, residual, dropout, name, op=True)
+    assert len(out) == len(gold)
+    for i, (o, g, *b) in enumerate(zip(out, gold, *bases, strict=True)):
+        check(o, g, b, f"tensor {i}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("split", "side"), [(-1, 0), (T, 0), (0, 1)])
+def test_one_modality_alone(name: str, split: int, side: int) -> None:
+    x, _, *rest = sample(torch.float32, (16, 24))
+    sides = [BottleneckParameters(*rest[7 * i : 7 * i + 7]) for i in (0, 1)]
+    with fastadapters.backend(name):
+        y = multiway_bottleneck(x, split, *sides)
+        assert torch.equal(y, bottleneck(x, **sides[side]._asdict()))
+
+
+@pytest.mark.parametrize("split", [-2, T + 1])
+def test_bad_split(split: int) -> None:
+    x, _, *rest = sample(torch.float32, (16, 24))
+    sides = [BottleneckParameters(*rest[7 * i : 7 * i + 7]) for i in (0, 1)]
+    with pytest.raises(ValueError, match=rf"split: expected -1 <= split <= T = {T}, got {split}"):
+        multiway_bottleneck(x, split, *sides)
+    with pytest.raises(ValueError, match=r"x: expected a tensor \[\.\.\., T, D\], got \[72\]"):
+        multiway_bottleneck(x[0, 0], 0, *sides)
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        multiway_bottleneck(None, 0, *sides)  # type: ignore[arg-type]

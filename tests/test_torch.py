@@ -1,0 +1,306 @@
+"""The ops inside PyTorch: opcheck, compile, export, autocast, checkpoint, double backward."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bottleneck_cases import Case, inputs, option_cases
+from compare import DRAWS, check, last_bit
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fastadapters
+from fastadapters import backends, functional
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
+
+BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
+needs_library = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
+ops = torch.ops.fastadapters
+
+
+def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
+    """The positional arguments of bottleneck_forward up to ``add_x``, for a sample."""
+    tensors = inputs(case)
+    for name, t in tensors.items():
+        tensors[name] = t.detach().requires_grad_(requires_grad and name != "cotangent")
+    seed = torch.tensor([1, 2]) if case.dropout > 0 else None
+    return (
+        tensors["x"] if case.layout != "strided" else tensors["x"].contiguous(),
+        None if "residual" not in tensors else tensors["residual"].contiguous(),
+        *(tensors.get(name) for name in PARAMETERS),
+        seed,
+        0.6 if case.scale == "number" else 1.0,
+        1e-5,
+        case.dropout,
+        ACTIVATION_CODES[case.activation],
+        case.residual == "x",
+    )
+
+
+SAMPLES = option_cases(rows=(2, 9), d=20, r=6)
+
+
+@needs_library
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_forward(case: Case) -> None:
+    torch.library.opcheck(ops.bottleneck_forward.default, (*op_arguments(case, True), True))
+    torch.library.opcheck(ops.bottleneck_forward.default, (*op_arguments(case, False), False))
+
+
+@needs_library
+@pytest.mark.parametrize("needs", [0b11111111, 0b1, 0b1010])
+@pytest.mark.parametrize("case", SAMPLES, ids=str)
+def test_opcheck_backward(case: Case, needs: int) -> None:
+    x, residual, *rest = op_arguments(case, False)
+    y, z, stats = ops.bottleneck_forward(x, residual, *rest, True)
+    torch.library.opcheck(
+        ops.bottleneck_backward.default, (torch.randn_like(y), x, z, stats, *rest, needs)
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("case", SAMPLES[:3], ids=str)
+def test_opcheck_out(case: Case) -> None:
+    x, residual, *rest = op_arguments(case, False)
+    y, z, stats = ops.bottleneck_forward(x, residual, *rest, True)
+    saved = (z, stats if stats.numel() else None)
+    torch.library.opcheck(ops.bottleneck_forward_out.default, (y, *saved, x, residual, *rest))
+    gradients = [torch.empty_like(x)] + [
+        t if t is None else torch.empty_like(t) for t in rest[: len(PARAMETERS)]
+    ]
+    torch.library.opcheck(
+        ops.bottleneck_backward_out.default, (*gradients, torch.randn_like(y), x, *saved, *rest)
+    )
+
+
+@needs_library
+def test_opcheck_multiway() -> None:
+    x, _, *first = op_arguments(Case(rows=(2, 9), d=20, r=6, norm="both", scale="channel"), True)
+    _, _, *second = op_arguments(Case(rows=(2, 9), d=20, r=10, up_bias=False), True)
+    n = len(PARAMETERS) + 2
+    rest = (4, *first[:n], *second[:n], *first[n:])
+    torch.library.opcheck(ops.multiway_forward.default, (x, None, *rest, True))
+    with torch.no_grad():
+        y, *saved = ops.multiway_forward(x, None, *rest, True)
+    rest = tuple(t.detach() if isinstance(t, Tensor) else t for t in rest)
+    torch.library.opcheck(
+        ops.multiway_backward.default,
+        (torch.randn_like(y), x.detach(), *saved, *rest, (1 << 15) - 1),
+    )
+
+
+@needs_library
+def test_a_forward_that_saved_nothing_cannot_train() -> None:
+    with pytest.raises(RuntimeError, match="save=True is needed for gradients"):
+        ops.bottleneck_forward(*op_arguments(SAMPLES[0], True), False)
+
+
+class Adapter(nn.Module):
+    """A bottleneck with every parameter, called through the functional interface."""
+
+    def __init__(self, d: int = 32, r: int = 8, **options: Any) -> None:
+        super().__init__()
+        gen = torch.Generator().manual_seed(0)
+        shapes = {
+            "down_weight": (r, d), "up_weight": (d, r), "down_bias": (r,), "up_bias": (d,),
+            "norm_weight": (d,), "norm_bias": (d,), "scale": (1,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            t = torch.randn(*shape, generator=gen) * (0.3 if len(shape) == 2 else 1.0)
+            self.register_parameter(name, nn.Parameter(t))
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.bottleneck(
+            x, **dict(self.named_parameters()), residual=x, training=True, **self.options
+        )
+
+
+def gradients(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """y, dx and every parameter's gradient for a fixed cotangent."""
+    x = x.detach().requires_grad_()
+    y = call(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+def check_like_reference(module: nn.Module, x: Tensor, got: list[Tensor]) -> None:
+    """``got`` = [y, dx, parameter gradients ...] of a float32 module, under the tolerance rule."""
+    with fastadapters.backend("reference"):
+        bases = []
+        for draw in range(DRAWS):
+            varied = copy.deepcopy(module)
+            for p in varied.parameters():
+                p.data = last_bit(p.data, draw)
+            bases.append(gradients(varied, x, varied))
+        double = copy.deepcopy(module).double()
+        gold = gradients(double, x.double(), double)
+    for i, (out, want, *base) in enumerate(zip(got, gold, *bases, strict=True)):
+        check(out, want, base, f"tensor {i}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compile_fullgraph_over_batch_sizes(name: str) -> None:
+    torch._dynamo.reset()
+    module = Adapter(activation="gelu")
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    gen = torch.Generator().manual_seed(0)
+    for batch in (5, 8, 3, 16, 2):
+        x = torch.randn(batch, 7, 32, generator=gen)
+        with fastadapters.backend(name):
+            got = gradients(module, x, compiled)
+        check_like_reference(module, x, got)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compile_with_dropout_and_autocast(name: str) -> None:
+    torch._dynamo.reset()
+    module = Adapter(dropout=0.5)
+    compiled = torch.compile(module, fullgraph=True)
+    x = torch.randn(6, 32)
+    with fastadapters.backend(name), torch.autocast("cpu", torch.bfloat16):
+        y, *grads = gradients(module, x, compiled)
+    assert y.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_export(name: str) -> None:
+    module = Adapter(activation="silu")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with fastadapters.backend(name), torch.no_grad():
+        program = torch.export.export(
+            module, (torch.randn(4, 7, 32),), dynamic_shapes={"x": {0: batch}}
+        )
+        x = torch.randn(11, 7, 32)
+        assert torch.equal(program.module()(x), module(x))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert ("fastadapters.bottleneck_forward.default" in targets) == (name == "cpu")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
+    module = Adapter()
+    x = torch.randn(50, 32, dtype=dtype)
+    if dtype == torch.float64:
+        with torch.autocast("cpu", autocast):
+            assert module(x).dtype == torch.float64
+        return
+
+    def under(backend: str, draw: int = 0) -> list[Tensor]:
+        varied = Adapter()
+        for p in varied.parameters():
+            p.data = last_bit(p.data.to(autocast), draw).float()
+        with fastadapters.backend(backend), torch.autocast("cpu", autocast):
+            return gradients(varied, x, varied)
+
+    gold_module = Adapter()
+    for p in gold_module.parameters():
+        p.data = p.data.to(autocast).double()
+    with fastadapters.backend("reference"):
+        gold = gradients(gold_module, x.to(autocast).double(), gold_module)
+    bases = [under("reference", draw) for draw in range(DRAWS)]
+    for i, (out, want, *base) in enumerate(zip(under(name), gold, *bases, strict=True)):
+        assert out.dtype == (autocast if i == 0 else dtype if i == 1 else torch.float32)
+        check(out, want, base, f"tensor {i}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint_regenerates_dropout(name: str, use_reentrant: bool) -> None:
+    module = Adapter(dropout=0.5)
+    x = torch.randn(40, 32)
+    with fastadapters.backend(name):
+
+        def plain(x: Tensor) -> Tensor:
+            return module(x)
+
+        def again(x: Tensor) -> Tensor:
+            return checkpoint(module, x, use_reentrant=use_reentrant)
+
+        results = []
+        for call in (plain, again):
+            torch.manual_seed(4)
+            leaf = x.detach().requires_grad_()
+            call(leaf).square().sum().backward()
+            results.append([leaf.grad, *(p.grad for p in module.parameters())])
+            module.zero_grad()
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@needs_library
+def test_double_backward_raises_when_fused() -> None:
+    module, x = Adapter(), torch.randn(5, 32, requires_grad=True)
+    with fastadapters.backend("cpu"):
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        dx.sum().backward()
+    with fastadapters.backend("reference"):
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    dx.sum().backward()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_inference_mode(name: str) -> None:
+    module, x = Adapter(), torch.randn(5, 32)
+    with fastadapters.backend(name):
+        with torch.inference_mode():
+            y = module(x)
+        assert torch.equal(y, module(x))
+
+
+def peak_allocation(fn: Callable[[], Any]) -> int:
+    """The most bytes that ``fn`` held at once through PyTorch's CPU allocator."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fn()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory(dtype: torch.dtype) -> None:
+    """One [M, D] tensor forward (y), two in a training step (y and dx), and what [M, r] takes."""
+    m, d, r = 8192, 256, 8
+    x = torch.randn(m, d, dtype=dtype, requires_grad=True)
+    wd = torch.randn(r, d, requires_grad=True)
+    wu = torch.randn(d, r, requires_grad=True)
+    tensor = x.numel() * x.element_size()
+    small = 2 * m * r * x.element_size() + 16 * d * r * 4 * torch.get_num_threads()
+
+    def forward() -> Tensor:
+        return functional.bottleneck(x, wd, wu, residual=x)
+
+    dy = torch.randn_like(x)
+    torch.use_deterministic_algorithms(False)
+    with fastadapters.backend("cpu"):
+        with torch.no_grad():
+            forward()
+            assert tensor <= peak_allocation(forward) <= tensor + small
+        step = peak_allocation(lambda: torch.autograd.grad(forward(), (x, wd, wu), dy))
+    assert 2 * tensor <= step <= 2 * tensor + small
+
+
+def test_import_touches_neither_triton_nor_cuda() -> None:
+    code = (
+        "import sys, torch, fastadapters; "
+        "assert not any(m.split('.')[0] == 'triton' for m in sys.modules), 'triton'; "
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

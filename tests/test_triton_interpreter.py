@@ -1,0 +1,94 @@
+"""The Triton kernels in Triton's interpreter, through the op: what they compute.
+
+The interpreter has to be chosen before Triton is imported, so these tests run in a process of their
+own, which the first one starts. It gets bfloat16 wrong; tests/gpu has every dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import bottleneck_cases
+import pytest
+import test_multiway
+import torch
+from bottleneck_cases import Case, option_cases, shape_cases
+from compare import DRAWS, check, last_bit
+
+from fastadapters import backends
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
+def test_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the backend take CPU tensors, and cut them into few programs, as suits it."""
+    from fastadapters.kernels import bottleneck
+
+    monkeypatch.setattr(backends, "_why_not", lambda name, op, x: None)
+    monkeypatch.setattr(bottleneck, "tile", lambda *key: bottleneck.Tile(64, 128, 4, 1))
+    monkeypatch.setattr(bottleneck, "REDUCE_BLOCK_D", 128)
+    monkeypatch.setattr(bottleneck, "NORM_BLOCK_R", 16)
+
+
+# With relu a rounding can turn the gradient of an element on or off, which no tolerance covers.
+CASES = [
+    *option_cases(dtype=torch.float32),
+    *option_cases(dtype=torch.float16),
+    *(replace(case, activation="silu") for case in shape_cases(dtype=torch.float32)),
+    Case(rows=(70,), d=100, r=300, activation="gelu", norm="both", dropout=0.3),
+    Case(rows=(100,), d=40, r=300, dtype=torch.float16, activation="gelu", scale="channel"),
+    Case(rows=(50,), dtype=torch.float16, param_dtype=torch.float32, norm="both"),
+    Case(rows=(2, 3, 2, 7), layout="transposed", cotangent="expanded"),
+]
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_reference(case: Case) -> None:
+    bottleneck_cases.check_backend(case, "triton")
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_large_mean_does_not_cancel() -> None:
+    """LayerNorm of rows whose mean is 100 deviations."""
+    case = Case(rows=(40,), d=200, r=16, norm="both", activation="gelu", residual="none")
+    tensors = bottleneck_cases.inputs(case)
+    tensors["x"] = tensors["x"] + 100.0
+    gold, bases = bottleneck_cases.reference_pair(case, tensors)
+    out = bottleneck_cases.run(case, tensors, "triton")
+    for name in gold:
+        check(out[name], gold[name], bases[name], name)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_two_adapters_share_one_output() -> None:
+    tensors = list(test_multiway.sample(torch.float32, (16, 24)))
+    arguments = {"split": 17, "residual": "x", "dropout": 0.2}
+    run = test_multiway.run
+    gold = run([t.double() for t in tensors], **arguments, name="reference", op=False)
+    bases = [
+        run([last_bit(t, draw) for t in tensors], **arguments, name="reference", op=False)
+        for draw in range(DRAWS)
+    ]
+    out = run(tensors, **arguments, name="triton", op=True)
+    for i, (o, g, *b) in enumerate(zip(out, gold, *bases, strict=True)):
+        check(o, g, b, f"tensor {i}")
