@@ -56,10 +56,10 @@ format: setup ## Fix the style
 test: lint test-main test-gpu ## Everything but the sanitizers
 
 test-main: setup hooks
-	pytest tests --ignore tests/gpu
+	pytest -n 2 tests --ignore tests/gpu
 
 test-gpu: setup
-	pytest tests/gpu
+	pytest -n 2 tests/gpu
 
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
 	for kind in address,undefined thread; do \

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from compare import DRAWS, check, last_bit
+from compare import check_all, last_bit
 from torch import Tensor
 
 import fastadapters
@@ -174,32 +175,24 @@ def run(
 
 
 def reference_pair(
-    case: Case, tensors: dict[str, Tensor], **kwargs: object
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """(gold, bases): the reference in float64 and in the compute dtype, on the rounded inputs.
+    case: Case, tensors: dict[str, Tensor], **kwargs: Any
+) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """(gold, base) of a draw: the reference in float64 and in the compute dtype, as `compare`'s."""
 
-    The bases are several where few roundings decide.
-    """
-    rounded = {name: t.to(case.dtype).double() for name, t in tensors.items()}
-    gold = run(case, rounded, "reference", **kwargs)  # type: ignore[arg-type]
-    m = torch.Size(case.rows).numel()
-    few = case.scale == "learnable" or case.cotangent == "expanded" or min(m, case.r, case.d) < 48
-    bases: dict[str, list[Tensor]] = {name: [] for name in gold}
-    for draw in range(DRAWS if few else 1):
-        varied = {name: last_bit(t, draw) for name, t in tensors.items()}
-        for name, t in run(case, varied, "reference", **kwargs).items():  # type: ignore[arg-type]
-            bases[name].append(t)
-    return gold, bases
+    def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        moved = {name: last_bit(t, draw) for name, t in tensors.items()}
+        rounded = {name: t.to(case.dtype).double() for name, t in moved.items()}
+        return run(case, rounded, "reference", **kwargs), run(case, moved, "reference", **kwargs)
+
+    return pair
 
 
-def check_backend(case: Case, backend: str, seed: int = 0) -> None:
-    """Outputs and all gradients of ``backend`` under the tolerance rule; inputs untouched."""
+def check_backend(case: Case, backend: str, seed: int = 0) -> dict[str, Tensor]:
+    """Outputs and all gradients of ``backend``, under the tolerance rule; inputs untouched."""
     tensors = inputs(case, seed)
     before = {name: t.clone() for name, t in tensors.items()}
-    gold, bases = reference_pair(case, tensors)
     out = run(case, tensors, backend)
-    assert out.keys() == gold.keys()
-    for name in gold:
-        check(out[name], gold[name], bases[name], f"{case} {name}")
+    check_all(out, reference_pair(case, tensors), str(case))
     for name, t in tensors.items():
         assert torch.equal(t, before[name]), f"{case}: {name} was written to"
+    return out

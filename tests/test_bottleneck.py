@@ -14,7 +14,7 @@ from bottleneck_cases import (
     run,
     shape_cases,
 )
-from compare import check
+from compare import check_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,11 @@ cases = st.builds(
     norm=st.sampled_from(("none", "weight", "both")),
     dropout=st.sampled_from((0.0, 0.1, 0.5)),
     layout=st.sampled_from(("contiguous", "slice", "transposed", "strided")),
-).filter(lambda case: torch.Size(case.rows).numel() <= 2000)
+).filter(
+    # The norm of one or two channels is a constant: its gradient is 0, and all that is computed is
+    # a rounding error times 1 / sqrt(eps). `shape_cases` has one channel.
+    lambda case: torch.Size(case.rows).numel() <= 2000 and (case.norm == "none" or case.d > 2)
+)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -90,11 +94,9 @@ def test_only_the_gradients_asked_for(wanted: list[str], residual: str, backend:
     case = Case(norm="both", scale="learnable", residual=residual)
     tensors = inputs(case)
     needs = {name for name in wanted if name in tensors}
-    gold, base = reference_pair(case, tensors, needs=needs.__contains__)
     out = run(case, tensors, backend, needs=needs.__contains__)
-    assert out.keys() == gold.keys() == {"y", *(f"d_{name}" for name in needs)}
-    for name in gold:
-        check(out[name], gold[name], base[name], name)
+    assert out.keys() == {"y", *(f"d_{name}" for name in needs)}
+    check_all(out, reference_pair(case, tensors, needs=needs.__contains__))
 
 
 def test_large_mean_under_layernorm(backend: str) -> None:
@@ -102,10 +104,7 @@ def test_large_mean_under_layernorm(backend: str) -> None:
     case = Case(norm="both", residual="none")
     tensors = inputs(case)
     tensors["x"] = tensors["x"] + 100.0
-    gold, base = reference_pair(case, tensors)
-    out = run(case, tensors, backend)
-    for name in gold:
-        check(out[name], gold[name], base[name], name)
+    check_all(run(case, tensors, backend), reference_pair(case, tensors))
 
 
 def test_equal_bits_from_run_to_run(backend: str) -> None:

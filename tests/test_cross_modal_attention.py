@@ -297,9 +297,11 @@ def test_mixed_dtypes_and_autocast(backend: str) -> None:
         (torch.float64, torch.bfloat16, torch.float64),
     ):
         leaves = {
-            name: t.to(features if name in ("text", "image") else t.dtype).requires_grad_()
+            name: t.to(features if name in ("text", "image") else t.dtype, copy=True)
             for name, t in tensors.items()
         }
+        for t in leaves.values():
+            t.requires_grad_()
         with (
             fastadapters.backend(backend),
             torch.autocast("cpu", autocast, enabled=autocast is not None),

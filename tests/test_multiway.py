@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from bottleneck_cases import DTYPES
-from compare import DRAWS, check, last_bit
+from compare import check_all, last_bit, named
 from torch import Tensor
 
 import fastadapters
@@ -52,21 +53,27 @@ def run(tensors: list[Tensor], split: int, residual: str, dropout: float, name: 
     return [y.detach(), *(g for g in grads if g is not None)]
 
 
+def reference_pair(tensors: list[Tensor], *arguments: Any) -> Any:
+    """(gold, base) of a draw for `compare.check_all`: two bottlenecks of the reference."""
+
+    def pair(draw: int) -> list[dict[str, Tensor]]:
+        moved = [last_bit(t, draw) for t in tensors]
+        return [
+            named(run(ts, *arguments, "reference", op=False))
+            for ts in ([t.double() for t in moved], moved)
+        ]
+
+    return pair
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", [1, 17, 40])
 @pytest.mark.parametrize(("residual", "dropout"), [("x", 0.0), ("other", 0.2), ("none", 0.2)])
 def test_is_two_bottlenecks(name, dtype, split, residual, dropout) -> None:
     tensors = list(sample(dtype, (16, 24)))
-    gold = run([t.double() for t in tensors], split, residual, dropout, "reference", op=False)
-    bases = [
-        run([last_bit(t, draw) for t in tensors], split, residual, dropout, "reference", op=False)
-        for draw in range(DRAWS)
-    ]
     out = run(tensors, split, residual, dropout, name, op=True)
-    assert len(out) == len(gold)
-    for i, (o, g, *b) in enumerate(zip(out, gold, *bases, strict=True)):
-        check(o, g, b, f"tensor {i}")
+    check_all(named(out), reference_pair(tensors, split, residual, dropout))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

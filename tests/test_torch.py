@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bottleneck_cases import Case, inputs, option_cases
-from compare import DRAWS, check, last_bit
+from compare import check_all, last_bit, named
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -133,17 +133,16 @@ def gradients(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) ->
 
 def check_like_reference(module: nn.Module, x: Tensor, got: list[Tensor]) -> None:
     """``got`` = [y, dx, parameter gradients ...] of a float32 module, under the tolerance rule."""
-    with fastadapters.backend("reference"):
-        bases = []
-        for draw in range(DRAWS):
-            varied = copy.deepcopy(module)
-            for p in varied.parameters():
-                p.data = last_bit(p.data, draw)
-            bases.append(gradients(varied, x, varied))
-        double = copy.deepcopy(module).double()
-        gold = gradients(double, x.double(), double)
-    for i, (out, want, *base) in enumerate(zip(got, gold, *bases, strict=True)):
-        check(out, want, base, f"tensor {i}")
+
+    def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        base = copy.deepcopy(module)
+        for p in base.parameters():
+            p.data = last_bit(p.data, draw)
+        gold = copy.deepcopy(base).double()
+        with fastadapters.backend("reference"):
+            return named(gradients(gold, x.double(), gold)), named(gradients(base, x, base))
+
+    check_all(named(got), pair)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -198,22 +197,26 @@ def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
             assert module(x).dtype == torch.float64
         return
 
-    def under(backend: str, draw: int = 0) -> list[Tensor]:
-        varied = Adapter()
-        for p in varied.parameters():
+    def rounded(draw: int) -> nn.Module:
+        for p in (module := Adapter()).parameters():
             p.data = last_bit(p.data.to(autocast), draw).float()
-        with fastadapters.backend(backend), torch.autocast("cpu", autocast):
-            return gradients(varied, x, varied)
+        return module
 
-    gold_module = Adapter()
-    for p in gold_module.parameters():
-        p.data = p.data.to(autocast).double()
-    with fastadapters.backend("reference"):
-        gold = gradients(gold_module, x.to(autocast).double(), gold_module)
-    bases = [under("reference", draw) for draw in range(DRAWS)]
-    for i, (out, want, *base) in enumerate(zip(under(name), gold, *bases, strict=True)):
-        assert out.dtype == (autocast if i == 0 else dtype if i == 1 else torch.float32)
-        check(out, want, base, f"tensor {i}")
+    def under(backend: str, module: nn.Module) -> dict[str, Tensor]:
+        with fastadapters.backend(backend), torch.autocast("cpu", autocast):
+            return named(gradients(module, x, module))
+
+    def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        gold = rounded(draw).double()
+        with fastadapters.backend("reference"):
+            exact = named(gradients(gold, x.to(autocast).double(), gold))
+        return exact, under("reference", rounded(draw))
+
+    out = under(name, rounded(0))
+    y, dx, *parameters = out.values()
+    assert (y.dtype, dx.dtype) == (autocast, dtype)
+    assert {t.dtype for t in parameters} == {torch.float32}
+    check_all(out, pair)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

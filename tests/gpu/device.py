@@ -46,18 +46,17 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import hashlib
+import os
 import pathlib
 import re
 import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from machine import BUILD, HERE, Fault, Module, Report, compile_shared, library
+from machine import HERE, Fault, Module, Report, build, compile_shared, library
 
 MULTIPROCESSORS = 4
 TOOLS = "the CUDA toolkit (nvcc) is not on PATH"
@@ -327,15 +326,12 @@ _kernels: dict[str, dict[int, str]] = {}  # mangled name -> virtual architecture
 
 
 def _extract_ptx(path: pathlib.Path) -> None:
-    key = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    folder = BUILD / f"ptx-{path.stem}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            command = [str(cuobjdump()), "-xptx", "all", str(path.resolve())]
-            subprocess.run(command, cwd=temporary, check=True, capture_output=True)
-            shutil.copytree(temporary, folder, dirs_exist_ok=True)
-    for file in folder.glob("*.ptx"):
+    def make(folder: str) -> None:
+        os.makedirs(folder)
+        command = [str(cuobjdump()), "-xptx", "all", str(path.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+    for file in build(f"{path.stem}.ptx", [], [path], make).glob("*.ptx"):
         arch = int(re.search(r"\.sm_(\d+)", file.name).group(1))
         text = file.read_text()
         for name in re.findall(r"\.entry\s+([\w$]+)", text):
@@ -457,11 +453,8 @@ def cuda_library(
     ]
     for arch in archs:
         command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
-    key = hashlib.sha256("\0".join(command).encode())
-    for path in paths:
-        key.update(path.read_bytes())
-    target = BUILD / f"{paths[0].stem}-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*command, *map(str, paths), "-o", str(target)], check=True)
-    return load_cuda(target)
+
+    def make(target: str) -> None:
+        subprocess.run([*command, *map(str, paths), "-o", target], check=True)
+
+    return load_cuda(build(f"{paths[0].stem}.so", command, paths, make))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import platform
 import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -31,51 +34,52 @@ class Fault(Exception):
         self.kind = kind
 
 
+def build(
+    name: str, key: Sequence[str], inputs: Iterable[pathlib.Path], make: Callable[[str], None]
+) -> pathlib.Path:
+    """build/ptx_machine/<name> with a hash in it: what `make(path)` writes.
+
+    Made once for what goes into it (the key's strings, the inputs' contents), by one process.
+    """
+    digest = hashlib.sha256("\0".join([*key, torch.__version__]).encode())
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    stem, dot, suffix = name.rpartition(".")
+    target = BUILD / f"{stem}-{digest.hexdigest()[:16]}{dot}{suffix}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = target.with_name(f"new-{target.name}")
+            make(str(unfinished))
+            unfinished.rename(target)
+    return target
+
+
 def compile_shared(
     name: str, sources: list[pathlib.Path], flags: list[str], inputs: list[pathlib.Path]
 ) -> pathlib.Path:
-    """Compiles C++ sources to build/ptx_machine/<name>-<hash>.so, once for their content."""
+    """Compiles C++ sources, side by side, and links them to a library."""
     cpu = [
         line
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("flags")
     ][:1]
-    key = hashlib.sha256(
-        "\0".join([*flags, *cpu, platform.python_version(), torch.__version__]).encode()
-    )
-    for path in sorted(inputs):
-        key.update(path.read_bytes())
-    target = BUILD / f"{name}-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    BUILD.mkdir(parents=True, exist_ok=True)
-    objects = [BUILD / f"{s.stem}-{os.getpid()}.o" for s in sources]
     compile_flags = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))]
     link_flags = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
 
-    def compile_one(pair: tuple[pathlib.Path, pathlib.Path]) -> None:
-        command = [
-            "g++",
-            "-std=c++17",
-            "-fPIC",
-            *compile_flags,
-            "-c",
-            str(pair[0]),
-            "-o",
-            str(pair[1]),
-        ]
-        subprocess.run(command, check=True)
+    def make(target: str) -> None:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [f"{folder}/{source.stem}.o" for source in sources]
+            command = ["g++", "-std=c++17", "-fPIC", *compile_flags, "-c"]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, zip(sources, objects, strict=True)))
-    temporary = target.with_suffix(f".{os.getpid()}")
-    subprocess.run(
-        ["g++", "-shared", "-o", str(temporary), *map(str, objects), *link_flags], check=True
-    )
-    os.replace(temporary, target)
-    for o in objects:
-        o.unlink()
-    return target
+            def compile_one(source: pathlib.Path, to: str) -> None:
+                subprocess.run([*command, str(source), "-o", to], check=True)
+
+            list(pool.map(compile_one, sources, objects))
+            subprocess.run(["g++", "-shared", "-o", target, *objects, *link_flags], check=True)
+
+    return build(f"{name}.so", [*flags, *cpu, platform.python_version()], inputs, make)
 
 
 def _load_library() -> ctypes.CDLL:

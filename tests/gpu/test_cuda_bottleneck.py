@@ -16,7 +16,8 @@ import pytest
 import test_multiway
 import torch
 from bottleneck_cases import Case, check_backend, option_cases
-from compare import check
+from compare import check_all
+from schedules import check_schedules
 from torch import Tensor
 
 from fastadapters import backends, ops
@@ -64,8 +65,7 @@ LAYOUTS = [
 @ARCHITECTURES
 @pytest.mark.parametrize("case", [*OPTIONS, *SHAPES, *LAYOUTS], ids=str)
 def test_matches_reference(case: Case, arch: int) -> None:
-    with device.simulate(arch, seed=len(str(case))):
-        check_backend(case, "cuda")
+    check_schedules(case, "cuda", arch)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
@@ -74,11 +74,9 @@ def test_layer_norm_far_from_zero(dtype: torch.dtype) -> None:
     case = Case(rows=(70,), d=200, r=40, dtype=dtype, activation="gelu", norm="both")
     tensors = bottleneck_cases.inputs(case)
     tensors["x"] = (tensors["x"].float() + 20).to(dtype)
-    gold, bases = bottleneck_cases.reference_pair(case, tensors)
     with device.simulate(80):
         out = bottleneck_cases.run(case, tensors, "cuda")
-    for name in gold:
-        check(out[name], gold[name], bases[name], name)
+    check_all(out, bottleneck_cases.reference_pair(case, tensors))
 
 
 @pytest.mark.parametrize(("residual", "dropout"), [("x", 0.0), ("other", 0.2)])
@@ -130,14 +128,11 @@ def test_tf32(r: int, norm: str, tf32: None, monkeypatch: pytest.MonkeyPatch) ->
 
     case = Case(rows=(100,), d=160, r=r, activation="gelu", norm=norm)
     tensors = bottleneck_cases.inputs(case)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, "linear", rounded_linear)
-        gold, bases = bottleneck_cases.reference_pair(case, tensors)
     with device.simulate(80) as run:
         out = bottleneck_cases.run(case, tensors, "cuda")
     assert run.total("data_pass").count("mma.sync.aligned.m16n8k8") > 0
-    for name in gold:
-        check(out[name], gold[name], bases[name], name)
+    monkeypatch.setattr(torch.nn.functional, "linear", rounded_linear)
+    check_all(out, bottleneck_cases.reference_pair(case, tensors))
 
 
 def test_ieee_by_default() -> None:
@@ -157,10 +152,9 @@ def test_computes_only_what_is_asked(needs: str, arch: int) -> None:
     )
     tensors = bottleneck_cases.inputs(case)
     wanted = {"needs": lambda name: name == needs}
-    gold, bases = bottleneck_cases.reference_pair(case, tensors, **wanted)
     with device.simulate(arch) as run:
         out = bottleneck_cases.run(case, tensors, "cuda", **wanted)
-    check(out[f"d_{needs}"], gold[f"d_{needs}"], bases[f"d_{needs}"], needs)
+    check_all(out, bottleneck_cases.reference_pair(case, tensors, **wanted))
     weights = [r for r in run.launches if "weight_pass" in r.name]
     assert len(weights) == (needs != "x")
     assert all(r.grid[2] == 1 for r in weights)  # x^T dz or dy^T h, not both

@@ -8,8 +8,9 @@ import bottleneck_cases
 import device
 import pytest
 import torch
-from bottleneck_cases import Case, check_backend, option_cases
-from compare import check
+from bottleneck_cases import Case, option_cases
+from compare import check_all
+from schedules import check_schedules
 from torch import Tensor
 
 from fastadapters import backends
@@ -52,28 +53,25 @@ SHAPES = [
 
 @pytest.mark.parametrize("case", [*option_cases(dtype=BF16), *OTHERS], ids=str)
 def test_matches_reference(case: Case) -> None:
-    with device.simulate(80, seed=len(str(case))):
-        check_backend(case, "triton")
+    check_schedules(case, "triton", 80)
 
 
 # On Hopper the products differ, and what feeds them: LayerNorm, scales, layouts, chunks of r.
 @pytest.mark.parametrize("case", [*option_cases(dtype=BF16)[::3], *OTHERS], ids=str)
 def test_matches_reference_on_hopper(case: Case) -> None:
-    with device.simulate(90, seed=len(str(case))):
-        check_backend(case, "triton")
+    check_schedules(case, "triton", 90)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_ragged_shapes(case: Case) -> None:
-    with device.simulate(80):
-        check_backend(case, "triton")
+    check_schedules(case, "triton", 80)
 
 
 @ARCHITECTURES
 def test_tf32_where_the_precision_setting_allows_it(arch: int) -> None:
     case = Case(rows=(70,), d=96, r=32, residual="none")
     tensors = bottleneck_cases.inputs(case)
-    gold, _ = bottleneck_cases.reference_pair(case, tensors)
+    gold, _ = bottleneck_cases.reference_pair(case, tensors)(0)
     torch.set_float32_matmul_precision("high")
     try:
         with device.simulate(arch) as run:
@@ -139,12 +137,10 @@ def test_only_what_is_asked_for(wanted: str, ran: str) -> None:
     def needs(name: str) -> bool:
         return name in names
 
-    gold, bases = bottleneck_cases.reference_pair(case, tensors, needs=needs)
     with device.simulate(80) as run:
         out = bottleneck_cases.run(case, tensors, "triton", needs=needs)
-    assert out.keys() == gold.keys() == {"y", *(f"d_{name}" for name in names)}
-    for name in gold:
-        check(out[name], gold[name], bases[name], name)
+    assert out.keys() == {"y", *(f"d_{name}" for name in names)}
+    check_all(out, bottleneck_cases.reference_pair(case, tensors, needs=needs))
     launched = [report.name.strip("_").removesuffix("_kernel") for report in run.launches]
     assert launched == (ran.split() if names else ["norm", "forward"])
 

@@ -5,7 +5,9 @@ python tests/gpu/test_triton_compile.py    # writes docs/triton-resources.md
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,15 +111,32 @@ def compile_for(arch: str) -> list[Compiled]:
     return results
 
 
-def compile_for_all() -> dict[str, list[Compiled]]:
+def compile_for_all(architectures: Sequence[str]) -> list[list[Compiled]]:
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        results = pool.map(compile_for, ARCHITECTURES, chunksize=1)
-    return dict(zip(ARCHITECTURES, results, strict=True))
+        return pool.map(compile_for, architectures, chunksize=1)
 
 
-def table(compiled: dict[str, list[Compiled]]) -> str:
+def lines(arch: str, kernels: list[Compiled]) -> list[str]:
+    """The table's, of one architecture."""
+    found = []
+    for c in kernels:
+        r = c.resources
+        fit = ("", "")
+        if arch.startswith("sm_"):
+            o = occupancy(int(arch[3:]), registers=r.registers, shared=r.shared, threads=c.threads)
+            fit = (str(o.blocks), o.limit)
+        block = f"{c.meta.get('BLOCK_M', '')} x {c.meta['BLOCK_D']}"
+        cells = (
+            arch, c.kernel.strip("_").removesuffix("_kernel"), c.dtype, c.r, c.options, block,
+            c.threads // 32, c.meta.get("num_stages", ""), r.registers, r.shared, *fit,
+        )  # fmt: skip
+        found.append(f"| {' | '.join(map(str, cells))} |")
+    return found
+
+
+def table() -> str:
     """docs/triton-resources.md"""
-    lines = [
+    head = [
         "# What the Triton bottleneck kernels take",
         "",
         f"Compiled by Triton {triton.__version__} for x [256, 768]; r is the largest that runs the",
@@ -130,32 +149,14 @@ def table(compiled: dict[str, list[Compiled]]) -> str:
         " shared | programs | limit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for arch, kernels in compiled.items():
-        for c in kernels:
-            r = c.resources
-            fit = ("", "")
-            if arch.startswith("sm_"):
-                o = occupancy(
-                    int(arch[3:]), registers=r.registers, shared=r.shared, threads=c.threads
-                )
-                fit = (str(o.blocks), o.limit)
-            block = f"{c.meta.get('BLOCK_M', '')} x {c.meta['BLOCK_D']}"
-            cells = (
-                arch, c.kernel.strip("_").removesuffix("_kernel"), c.dtype, c.r, c.options, block,
-                c.threads // 32, c.meta.get("num_stages", ""), r.registers, r.shared, *fit,
-            )  # fmt: skip
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list[Compiled]]:
-    return compile_for_all()
+    rows = map(lines, ARCHITECTURES, compile_for_all(ARCHITECTURES))
+    return "\n".join([*head, *itertools.chain(*rows)]) + "\n"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tiles_fit(compiled: dict[str, list[Compiled]], arch: str) -> None:
-    kernels = compiled[arch]
+def test_tiles_fit(arch: str) -> None:
+    """Nothing spills, tensor cores multiply, and the table is current."""
+    (kernels,) = compile_for_all([arch])
     assert {c.kernel for c in kernels} >= {*PRODUCTS, "_norm_kernel", "_reduce_kernel"}
     for c in kernels:
         r = c.resources
@@ -165,14 +166,11 @@ def test_tiles_fit(compiled: dict[str, list[Compiled]], arch: str) -> None:
         on_matrix_cores = c.dtype == "bfloat16" or arch == "gfx942"
         if c.kernel in PRODUCTS:
             assert (MATRIX[arch] in r.matrix) == on_matrix_cores, c
-
-
-def test_the_table_is_current(compiled: dict[str, list[Compiled]]) -> None:
     text = TABLE.read_text()
-    if f"Triton {triton.__version__} " not in text:
-        pytest.skip("the table is of another version of Triton")
-    assert text == table(compiled), f"run python {__file__}"
+    if f"Triton {triton.__version__} " in text:  # another version compiles to something else
+        expected = [line for line in text.splitlines() if line.startswith(f"| {arch} ")]
+        assert lines(arch, kernels) == expected, f"run python {__file__}"
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table(compile_for_all()))
+    TABLE.write_text(table())
