@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu sanitize bench bench-full wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu sanitize sanitize-device bench bench-full wheel wheel-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
@@ -66,6 +66,13 @@ sanitize: setup ## Run the C++ kernel tests under the address, undefined and thr
 	  $(CMAKE) -S . -B build/sanitize-$$kind -DFASTADAPTERS_SANITIZE=$$kind && \
 	  cmake --build build/sanitize-$$kind --target test_bottleneck && \
 	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
+
+# The cache of PyTorch's allocator would hide what is out of bounds.
+sanitize-device: setup ## With a GPU: the CUDA kernels under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    python -m pytest tests/gpu/test_real_device.py -k "matches_reference and cuda" || exit 1; \
 	done
 
 # glibc returns large blocks to the system on every free, and each call pays for fresh pages. So

@@ -121,13 +121,11 @@ def measure(
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate, in turns, for about ``budget`` seconds altogether.
 
-    On a GPU each call starts with a cold L2 and is timed by events; clearing the cache keeps the
-    GPU busy while the host runs ahead.
+    The candidates are warm: each has been called before. On a GPU each call starts with a cold L2
+    and is timed by events; clearing the cache keeps the GPU busy while the host runs ahead.
     """
     clock = _cuda_clock() if device == "cuda" else _cpu_clock
     names = list(candidates)
-    for name in names:
-        clock(candidates[name], 1)
     samples: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     start = time.perf_counter()
@@ -164,14 +162,21 @@ def _cuda_clock() -> Callable[[Candidate, int], float]:
 
 
 def roofs(device: str, dtype: torch.dtype, nbytes: int) -> dict[str, tuple[Candidate, int]]:
-    """The two roofs as candidates: a copy that moves ``nbytes``, a GEMM; with bytes and FLOPs."""
+    """The roofs as candidates: a copy that moves ``nbytes``, GEMMs; with bytes and FLOPs.
+
+    A CPU without 16-bit products multiplies in float32, which may then be the faster GEMM.
+    """
     source, target = torch.ones(2, max(nbytes // 2, 1), dtype=torch.uint8, device=device)
     n = 8192 if device == "cuda" else 1024
-    a, b, c = torch.randn(3, n, n, device=device).to(dtype)
-    return {
-        "copy": (lambda: target.copy_(source), 2 * source.numel()),
-        "gemm": (lambda: torch.mm(a, b, out=c), 2 * n**3),
+    found: dict[str, tuple[Candidate, int]] = {
+        "copy": (lambda: target.copy_(source), 2 * source.numel())
     }
+    for kind in {dtype, torch.float32} if device == "cpu" else {dtype}:
+        a, b, c = torch.randn(3, n, n, device=device).to(kind)
+        found[f"gemm {kind}"] = (lambda a=a, b=b, c=c: torch.mm(a, b, out=c), 2 * n**3)
+    for fn, _ in found.values():
+        fn()
+    return found
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -211,7 +216,7 @@ def match(case: Case, cotangents: tuple[Tensor, ...] | None) -> str:
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         moved = {
-            n: last_bit(t.detach().cpu(), draw).to(t.device).requires_grad_(t.requires_grad)
+            n: last_bit(t.detach(), draw).requires_grad_(t.requires_grad)
             for n, t in case.inputs.items()
         }
         gold = evaluate(case.definition, moved, cotangents, torch.float64, *parts)
@@ -270,20 +275,15 @@ def run(
     if row.match != "yes":
         return row, []
 
-    functions = dict(case.candidates)
-    for label in COMPILE_MODES if full else ["compiled"]:
-        for name in ("reference", "eager"):
-            functions[f"{label} {name}"] = torch.compile(
-                case.candidates[name], dynamic=False, mode=COMPILE_MODES[label]
-            )
-    steps = {}
+    steps: dict[str, Candidate] = {}
+    peaks: dict[str, int] = {}
+    warm: dict[str, float] = {}
     skipped = dict(case.untrainable) if training else {}
-    functions = {name: fn for name, fn in functions.items() if name not in skipped}
     if case.reference_bytes > free_bytes(device):
-        for name in [name for name in functions if "reference" in name]:
-            del functions[name]
+        for name in ("reference", *(f"{label} reference" for label in COMPILE_MODES)):
             skipped[name] = f"needs about {case.reference_bytes / 2**30:.0f} GiB"
-    for name, fn in functions.items():
+
+    def take(name: str, fn: Callable[..., Outputs]) -> None:
         step = stepper(fn, case.inputs, cotangents)
         try:
             step()
@@ -291,22 +291,43 @@ def run(
             if name == "ours":
                 raise
             skipped[name] = str(error).strip().splitlines()[0]
-        else:
-            steps[name] = step
+            return
+        start = time.perf_counter()
+        peaks[name] = peak_bytes(step, device)
+        warm[name] = time.perf_counter() - start
+        steps[name] = step
+
+    for name, fn in case.candidates.items():
+        if name not in skipped:
+            take(name, fn)
+    compilable = [name for name in ("reference", "eager") if name in steps]
+    for label in COMPILE_MODES if full else ["compiled"]:
+        # torch.compile of the better one, unless there is time for both
+        for name in compilable if full else [min(compilable, key=warm.__getitem__)]:
+            if f"{label} {name}" not in skipped:
+                mode = COMPILE_MODES[label]
+                compiled = torch.compile(case.candidates[name], dynamic=False, mode=mode)
+                take(f"{label} {name}", compiled)
     moved = [cost.elements * dtype.itemsize for cost in case.costs]
     limits = roofs(device, dtype, moved[0])
-    samples = measure(steps | {n: fn for n, (fn, _) in limits.items()}, device, budget=budget)
+    samples = measure(
+        steps | {n: fn for n, (fn, _) in limits.items()},
+        device,
+        budget=budget,
+        min_rounds=5 if full else 3,
+    )
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     per_second = {name: amount / seconds.pop(name) for name, (_, amount) in limits.items()}
+    copied = per_second.pop("copy")
     phases = [
-        (n / per_second["copy"], cost.flops / per_second["gemm"])
+        (n / copied, cost.flops / max(per_second.values()))
         for n, cost in zip(moved, case.costs, strict=True)
     ]
     memory, compute = (sum(times) for times in zip(*phases, strict=True))
     row = row._replace(
         seconds=seconds,
         skipped=skipped,
-        peak_bytes={name: peak_bytes(step, device) for name, step in steps.items()},
+        peak_bytes=peaks,
         bytes=sum(moved),
         flops=sum(cost.flops for cost in case.costs),
         roof="memory" if memory > compute else "compute",

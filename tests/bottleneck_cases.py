@@ -101,7 +101,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a sample: ``x``, ``cotangent`` and whatever the options ask for."""
     gen = torch.Generator().manual_seed(seed)
 
@@ -128,11 +128,11 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         tensors["residual"] = randn(*case.rows, d)
     tensors["cotangent"] = randn(*case.rows, d)
     if case.cotangent == "expanded":
-        tensors["cotangent"] = torch.ones(()).expand(*case.rows, d)
+        tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, d)
     activations = {"x", "residual", "cotangent"}
     for name, t in tensors.items():
         dtype = case.dtype if name in activations else (case.param_dtype or case.dtype)
-        tensors[name] = t.to(dtype)
+        tensors[name] = t.to(device, dtype)
         if name in ("x", "residual"):
             tensors[name] = _laid_out(tensors[name], case.layout)
     return tensors
@@ -187,9 +187,11 @@ def reference_pair(
     return pair
 
 
-def check_backend(case: Case, backend: str, seed: int = 0) -> dict[str, Tensor]:
+def check_backend(
+    case: Case, backend: str, seed: int = 0, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Outputs and all gradients of ``backend``, under the tolerance rule; inputs untouched."""
-    tensors = inputs(case, seed)
+    tensors = inputs(case, seed, device)
     before = {name: t.clone() for name, t in tensors.items()}
     out = run(case, tensors, backend)
     check_all(out, reference_pair(case, tensors), str(case))

@@ -33,7 +33,7 @@ def last_bit(t: Tensor, draw: int) -> Tensor:
     if draw == 0:
         return t
     gen = torch.Generator().manual_seed(draw)
-    steps = torch.randint(-1, 2, t.shape, generator=gen).double()
+    steps = torch.randint(-1, 2, t.shape, generator=gen).double().to(t.device)
     return (t * (1 + torch.finfo(t.dtype).eps * steps)).to(t.dtype)
 
 
@@ -73,7 +73,7 @@ def check_all(
                 limit = factor * base_error + floor * size
                 if error > limit:
                     failures.append(
-                        f"{name} {key}: {kind} error {error:.3e} > {limit:.3e} "
+                        f"{name} {key}: ".lstrip() + f"{kind} error {error:.3e} > {limit:.3e} "
                         f"(base {base_error:.3e}, gold {size:.3e})"
                     )
         if not failures:
