@@ -1,0 +1,244 @@
+"""Which backend runs: chosen by a context manager, by a variable or by itself, and the reasons."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastadapters
+from fastadapters import (
+    BottleneckAdapter,
+    MultiModalAdapter,
+    MultiwayAdapter,
+    WanderAdapter,
+    backends,
+    functional,
+)
+
+needs_library = pytest.mark.skipif(
+    backends.unavailable("cpu") is not None, reason="needs the compiled library"
+)
+
+
+def call(dtype: torch.dtype = torch.float32) -> Tensor:
+    """A bottleneck of ones."""
+    return functional.bottleneck(*(torch.ones(s, dtype=dtype) for s in ((2, 8), (3, 8), (8, 3))))
+
+
+def decision() -> backends.Decision:
+    """What the present choice makes of a bottleneck."""
+    (only,) = fastadapters.explain(call)
+    return only
+
+
+# ----------------------------------------------------------------------------------- chosen by name
+
+
+def test_context_managers_nest() -> None:
+    before = decision()
+    with fastadapters.backend("reference"):
+        assert decision() == ("bottleneck", "reference", "chosen by name")
+        with fastadapters.backend("eager"):
+            assert decision() == ("bottleneck", "eager", "chosen by name")
+            with fastadapters.backend("reference"):
+                assert decision().backend == "reference"
+            assert decision().backend == "eager"
+        assert decision().backend == "reference"
+    assert decision() == before
+
+
+def test_auto_undoes_an_outer_choice() -> None:
+    with fastadapters.backend("auto"):
+        automatic = decision()
+        with fastadapters.backend("reference"), fastadapters.backend("auto"):
+            assert decision() == automatic
+
+
+def test_an_exception_restores_the_choice() -> None:
+    with fastadapters.backend("eager"):
+        with pytest.raises(KeyError), fastadapters.backend("reference"):
+            raise KeyError
+        assert decision().backend == "eager"
+
+
+def test_an_unknown_name_changes_nothing() -> None:
+    message = r"^name: expected one of auto, reference, eager, cpu, triton, cuda, got 'gpu'$"
+    with fastadapters.backend("eager"):
+        with pytest.raises(ValueError, match=message), fastadapters.backend("gpu"):
+            pytest.fail("the block ran")
+        assert decision().backend == "eager"
+
+
+def test_the_choice_is_process_wide() -> None:
+    seen = []
+    with fastadapters.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(decision().backend))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_gpu_backend_on_cpu_tensors(name: str) -> None:
+    """An error, not a fallback, in one sentence; an op without a kernel says so first."""
+    with fastadapters.backend(name):
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        problem = "cannot run bottleneck: it runs on cuda tensors, not on cpu"
+        assert str(raised.value) == f"backend {name!r} {problem}"
+        fuse = WanderAdapter(8, (3,), 2, feature_rank=1, time_rank=1)
+        with pytest.raises(RuntimeError) as raised:
+            fuse([torch.ones(2, 3, 8)])
+        problem = "cannot run sequence_fusion: it has no kernel for sequence_fusion"
+        assert str(raised.value) == f"backend {name!r} {problem}"
+
+
+def test_a_named_backend_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "library_error", "_C.abi3.so was not built")
+    with fastadapters.backend("cpu"), pytest.raises(RuntimeError) as raised:
+        call()
+    assert str(raised.value) == "backend 'cpu' cannot run bottleneck: _C.abi3.so was not built"
+
+
+SCRIPT = """
+import torch, fastadapters
+from fastadapters import functional
+
+def call():
+    return functional.bottleneck(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8, 3))
+
+try:
+    print(*fastadapters.explain(call)[0], sep=", ")
+except ValueError as error:
+    print(error)
+with fastadapters.backend("auto"):
+    print(fastadapters.explain(call)[0].backend)
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "first_call"),
+    [
+        ("reference", "bottleneck, reference, chosen by name"),
+        ("eager", "bottleneck, eager, chosen by name"),
+        ("gpu", "backend: expected one of auto, reference, eager, cpu, triton, cuda, got 'gpu'"),
+    ],
+)
+def test_environment_variable(value: str, first_call: str) -> None:
+    """It is obeyed, an unknown value fails at the first call, and a context manager overrides."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "FASTADAPTERS_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with fastadapters.backend("auto"):
+        automatic = decision().backend
+    assert done.stdout.splitlines() == [first_call, automatic]
+
+
+# --------------------------------------------------------------------------------------------- auto
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_auto_takes_the_library(dtype: torch.dtype) -> None:
+    with fastadapters.backend("auto"):
+        decisions = fastadapters.explain(call, dtype)
+    assert decisions == [("bottleneck", "cpu", "fastest available")]
+
+
+def test_auto_says_why_not_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "library_error", "_C.abi3.so did not load: undefined symbol: f")
+    with fastadapters.backend("auto"):
+        chosen = decision()
+    assert chosen.backend == "eager"
+    assert chosen.reason.split("; ") == [
+        "fastest available",
+        "not cpu: _C.abi3.so did not load: undefined symbol: f",
+        "not cuda: it runs on cuda tensors, not on cpu",
+        "not triton: it runs on cuda tensors, not on cpu",
+    ]
+
+
+def test_auto_runs_float64_eagerly() -> None:
+    with fastadapters.backend("auto"):
+        (chosen,) = fastadapters.explain(call, torch.float64)
+        y = call(torch.float64)
+    assert chosen.backend == "eager"
+    assert "not cpu: it takes float32, bfloat16 and float16, not torch.float64" in chosen.reason
+    assert torch.equal(y, torch.full((2, 8), 24.0, dtype=torch.float64))
+
+
+def test_status_names_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "library_error", "_C.abi3.so was not built")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert backends.status() == {
+        "reference": None,
+        "eager": None,
+        "cpu": "_C.abi3.so was not built",
+        "triton": "Triton is not installed",
+        "cuda": "_C.abi3.so was not built",
+    }
+
+
+# ------------------------------------------------------------------------------------------ explain
+
+
+def test_explain_lists_the_calls_in_order() -> None:
+    adapter = BottleneckAdapter(8, 3)
+    head = MultiModalAdapter(8, 4, 2)
+    fuse = WanderAdapter(8, (3, 5), 2, feature_rank=1, time_rank=1)
+
+    def model(x: Tensor, other: Tensor, *, scale: float) -> Tensor:
+        fused = fuse([adapter(x), other])
+        with fastadapters.backend("reference"):
+            logits = head.logits(fused[0], fused[:, 0], scale)
+        return adapter(logits.new_ones(2, 8))
+
+    with fastadapters.backend("eager"):
+        decisions = fastadapters.explain(model, torch.ones(2, 3, 8), torch.ones(2, 5, 8), scale=2.0)
+    assert decisions == [
+        ("bottleneck", "eager", "chosen by name"),
+        ("sequence_fusion", "eager", "chosen by name"),
+        ("cross_modal_attention", "reference", "chosen by name"),
+        ("bottleneck", "eager", "chosen by name"),
+    ]
+
+
+@needs_library
+def test_a_fused_multiway_is_one_decision() -> None:
+    module = MultiwayAdapter(8, 3)
+    with fastadapters.backend("cpu"):
+        decisions = fastadapters.explain(module, torch.ones(2, 5, 8), split=2)
+    assert decisions == [("bottleneck", "cpu", "chosen by name")]
+
+
+def test_ops_without_kernels_run_eagerly_without_excuses() -> None:
+    fuse = WanderAdapter(8, (3,), 2, feature_rank=1, time_rank=1)
+    with fastadapters.backend("auto"):
+        decisions = fastadapters.explain(fuse, [torch.ones(2, 3, 8)])
+    assert decisions == [("sequence_fusion", "eager", "fastest available")]
+
+
+def test_explain_passes_errors_on_and_stops_recording() -> None:
+    """A list of decisions that an error cut short must not swallow those of the caller."""
+
+    def fail() -> None:
+        call()
+        raise KeyError
+
+    def outer() -> None:
+        with pytest.raises(KeyError):
+            fastadapters.explain(fail)
+        with fastadapters.backend("reference"):
+            call()
+
+    assert fastadapters.explain(outer)[-1] == ("bottleneck", "reference", "chosen by name")
