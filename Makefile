@@ -55,8 +55,9 @@ format: setup ## Fix the style
 # A lane is a process of pytest of its own. New lanes become prerequisites here.
 test: lint test-main test-gpu ## Everything but the sanitizers
 
+# Two processes with two threads each would wait for each other; what threads change is tested apart.
 test-main: setup hooks
-	pytest -n 2 tests --ignore tests/gpu
+	OMP_NUM_THREADS=1 pytest -n 2 tests --ignore tests/gpu
 
 test-gpu: setup
 	pytest -n 2 tests/gpu

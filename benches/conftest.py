@@ -96,7 +96,7 @@ def bench(record: Callable[..., None], request: pytest.FixtureRequest) -> Callab
             training=training,
             device=option("--device"),
             threads=param["threads"],
-            budget=6.0 if option("--full") else 2.0,
+            budget=6.0 if option("--full") else 1.5,
             full=option("--full"),
         )
         record(row, samples)

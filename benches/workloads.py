@@ -190,7 +190,7 @@ CROSS_MODAL_ATTENTION = [
 ]
 
 SEQUENCE_FUSION = [
-    SequenceFusion("CMU-MOSI", 64, (50, 50, 50), 40, 8, cpu_batch=64, quick=True),
+    SequenceFusion("CMU-MOSI", 64, (50, 50, 50), 40, 8, cpu_batch=64),
     SequenceFusion("IEMOCAP", 64, (20, 20, 20), 40, 8, cpu_batch=64),
     SequenceFusion("UPMC-Food101", 64, (197, 512), 768, 16, cpu_batch=8, quick=True),
     SequenceFusion("UPMC-Food101, rank 4", 64, (197, 512), 768, 16, cpu_batch=8, rank=4),

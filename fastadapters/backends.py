@@ -52,7 +52,7 @@ def _load_library() -> str | None:
 
 
 library_error = _load_library()
-_selected = os.environ.get("FASTADAPTERS_BACKEND", "auto")
+_selected = os.environ.get("FASTADAPTERS_BACKEND") or "auto"
 _log: list[Decision] | None = None
 
 
@@ -101,16 +101,17 @@ def resolve(op: str, x: Tensor) -> str:
     """The backend that runs ``op`` on a tensor like ``x``; RuntimeError if a chosen one cannot."""
     name = _selected
     if name == "auto":
-        reasons = []
+        reason = "fastest available"
         for name in (*KERNELS[op], "eager"):
             problem = None if name == "eager" else _why_not(name, op, x)
             if problem is None:
                 break
-            reasons.append(f"not {name}: {problem}")
-        reason = "; ".join(("fastest available", *reasons))
+            reason += f"; not {name}: {problem}"
     else:
         if name not in NAMES:
-            raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+            raise ValueError(
+                f"FASTADAPTERS_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}"
+            )
         problem = None if name in ("reference", "eager") else _why_not(name, op, x)
         if problem is not None:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {problem}")
@@ -142,9 +143,12 @@ def backend(name: str) -> Iterator[None]:
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
     """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order."""
     global _log
-    previous, _log = _log, []
+    log: list[Decision] = []
+    previous, _log = _log, log
     try:
         fn(*args, **kwargs)
-        return _log
     finally:
         _log = previous
+        if previous is not None:
+            previous += log
+    return log

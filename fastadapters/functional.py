@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, eager, reference
+from .checks import (
+    check_activations,
+    check_bias,
+    check_choice,
+    check_ndim,
+    check_number,
+    check_probability,
+    check_tensor,
+)
 from .ops import NAMESPACES, autograd
 from .ops.bottleneck import ACTIVATION_CODES
 from .reference.cross_modal_attention import MASKED, Bias, Layer
@@ -19,46 +28,20 @@ _PLAIN = {"reference": reference, "eager": eager}
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on, else that of ``x``."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
-def _check_tensor(
-    name: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor
-) -> None:
-    """``value`` must be a floating-point tensor of ``shape`` on the device of ``x``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected {symbols} = {list(shape)}, got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {value.device}")
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast on the device of ``x``, where there is such a thing."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _check_ndim(name: str, value: Tensor, symbols: str, ndim: int) -> None:
-    """``value`` must be a tensor of ``ndim`` dimensions, none of size 0."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
-    if value.dim() != ndim or 0 in value.shape:
-        raise ValueError(f"{name}: expected {symbols}, none of them 0, got {list(value.shape)}")
-
-
-def _check_activations(name: str, value: Tensor, symbols: str, ndim: int) -> None:
-    """``value`` must be a floating-point tensor of ``ndim`` dimensions, only the first maybe 0."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor {symbols}, got {kind}")
-    if value.dim() != ndim or 0 in value.shape[1:]:
-        raise ValueError(f"{name}: expected {symbols}, only B may be 0, got {list(value.shape)}")
-
-
-def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+def check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """``residual`` must be None, or shaped like ``x`` on its device."""
+    if residual is not None and residual is not x:
+        check_tensor("residual", residual, "the shape of x", tuple(x.shape), x)
 
 
 def _check_bottleneck(
@@ -85,33 +68,28 @@ def _check_bottleneck(
     if down_weight.dim() != 2 or down_weight.shape[0] == 0:
         raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(down_weight.shape)}")
     r = down_weight.shape[0]
-    _check_tensor("down_weight", down_weight, "[r, D]", (r, d), x)
-    _check_tensor("up_weight", up_weight, "[D, r]", (d, r), x)
+    check_tensor("down_weight", down_weight, "[r, D]", (r, d), x)
+    check_tensor("up_weight", up_weight, "[D, r]", (d, r), x)
     if down_bias is not None:
-        _check_tensor("down_bias", down_bias, "[r]", (r,), x)
+        check_tensor("down_bias", down_bias, "[r]", (r,), x)
     if up_bias is not None:
-        _check_tensor("up_bias", up_bias, "[D]", (d,), x)
+        check_tensor("up_bias", up_bias, "[D]", (d,), x)
     if norm_weight is not None:
-        _check_tensor("norm_weight", norm_weight, "[D]", (d,), x)
+        check_tensor("norm_weight", norm_weight, "[D]", (d,), x)
     if norm_bias is not None:
         if norm_weight is None:
             raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
-        _check_tensor("norm_bias", norm_bias, "[D]", (d,), x)
-    if residual is not None and residual is not x:
-        _check_tensor("residual", residual, "the shape of x", tuple(x.shape), x)
+        check_tensor("norm_bias", norm_bias, "[D]", (d,), x)
+    check_residual(residual, x)
     if isinstance(scale, Tensor):
         if scale.shape != (1,):
-            _check_tensor("scale", scale, "[1] or [D]", (d,), x)
+            check_tensor("scale", scale, "[1] or [D]", (d,), x)
         else:
-            _check_tensor("scale", scale, "[1]", (1,), x)
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATION_CODES)}, got {activation!r}"
-        )
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+            check_tensor("scale", scale, "[1]", (1,), x)
+    else:
+        check_number("scale", scale, " or a tensor")
+    check_choice("activation", activation, ACTIVATION_CODES)
+    check_probability("dropout", dropout)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -122,6 +100,29 @@ def _readable(x: Tensor) -> Tensor:
 def _draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
     """(key, offset) of the dropout stream, from PyTorch's generator on the device of x."""
     return torch.randint(2**62, (2,), device=x.device) if training and dropout > 0.0 else None
+
+
+class BottleneckParameters(NamedTuple):
+    """The parameters of one bottleneck, named and shaped as in `bottleneck`."""
+
+    down_weight: Tensor
+    up_weight: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scale: float | Tensor = 1.0
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+def _plain_bottleneck(
+    name: str, x: Tensor, side: BottleneckParameters, residual: Tensor | None, **options: Any
+) -> Tensor:
+    """The bottleneck on backend ``name``, reference or eager, in the dtype of ``x``."""
+    tensors: dict[str, Any] = side._asdict() | {"residual": residual}
+    cast = {n: t.to(x.dtype) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    with _without_autocast(x):
+        y: Tensor = _PLAIN[name].bottleneck(x, **cast, **options)
+    return y
 
 
 def bottleneck(
@@ -189,16 +190,11 @@ def bottleneck(
     learnable = scale if isinstance(scale, Tensor) else None
     name = backends.resolve("bottleneck", x)
     if name in _PLAIN:
-        wd, bd, wu, bu, gamma, beta, s = (
-            t.to(dtype) if t is not None else None for t in (*parameters, learnable)
+        side = BottleneckParameters(
+            down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
         )
-        with torch.autocast(x.device.type, enabled=False):
-            plain: Tensor = _PLAIN[name].bottleneck(
-                x, wd, wu, down_bias=bd, up_bias=bu, activation=activation,
-                scale=scale if s is None else s, residual=x if add_x else residual,
-                norm_weight=gamma, norm_bias=beta, norm_eps=norm_eps, dropout=dropout, seed=seed,
-            )  # fmt: skip
-        return plain
+        options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
+        return _plain_bottleneck(name, x, side, x if add_x else residual, seed=seed, **options)
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, *parameters, learnable)
     )
@@ -209,18 +205,6 @@ def bottleneck(
         add_x, save=save,
     )[0]  # fmt: skip
     return y
-
-
-class BottleneckParameters(NamedTuple):
-    """The parameters of one bottleneck, named and shaped as in `bottleneck`."""
-
-    down_weight: Tensor
-    up_weight: Tensor
-    down_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    scale: float | Tensor = 1.0
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
 
 
 def multiway_bottleneck(
@@ -273,20 +257,20 @@ def multiway_bottleneck(
             x, side.down_weight, side.up_weight, side.down_bias, side.up_bias, activation,
             side.scale, residual, side.norm_weight, side.norm_bias, dropout,
         )  # fmt: skip
+    add_x = residual is x
+    x = x.to(_compute_dtype(x))
     name = backends.resolve("bottleneck", x)
     if name in _PLAIN:
+        del options["training"]
         halves = []
         for side, tokens_of in ((first, slice(None, split)), (second, slice(split, None))):
             part = x[..., tokens_of, :]
-            part_residual = part if residual is x else residual
-            if residual is not None and residual is not x:
-                part_residual = residual[..., tokens_of, :]
-            halves.append(bottleneck(part, **side._asdict(), residual=part_residual, **options))
+            other = None if residual is None or add_x else residual[..., tokens_of, :]
+            options["seed"] = _draw_seed(x, dropout, training)
+            halves.append(_plain_bottleneck(name, part, side, part if add_x else other, **options))
         return torch.cat(halves, dim=-2)
-    add_x = residual is x
-    dtype = _compute_dtype(x)
-    x = _readable(x.to(dtype))
-    residual = None if residual is None or add_x else _readable(residual.to(dtype))
+    x = _readable(x)
+    residual = None if residual is None or add_x else _readable(residual.to(x.dtype))
     arguments: list[Any] = []
     for side in (first, second):
         learnable = side.scale if isinstance(side.scale, Tensor) else None
@@ -303,14 +287,6 @@ def multiway_bottleneck(
         dropout, ACTIVATION_CODES[activation], add_x, save=save,
     )[0]  # fmt: skip
     return y
-
-
-def _check_bias(bias: Bias) -> None:
-    rows = bias if isinstance(bias, Sequence) else ()
-    if len(rows) != 2 or any(not isinstance(r, Sequence) or len(r) != 2 for r in rows):
-        raise ValueError(f"bias: expected 2 x 2 numbers, got {bias!r}")
-    if not all(isinstance(b, (int, float)) and b < math.inf for r in rows for b in r):
-        raise ValueError(f"bias: expected finite numbers or -inf, got {bias!r}")
 
 
 def cross_modal_attention(
@@ -348,10 +324,10 @@ def cross_modal_attention(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
     """
-    _check_activations("image_q", image_q, "[B, I, H, d]", 4)
+    check_activations("image_q", image_q, "[B, I, H, d]", 4)
     n_items, *shared = image_q.shape
     for name, tensor in (("image_k", image_k), ("image_v", image_v)):
-        _check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), image_q)
+        check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), image_q)
     if not isinstance(text_q, Tensor):
         raise TypeError(f"text_q: expected a tensor [C, H, d], got {type(text_q).__name__}")
     if text_q.dim() not in (3, 4) or text_q.shape[-3] == 0:
@@ -361,16 +337,16 @@ def cross_modal_attention(
     symbols = "[C, H, d]" if text_q.dim() == 3 else "[B, C, H, d]"
     shape = (n_items,) * (text_q.dim() - 3) + (text_q.shape[-3], *shared[1:])
     for name, tensor in (("text_q", text_q), ("text_k", text_k), ("text_v", text_v)):
-        _check_tensor(name, tensor, symbols, shape, image_q)
-    _check_bias(bias)
-    _check_choice("outputs", outputs, ("both", "text", "image"))
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+        check_tensor(name, tensor, symbols, shape, image_q)
+    check_bias("bias", bias)
+    check_choice("outputs", outputs, ("both", "text", "image"))
+    if scale is not None:
+        check_number("scale", scale, " or None")
 
     dtype = _compute_dtype(image_q)
     backend = _PLAIN[backends.resolve("cross_modal_attention", image_q)]
     tensors = (t.to(dtype) for t in (text_q, text_k, text_v, image_q, image_k, image_v))
-    with torch.autocast(image_q.device.type, enabled=False):
+    with _without_autocast(image_q):
         out: Tensor | tuple[Tensor, Tensor] = backend.cross_modal_attention(
             *tensors, bias=bias, scale=scale, outputs=outputs
         )
@@ -392,15 +368,15 @@ def _check_multimodal(
     bias: Bias,
     down_activation: str,
 ) -> None:
-    _check_activations("image", image, "[B, D]", 2)
+    check_activations("image", image, "[B, D]", 2)
     n_items, d = image.shape
     if not isinstance(text, Tensor):
         raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
     if text.dim() not in (2, 3) or text.shape[-2] == 0:
         raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
     shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
-    _check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, image)
-    _check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
+    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, image)
+    check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
     e = out_proj[0].shape[0]
     for name, layers, ends, end_symbols in (
         ("down", down, (d, e), ("D", "E")),
@@ -412,18 +388,18 @@ def _check_multimodal(
             raise ValueError(f"{name}: expected one or two layers, got {len(layers)}")
         sizes, symbols = list(ends), list(end_symbols)
         if len(layers) == 2:
-            _check_ndim(f"{name}[0] weight", layers[0][0], f"[R, {symbols[0]}]", 2)
+            check_ndim(f"{name}[0] weight", layers[0][0], f"[R, {symbols[0]}]", 2)
             sizes.insert(1, layers[0][0].shape[0])
             symbols.insert(1, "R")
         for i, (weight, constant) in enumerate(layers):
             n_in, n_out, at = sizes[i], sizes[i + 1], f"{name}[{i}]" if len(layers) > 1 else name
             shown = f"[{symbols[i + 1]}, {symbols[i]}]"
-            _check_tensor(f"{at} weight", weight, shown, (n_out, n_in), image)
-            _check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), image)
+            check_tensor(f"{at} weight", weight, shown, (n_out, n_in), image)
+            check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), image)
     if num_heads < 1 or e % num_heads:
         raise ValueError(f"num_heads: expected a divisor of E = {e}, got {num_heads}")
-    _check_bias(bias)
-    _check_choice("down_activation", down_activation, ACTIVATION_CODES)
+    check_bias("bias", bias)
+    check_choice("down_activation", down_activation, ACTIVATION_CODES)
 
 
 def multimodal_features(
@@ -466,7 +442,7 @@ def multimodal_features(
     _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
     dtype = _compute_dtype(image)
     backend = _PLAIN[backends.resolve("cross_modal_attention", image)]
-    with torch.autocast(image.device.type, enabled=False):
+    with _without_autocast(image):
         features: tuple[Tensor, Tensor] = backend.multimodal_features(
             text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
             _to(up, dtype), num_heads=num_heads, bias=bias, down_activation=down_activation,
@@ -514,18 +490,16 @@ def multimodal_logits(
     _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
     if text.dim() != 2:
         raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
-    _check_choice("adapt", adapt, ("both", "text", "image"))
+    check_choice("adapt", adapt, ("both", "text", "image"))
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale: expected one element, got {list(logit_scale.shape)}")
         logit_scale = logit_scale.reshape(())
-    elif not isinstance(logit_scale, (int, float)):
-        raise TypeError(
-            f"logit_scale: expected a number or a tensor, got {type(logit_scale).__name__}"
-        )
+    else:
+        check_number("logit_scale", logit_scale, " or a tensor")
     dtype = _compute_dtype(image)
     backend = _PLAIN[backends.resolve("cross_modal_attention", image)]
-    with torch.autocast(image.device.type, enabled=False):
+    with _without_autocast(image):
         logits: Tensor = backend.multimodal_logits(
             text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
             _to(up, dtype), num_heads=num_heads,
@@ -582,28 +556,28 @@ def sequence_fusion(
         if len(group) != modalities:
             raise ValueError(f"{name}: expected M = {modalities} tensors, got {len(group)}")
     for i, x in enumerate(inputs):
-        _check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
-    _check_ndim("time_factors[0]", time_factors[0], "[R, T, T_o]", 3)
-    _check_ndim("feature_factors[0]", feature_factors[0], "[R, r, D]", 3)
+        check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
+    check_ndim("time_factors[0]", time_factors[0], "[R, T, T_o]", 3)
+    check_ndim("feature_factors[0]", feature_factors[0], "[R, r, D]", 3)
     first = inputs[0]
     (rank, _, length), d = time_factors[0].shape, feature_factors[0].shape[2]
     for i, x in enumerate(inputs):
-        _check_tensor(f"inputs[{i}]", x, "[B, T, D]", (first.shape[0], *x.shape[1:]), first)
-        _check_ndim(f"down_weights[{i}]", down_weights[i], "[r, D]", 2)
+        check_tensor(f"inputs[{i}]", x, "[B, T, D]", (first.shape[0], *x.shape[1:]), first)
+        check_ndim(f"down_weights[{i}]", down_weights[i], "[r, D]", 2)
         width = down_weights[i].shape[0]
-        _check_tensor(f"down_weights[{i}]", down_weights[i], "[r, D]", (width, x.shape[2]), first)
+        check_tensor(f"down_weights[{i}]", down_weights[i], "[r, D]", (width, x.shape[2]), first)
         constant = down_biases[i]
         if constant is not None:
-            _check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), first)
-        _check_tensor(
+            check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), first)
+        check_tensor(
             f"time_factors[{i}]", time_factors[i], "[R, T, T_o]", (rank, x.shape[1], length), first
         )
-        _check_tensor(
+        check_tensor(
             f"feature_factors[{i}]", feature_factors[i], "[R, r, D]", (rank, width, d), first
         )
     if residual is not None:
-        _check_tensor("residual", residual, "[B, T_o, D]", (first.shape[0], length, d), first)
-    _check_choice("activation", activation, ACTIVATION_CODES)
+        check_tensor("residual", residual, "[B, T_o, D]", (first.shape[0], length, d), first)
+    check_choice("activation", activation, ACTIVATION_CODES)
 
     dtype = _compute_dtype(first)
     backend = _PLAIN[backends.resolve("sequence_fusion", first)]
@@ -611,7 +585,7 @@ def sequence_fusion(
         [None if t is None else t.to(dtype) for t in group]
         for group in (inputs, down_weights, down_biases, time_factors, feature_factors)
     )
-    with torch.autocast(first.device.type, enabled=False):
+    with _without_autocast(first):
         y: Tensor = backend.sequence_fusion(
             *groups, activation=activation,
             residual=None if residual is None else residual.to(dtype),

@@ -157,9 +157,6 @@ def with_parameters(
     return named, as_op
 
 
-# ------------------------------------------------------------------------------------- every module
-
-
 def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (n_out, n_in)}
     return {**shapes, f"{name}.bias": (n_out,)} if bias else shapes
@@ -390,31 +387,57 @@ def test_dropout_only_in_training(kind: str, backend: str) -> None:
     assert not torch.equal(outs[0], expected)
 
 
+@every_module
+def test_meta_tensors(kind: str) -> None:
+    """Shapes without data, as tools that plan memory use them."""
+    module = sample(kind, device="meta")
+    tensors = [t.to("meta") for t in inputs(kind)]
+    expected = call(sample(kind), inputs(kind))
+    assert [t.shape for t in call(module, tensors)] == [t.shape for t in expected]
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "multiway"])
+@pytest.mark.parametrize("layernorm", [None, "out"])
+def test_bad_residual(kind: str, layernorm: str | None) -> None:
+    module = KINDS[kind][0].func(D, 7, layernorm=layernorm)  # type: ignore[attr-defined]
+    split = [2] if kind == "multiway" else []
+    for bad in (torch.ones(4, 3, 5, D), torch.ones(D)):
+        with pytest.raises(ValueError, match="residual: expected the shape of x"):
+            module(torch.ones(3, 5, D), *split, residual=bad)
+
+
 BAD_OPTIONS = [
     ("bottleneck", {"activation": "tanh"}, ValueError, "activation: expected one of"),
-    ("bottleneck", {"layernorm": "before"}, ValueError, "layernorm: expected one of None, 'in'"),
-    ("bottleneck", {"scale": "both"}, ValueError, "scale: expected one of 'learnable', 'channel'"),
-    ("bottleneck", {"init": "zeros"}, ValueError, "init: expected one of 'lora', 'houlsby'"),
+    ("bottleneck", {"layernorm": "before"}, ValueError, "layernorm: expected one of None, in, out"),
+    ("bottleneck", {"scale": "both"}, ValueError, "scale: expected one of learnable, channel"),
+    ("bottleneck", {"scale": torch.ones(1)}, TypeError, "scale: expected a number, 'learnable'"),
+    ("bottleneck", {"init": "zeros"}, ValueError, "init: expected one of lora, houlsby"),
     ("bottleneck", {"dropout": 1.5}, ValueError, "dropout: expected a probability in [0, 1]"),
     ("bottleneck", {"dim": 0}, ValueError, "dim: expected at least 1, got 0"),
     ("bottleneck", {"bottleneck": 2.5}, TypeError, "bottleneck: expected an integer, got float"),
     ("multiway", {"modalities": ("text", "text")}, ValueError, "modalities: expected two differ"),
     ("multiway", {"modalities": ("text",)}, ValueError, "modalities: expected two different names"),
-    ("multiway", {"init": "zeros"}, ValueError, "init: expected one of 'lora', 'houlsby'"),
+    ("multiway", {"init": "zeros"}, ValueError, "init: expected one of lora, houlsby"),
+    ("multiway", {"modalities": ("a.b", "c")}, ValueError, "modalities: expected two different"),
+    ("multiway", {"modalities": "ab"}, ValueError, "modalities: expected two different names"),
     ("enhancer", {"activation": "tanh"}, ValueError, "activation: expected one of"),
     ("enhancer", {"dropout": -0.1}, ValueError, "dropout: expected a probability in [0, 1]"),
     ("enhancer", {"drop_path": 1.1}, ValueError, "drop_path: expected a probability in [0, 1]"),
     ("enhancer", {"hidden_dim": 0}, ValueError, "hidden_dim: expected at least 1, got 0"),
     ("multimodal", {"num_heads": 3}, ValueError, "num_heads: expected a divisor of 16, got 3"),
-    ("multimodal", {"num_heads": 0}, ValueError, "num_heads: expected a divisor of 16, got 0"),
+    ("multimodal", {"num_heads": 0}, ValueError, "num_heads: expected at least 1, got 0"),
     ("multimodal", {"mask": "causal"}, ValueError, "mask: expected 'masked', 'additive' or 2 x 2"),
     ("multimodal", {"downsample": "conv"}, ValueError, "downsample: expected one of linear, fac"),
     ("multimodal", {"upsample": "factored"}, ValueError, "upsample: expected one of linear, mlp"),
-    ("wander", {"fusion": "sum"}, ValueError, "fusion: expected 'summed' or 'cp', got 'sum'"),
+    ("multimodal", {"mask": ((0,), (0,))}, ValueError, "mask: expected 2 x 2 numbers"),
+    ("multimodal", {"dim": 0}, ValueError, "dim: expected at least 1, got 0"),
+    ("multimodal", {"blend": "x"}, TypeError, "blend: expected a number, got str"),
+    ("wander", {"feature_rank": 0}, ValueError, "feature_rank: expected at least 1, got 0"),
+    ("wander", {"fusion": "sum"}, ValueError, "fusion: expected one of summed, cp, got 'sum'"),
     ("wander", {"fusion": "cp"}, ValueError, "time_rank: expected feature_rank = 2 with 'cp'"),
-    ("wander", {"init": "lora"}, ValueError, "init: expected 'trainable' or 'published'"),
-    ("wander", {"out_len": 0}, ValueError, "out_len: expected 1 <= out_len <= 12 (all tokens)"),
-    ("wander", {"out_len": 13}, ValueError, "out_len: expected 1 <= out_len <= 12 (all tokens)"),
+    ("wander", {"init": "lora"}, ValueError, "init: expected one of trainable, published"),
+    ("wander", {"out_len": 0}, ValueError, "out_len: expected at least 1, got 0"),
+    ("wander", {"out_len": 13}, ValueError, "out_len: expected at most 12 (all tokens), got 13"),
 ]
 POSITIONAL = {"dim": 0, "bottleneck": 1, "hidden_dim": 1, "num_heads": 2}
 
@@ -431,9 +454,6 @@ def test_bad_options(kind: str, change: dict[str, Any], error: type, message: st
             options[name] = value
     with pytest.raises(error, match=re.escape(message)):
         build.func(*args, **options)
-
-
-# --------------------------------------------------------------------------------------- bottleneck
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -574,8 +594,6 @@ def test_bottleneck_backends(options: dict[str, Any], dtype: torch.dtype, backen
     check_against_reference(as_op(adapter), rounded, "adapter", backend)
 
 
-# ----------------------------------------------------------------------------------------- multiway
-
 T = 9
 
 
@@ -645,9 +663,6 @@ def test_modalities_name_the_adapters() -> None:
     assert torch.equal(module(x, 0), module.adaptmlp_audio(x))
 
 
-# ------------------------------------------------------------------------------- alignment enhancer
-
-
 def enhanced(module: AlignmentEnhancer, x: Tensor) -> Tensor:
     """The block's branch, written out."""
     hidden = ACTIVATIONS[module.activation](x @ module.fc1.weight.T + module.fc1.bias)
@@ -702,8 +717,6 @@ def test_drop_path_only_in_training() -> None:
     assert torch.equal(module.eval()(x), plain(x))
     assert not torch.equal(module.train()(x), plain(x))
 
-
-# ------------------------------------------------------------------------------ multi-modal adapter
 
 MASKS = [
     ("masked", ((-INF, 0.0), (0.0, -INF))),
@@ -792,8 +805,6 @@ def test_bad_multimodal_input(bad: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         bad(sample("multimodal"), *inputs("multimodal"))
 
-
-# ------------------------------------------------------------------------------------------- wander
 
 LENGTHS = (5, 8, 11, 4, 17, 6, 9)
 
@@ -908,10 +919,10 @@ def test_fusions_agree_at_rank_one(backend: str) -> None:
 BAD_WANDER = [
     (lambda xs: xs[:1], "inputs: expected M = 2 tensors [B, T_m, D], got 1"),
     (lambda xs: [*xs, xs[0]], "inputs: expected M = 2 tensors [B, T_m, D], got 3"),
-    (lambda xs: xs[::-1], "inputs[0]: expected [B, T, D] = [B, 5, 24], got [3, 7, 24]"),
-    (lambda xs: [xs[0], xs[1][:, 1:]], "inputs[1]: expected [B, T, D] = [B, 7, 24]"),
-    (lambda xs: [xs[0][..., 1:], xs[1]], "inputs[0]: expected [B, T, D] = [B, 5, 24]"),
-    (lambda xs: [xs[0][0], xs[1]], "inputs[0]: expected [B, T, D] = [B, 5, 24], got [5, 24]"),
+    (lambda xs: xs[::-1], "inputs[0]: expected [B, T, D] = [3, 5, 24], got [3, 7, 24]"),
+    (lambda xs: [xs[0], xs[1][:, 1:]], "inputs[1]: expected [B, T, D] = [3, 7, 24]"),
+    (lambda xs: [xs[0][..., 1:], xs[1]], "inputs[0]: expected [B, T, D] = [3, 5, 24]"),
+    (lambda xs: [xs[0][0], xs[1]], "inputs[0]: expected [B, T, D], only B may be 0, got [5, 24]"),
     (lambda xs: [xs[0], xs[1][1:]], "inputs[1]: expected [B, T, D] = [3, 7, 24], got [2, 7, 24]"),
 ]
 

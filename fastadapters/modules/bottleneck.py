@@ -9,32 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..checks import check_choice, check_number, check_probability, check_sizes
 from ..ops.bottleneck import ACTIVATION_CODES
 
 INITS = ("lora", "houlsby", "bert")
 LAYERNORMS = (None, "in", "out")
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
-
-
-def check_sizes(**sizes: int) -> None:
-    """TypeError or ValueError unless every size is an integer of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-
-
-def check_probability(name: str, p: float) -> None:
-    """ValueError unless ``p`` is a probability."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
 
 
 class BottleneckAdapter(nn.Module):
@@ -80,11 +59,13 @@ class BottleneckAdapter(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(dim=dim, bottleneck=bottleneck)
-        check_choice("activation", activation, tuple(ACTIVATION_CODES))
+        check_choice("activation", activation, ACTIVATION_CODES)
         check_choice("layernorm", layernorm, LAYERNORMS)
         check_choice("init", init, INITS)
         if isinstance(scale, str):
             check_choice("scale", scale, ("learnable", "channel"))
+        else:
+            check_number("scale", scale, ", 'learnable' or 'channel'")
         check_probability("dropout", dropout)
         self.activation = activation
         self.dropout = dropout
@@ -134,6 +115,8 @@ class BottleneckAdapter(nn.Module):
         if residual is None and self.residual:
             residual = x
         after = self.layernorm == "out"
+        if after:
+            functional.check_residual(residual, x)
         y = functional.bottleneck(
             x,
             **self.parameters_of()._asdict(),

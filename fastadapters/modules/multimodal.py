@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..checks import check_bias, check_choice, check_number, check_sizes
 from ..reference.cross_modal_attention import MASKED, Bias, Layer
 
 _MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
@@ -36,7 +37,7 @@ class MultiModalAdapter(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: naming the option.
+        TypeError, ValueError: naming the option.
     """
 
     def __init__(
@@ -54,10 +55,14 @@ class MultiModalAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or attn_dim % num_heads:
+        check_sizes(dim=dim, attn_dim=attn_dim, num_heads=num_heads, hidden_dim=hidden_dim)
+        check_number("blend", blend)
+        if attn_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of {attn_dim}, got {num_heads}")
         if isinstance(mask, str) and mask not in _MASKS:
             raise ValueError(f"mask: expected 'masked', 'additive' or 2 x 2 numbers, got {mask!r}")
+        if not isinstance(mask, str):
+            check_bias("mask", mask)
         self.num_heads = num_heads
         self.bias = _MASKS[mask] if isinstance(mask, str) else mask
         self.blend = blend
@@ -67,8 +72,7 @@ class MultiModalAdapter(nn.Module):
             return nn.Linear(n_in, n_out, device=device, dtype=dtype)
 
         def build(name: str, kind: str, kinds: tuple[str, ...], n_in: int, n_out: int) -> nn.Module:
-            if kind not in kinds:
-                raise ValueError(f"{name}: expected one of {', '.join(kinds)}, got {kind!r}")
+            check_choice(name, kind, kinds)
             if kind == "linear":
                 return linear(n_in, n_out)
             between = [nn.GELU()] if kind == "mlp" else []
@@ -124,5 +128,4 @@ class MultiModalAdapter(nn.Module):
         )
 
     def extra_repr(self) -> str:
-
         return f"num_heads={self.num_heads}, bias={self.bias}, blend={self.blend}"

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..checks import check_choice, check_probability, check_sizes
 from ..ops.bottleneck import ACTIVATION_CODES
-from .bottleneck import BottleneckAdapter, check_choice, check_probability, check_sizes
+from .bottleneck import BottleneckAdapter
 
 
 class MultiwayAdapter(nn.Module):
@@ -35,11 +36,21 @@ class MultiwayAdapter(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if len(modalities) != 2 or modalities[0] == modalities[1]:
+        names = () if isinstance(modalities, str) else tuple(modalities)
+        if len(set(names)) != 2 or not all(isinstance(n, str) and n.isidentifier() for n in names):
             raise ValueError(f"modalities: expected two different names, got {modalities!r}")
-        self.modalities = tuple(modalities)
-        for name in modalities:
+        self.modalities = names
+        for name in names:
             self.add_module(f"adaptmlp_{name}", BottleneckAdapter(dim, bottleneck, **options))
+
+    def _adapters(self) -> tuple[BottleneckAdapter, BottleneckAdapter]:
+        first, second = (cast(BottleneckAdapter, m) for m in self.children())
+        return first, second
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters of both adapters again."""
+        for adapter in self._adapters():
+            adapter.reset_parameters()
 
     def forward(self, x: Tensor, split: int, residual: Tensor | None = None) -> Tensor:
         """y [B, T, D]: the first ``split`` tokens through the first adapter, the rest the second.
@@ -47,10 +58,12 @@ class MultiwayAdapter(nn.Module):
         ``split`` -1 means all tokens are of the first modality, 0 none (torchscale's convention).
         ``residual`` [B, T, D] is added, else x if the adapters have a residual.
         """
-        first, second = (cast(BottleneckAdapter, m) for m in self.children())
+        first, second = self._adapters()
         if residual is None and first.residual:
             residual = x
         after = first.layernorm == "out"
+        if after:
+            functional.check_residual(residual, x)
         y = functional.multiway_bottleneck(
             x,
             split,
@@ -104,7 +117,7 @@ class AlignmentEnhancer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(dim=dim, hidden_dim=hidden_dim)
-        check_choice("activation", activation, tuple(ACTIVATION_CODES))
+        check_choice("activation", activation, ACTIVATION_CODES)
         check_probability("dropout", dropout)
         check_probability("drop_path", drop_path)
         self.activation = activation

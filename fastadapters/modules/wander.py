@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..checks import check_activations, check_choice, check_sizes, check_tensor
 
 # How large the fused branch is at first, next to inputs of unit variance.
 _INITIAL_STD = 0.01
@@ -37,7 +38,7 @@ class WanderAdapter(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: naming the option.
+        TypeError, ValueError: naming the option.
     """
 
     def __init__(
@@ -55,18 +56,20 @@ class WanderAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if fusion not in ("summed", "cp"):
-            raise ValueError(f"fusion: expected 'summed' or 'cp', got {fusion!r}")
+        out_len = bottleneck if out_len is None else out_len
+        check_sizes(
+            dim=dim, bottleneck=bottleneck, feature_rank=feature_rank, time_rank=time_rank,
+            out_len=out_len, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
+        )  # fmt: skip
+        check_choice("fusion", fusion, ("summed", "cp"))
+        check_choice("init", init, ("trainable", "published"))
         if fusion == "cp" and feature_rank != time_rank:
             raise ValueError(
                 f"time_rank: expected feature_rank = {feature_rank} with 'cp', got {time_rank}"
             )
-        if init not in ("trainable", "published"):
-            raise ValueError(f"init: expected 'trainable' or 'published', got {init!r}")
-        out_len = bottleneck if out_len is None else out_len
-        if not 1 <= out_len <= sum(seq_lens):
+        if out_len > sum(seq_lens):
             raise ValueError(
-                f"out_len: expected 1 <= out_len <= {sum(seq_lens)} (all tokens), got {out_len}"
+                f"out_len: expected at most {sum(seq_lens)} (all tokens), got {out_len}"
             )
         self.dim = dim
         self.seq_lens = tuple(seq_lens)
@@ -118,11 +121,9 @@ class WanderAdapter(nn.Module):
                 f"inputs: expected M = {len(self.seq_lens)} tensors [B, T_m, D], got {len(inputs)}"
             )
         for i, (x, length) in enumerate(zip(inputs, self.seq_lens, strict=True)):
-            if x.shape[1:] != (length, self.dim):
-                raise ValueError(
-                    f"inputs[{i}]: expected [B, T, D] = [B, {length}, {self.dim}], "
-                    f"got {list(x.shape)}"
-                )
+            check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
+            shape = (inputs[0].shape[0], length, self.dim)
+            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, inputs[0])
         time_factors, feature_factors = list(self.factor_t_list), list(self.factor_dim_list)
         if self.fusion == "summed":
             time_factors = [factor.sum(dim=0, keepdim=True) for factor in time_factors]

@@ -1,0 +1,75 @@
+"""Checks of arguments: what they raise names the argument, what was expected and what given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor) -> None:
+    """``value`` must be a floating-point tensor of ``shape`` on the device of ``x``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected {symbols} = {list(shape)}, got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {value.device}")
+
+
+def check_ndim(name: str, value: Tensor, symbols: str, ndim: int) -> None:
+    """``value`` must be a tensor of ``ndim`` dimensions, none of size 0."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
+    if value.dim() != ndim or 0 in value.shape:
+        raise ValueError(f"{name}: expected {symbols}, none of them 0, got {list(value.shape)}")
+
+
+def check_activations(name: str, value: Tensor, symbols: str, ndim: int) -> None:
+    """``value`` must be a floating-point tensor of ``ndim`` dimensions, only the first maybe 0."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor {symbols}, got {kind}")
+    if value.dim() != ndim or 0 in value.shape[1:]:
+        raise ValueError(f"{name}: expected {symbols}, only B may be 0, got {list(value.shape)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """``value`` must be one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Every size must be an integer of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_number(name: str, value: object, or_else: str = "") -> None:
+    """``value`` must be a number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
+
+
+def check_probability(name: str, p: float) -> None:
+    """``p`` must be a probability."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+
+
+def check_bias(name: str, bias: Any) -> None:
+    """``bias`` must be 2 x 2 numbers, none of them infinity or nan; -inf is one."""
+    rows = bias if isinstance(bias, Sequence) else ()
+    if len(rows) != 2 or any(not isinstance(r, Sequence) or len(r) != 2 for r in rows):
+        raise ValueError(f"{name}: expected 2 x 2 numbers, got {bias!r}")
+    if not all(isinstance(b, (int, float)) and b < math.inf for r in rows for b in r):
+        raise ValueError(f"{name}: expected finite numbers or -inf, got {bias!r}")
