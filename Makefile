@@ -83,7 +83,7 @@ TUNED_MALLOC := MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967
 bench: setup ## The main benchmarks and their table, in 5 minutes
 	mkdir -p build
 	pytest benches --benchmark-quiet --benchmark-json=build/bench.json
-	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --benchmark-quiet --benchmark-json=build/bench-tuned.json
+	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --dtype float32 --benchmark-quiet --benchmark-json=build/bench-tuned.json
 	python -m benches.report build/bench.json build/bench-tuned.json
 
 bench-full: setup ## All benchmarks and their table

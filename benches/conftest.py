@@ -38,9 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     table = getattr(metafunc.module, "WORKLOADS", ())
+    dtypes = option("--dtype").split(",")
+    if not option("--full"):
+        dtypes = [name for name in dtypes if name in getattr(metafunc.module, "QUICK", dtypes)]
     values: dict[str, list[Any]] = {
         "workload": [w.on(option("--device")) for w in table if w.quick or option("--full")],
-        "dtype": [getattr(torch, name) for name in option("--dtype").split(",")],
+        "dtype": [getattr(torch, name) for name in dtypes],
         "direction": ["forward", "training"],
         "threads": [int(n) for n in option("--threads").split(",")],
     }
