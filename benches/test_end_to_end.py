@@ -24,6 +24,7 @@ from .adaptformer import Adapter, Block
 from .harness import Row, malloc, measure
 
 BATCH, BOTTLENECK, SCALE, CLASSES = 4, 64, 0.1, 12
+QUICK = ("float32",)  # the dtypes measured without --full
 
 
 class NoAdapter(nn.Module):
@@ -110,8 +111,6 @@ class Trainer(nn.Module):
 def test_vit_training_step(record, dtype, threads, pytestconfig):
     transformers = pytest.importorskip("transformers")
     device, full = pytestconfig.getoption("--device"), pytestconfig.getoption("--full")
-    if dtype != torch.float32 and not full:
-        pytest.skip("a minute more: use --full")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     backbone = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
