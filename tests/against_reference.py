@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from compare import check_all, last_bit
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastadapters
 
@@ -65,3 +66,14 @@ def check_float64(op: Op, tensors: Tensors, name: str, backend: str = "eager") -
         assert out[key].shape == expected.shape, f"{name} {key}: {out[key].shape}"
         error = (out[key] - expected).abs().max().item() if expected.numel() else 0.0
         assert error <= 1e-10 * size, f"{name} {key}: {error:.1e}"
+
+
+def check_compiled(op: Op, samples: Iterable[Tensors]) -> None:
+    """Outputs and gradients under torch.compile: the same, in one graph and two compilations."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(op, backend=counter, fullgraph=True)
+    for tensors in samples:
+        results = (run(fn, tensors, "auto") for fn in (compiled, op))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2
