@@ -6,19 +6,22 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def check_tensor(name: str, value: Tensor, symbols: str, shape: tuple[int, ...], x: Tensor) -> None:
-    """``value`` must be a floating-point tensor of ``shape`` on the device of ``x``."""
+def check_tensor(
+    name: str, value: Tensor, symbols: str, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """``value`` must be a floating-point tensor of ``shape`` on the ``device`` of x."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected {symbols} = {list(shape)}, got {list(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {value.device}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} like x, got {value.device}")
 
 
 def check_ndim(name: str, value: Tensor, symbols: str, ndim: int) -> None:

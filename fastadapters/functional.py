@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +28,10 @@ _PLAIN = {"reference": reference, "eager": eager}
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on, else that of ``x``."""
-    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    dtype, device = x.dtype, x.device.type
+    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -41,7 +42,7 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
     """``residual`` must be None, or shaped like ``x`` on its device."""
     if residual is not None and residual is not x:
-        check_tensor("residual", residual, "the shape of x", tuple(x.shape), x)
+        check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)
 
 
 def _check_bottleneck(
@@ -62,30 +63,30 @@ def _check_bottleneck(
         raise TypeError(f"x: expected a floating-point tensor [..., D], got {kind}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., D] with D >= 1, got {list(x.shape)}")
-    d = x.shape[-1]
+    d, device = x.shape[-1], x.device
     if not isinstance(down_weight, Tensor):
         raise TypeError(f"down_weight: expected a tensor [r, D], got {type(down_weight).__name__}")
     if down_weight.dim() != 2 or down_weight.shape[0] == 0:
         raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(down_weight.shape)}")
     r = down_weight.shape[0]
-    check_tensor("down_weight", down_weight, "[r, D]", (r, d), x)
-    check_tensor("up_weight", up_weight, "[D, r]", (d, r), x)
+    check_tensor("down_weight", down_weight, "[r, D]", (r, d), device)
+    check_tensor("up_weight", up_weight, "[D, r]", (d, r), device)
     if down_bias is not None:
-        check_tensor("down_bias", down_bias, "[r]", (r,), x)
+        check_tensor("down_bias", down_bias, "[r]", (r,), device)
     if up_bias is not None:
-        check_tensor("up_bias", up_bias, "[D]", (d,), x)
+        check_tensor("up_bias", up_bias, "[D]", (d,), device)
     if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, "[D]", (d,), x)
+        check_tensor("norm_weight", norm_weight, "[D]", (d,), device)
     if norm_bias is not None:
         if norm_weight is None:
             raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
-        check_tensor("norm_bias", norm_bias, "[D]", (d,), x)
+        check_tensor("norm_bias", norm_bias, "[D]", (d,), device)
     check_residual(residual, x)
     if isinstance(scale, Tensor):
         if scale.shape != (1,):
-            check_tensor("scale", scale, "[1] or [D]", (d,), x)
+            check_tensor("scale", scale, "[1] or [D]", (d,), device)
         else:
-            check_tensor("scale", scale, "[1]", (1,), x)
+            check_tensor("scale", scale, "[1]", (1,), device)
     else:
         check_number("scale", scale, " or a tensor")
     check_choice("activation", activation, ACTIVATION_CODES)
@@ -100,6 +101,15 @@ def _readable(x: Tensor) -> Tensor:
 def _draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
     """(key, offset) of the dropout stream, from PyTorch's generator on the device of x."""
     return torch.randint(2**62, (2,), device=x.device) if training and dropout > 0.0 else None
+
+
+def _saves(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient may be asked for, for which the forward must save."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class BottleneckParameters(NamedTuple):
@@ -186,8 +196,6 @@ def bottleneck(
         x = x.to(dtype)
     residual = None if residual is None or add_x else residual.to(dtype)
     seed = _draw_seed(x, dropout, training)
-    parameters = (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
-    learnable = scale if isinstance(scale, Tensor) else None
     name = backends.resolve("bottleneck", x)
     if name in _PLAIN:
         side = BottleneckParameters(
@@ -195,16 +203,15 @@ def bottleneck(
         )
         options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
         return _plain_bottleneck(name, x, side, x if add_x else residual, seed=seed, **options)
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, residual, *parameters, learnable)
-    )
-    y: Tensor = autograd.call(
-        NAMESPACES[name].bottleneck_forward.default, _readable(x),
-        None if residual is None else _readable(residual), *parameters, learnable, seed,
-        scale if learnable is None else 1.0, norm_eps, dropout, ACTIVATION_CODES[activation],
-        add_x, save=save,
-    )[0]  # fmt: skip
-    return y
+    learnable, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    tensors = (
+        _readable(x), None if residual is None else _readable(residual), down_weight, down_bias,
+        up_weight, up_bias, norm_weight, norm_bias, learnable, seed,
+    )  # fmt: skip
+    return autograd.call(
+        NAMESPACES[name].bottleneck_forward.default, tensors,
+        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], add_x, _saves(tensors)),
+    )  # fmt: skip
 
 
 def multiway_bottleneck(
@@ -271,22 +278,20 @@ def multiway_bottleneck(
         return torch.cat(halves, dim=-2)
     x = _readable(x)
     residual = None if residual is None or add_x else _readable(residual.to(x.dtype))
-    arguments: list[Any] = []
+    tensors: list[Any] = [x, residual]
+    scale_values = []
     for side in (first, second):
-        learnable = side.scale if isinstance(side.scale, Tensor) else None
-        arguments += (
+        is_tensor = isinstance(side.scale, Tensor)
+        tensors += (
             side.down_weight, side.down_bias, side.up_weight, side.up_bias, side.norm_weight,
-            side.norm_bias, learnable, _draw_seed(x, dropout, training),
-            side.scale if learnable is None else 1.0,
+            side.norm_bias, side.scale if is_tensor else None, _draw_seed(x, dropout, training),
         )  # fmt: skip
-    save = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in (x, residual, *arguments)
-    )
-    y: Tensor = autograd.call(
-        NAMESPACES[name].multiway_forward.default, x, residual, split, *arguments, norm_eps,
-        dropout, ACTIVATION_CODES[activation], add_x, save=save,
-    )[0]  # fmt: skip
-    return y
+        scale_values.append(1.0 if is_tensor else side.scale)
+    return autograd.call(
+        NAMESPACES[name].multiway_forward.default, tensors,
+        (split, *scale_values, norm_eps, dropout, ACTIVATION_CODES[activation], add_x,
+         _saves(tensors)),
+    )  # fmt: skip
 
 
 def cross_modal_attention(
@@ -325,9 +330,10 @@ def cross_modal_attention(
         RuntimeError: a backend chosen by name cannot run.
     """
     check_activations("image_q", image_q, "[B, I, H, d]", 4)
+    device = image_q.device
     n_items, *shared = image_q.shape
     for name, tensor in (("image_k", image_k), ("image_v", image_v)):
-        check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), image_q)
+        check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), device)
     if not isinstance(text_q, Tensor):
         raise TypeError(f"text_q: expected a tensor [C, H, d], got {type(text_q).__name__}")
     if text_q.dim() not in (3, 4) or text_q.shape[-3] == 0:
@@ -337,7 +343,7 @@ def cross_modal_attention(
     symbols = "[C, H, d]" if text_q.dim() == 3 else "[B, C, H, d]"
     shape = (n_items,) * (text_q.dim() - 3) + (text_q.shape[-3], *shared[1:])
     for name, tensor in (("text_q", text_q), ("text_k", text_k), ("text_v", text_v)):
-        check_tensor(name, tensor, symbols, shape, image_q)
+        check_tensor(name, tensor, symbols, shape, device)
     check_bias("bias", bias)
     check_choice("outputs", outputs, ("both", "text", "image"))
     if scale is not None:
@@ -369,13 +375,14 @@ def _check_multimodal(
     down_activation: str,
 ) -> None:
     check_activations("image", image, "[B, D]", 2)
+    device = image.device
     n_items, d = image.shape
     if not isinstance(text, Tensor):
         raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
     if text.dim() not in (2, 3) or text.shape[-2] == 0:
         raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
     shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
-    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, image)
+    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, device)
     check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
     e = out_proj[0].shape[0]
     for name, layers, ends, end_symbols in (
@@ -394,8 +401,8 @@ def _check_multimodal(
         for i, (weight, constant) in enumerate(layers):
             n_in, n_out, at = sizes[i], sizes[i + 1], f"{name}[{i}]" if len(layers) > 1 else name
             shown = f"[{symbols[i + 1]}, {symbols[i]}]"
-            check_tensor(f"{at} weight", weight, shown, (n_out, n_in), image)
-            check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), image)
+            check_tensor(f"{at} weight", weight, shown, (n_out, n_in), device)
+            check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), device)
     if num_heads < 1 or e % num_heads:
         raise ValueError(f"num_heads: expected a divisor of E = {e}, got {num_heads}")
     check_bias("bias", bias)
@@ -559,24 +566,24 @@ def sequence_fusion(
         check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
     check_ndim("time_factors[0]", time_factors[0], "[R, T, T_o]", 3)
     check_ndim("feature_factors[0]", feature_factors[0], "[R, r, D]", 3)
-    first = inputs[0]
+    first, device = inputs[0], inputs[0].device
     (rank, _, length), d = time_factors[0].shape, feature_factors[0].shape[2]
     for i, x in enumerate(inputs):
-        check_tensor(f"inputs[{i}]", x, "[B, T, D]", (first.shape[0], *x.shape[1:]), first)
+        check_tensor(f"inputs[{i}]", x, "[B, T, D]", (first.shape[0], *x.shape[1:]), device)
         check_ndim(f"down_weights[{i}]", down_weights[i], "[r, D]", 2)
         width = down_weights[i].shape[0]
-        check_tensor(f"down_weights[{i}]", down_weights[i], "[r, D]", (width, x.shape[2]), first)
+        check_tensor(f"down_weights[{i}]", down_weights[i], "[r, D]", (width, x.shape[2]), device)
         constant = down_biases[i]
         if constant is not None:
-            check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), first)
+            check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), device)
         check_tensor(
-            f"time_factors[{i}]", time_factors[i], "[R, T, T_o]", (rank, x.shape[1], length), first
+            f"time_factors[{i}]", time_factors[i], "[R, T, T_o]", (rank, x.shape[1], length), device
         )
         check_tensor(
-            f"feature_factors[{i}]", feature_factors[i], "[R, r, D]", (rank, width, d), first
+            f"feature_factors[{i}]", feature_factors[i], "[R, r, D]", (rank, width, d), device
         )
     if residual is not None:
-        check_tensor("residual", residual, "[B, T_o, D]", (first.shape[0], length, d), first)
+        check_tensor("residual", residual, "[B, T_o, D]", (first.shape[0], length, d), device)
     check_choice("activation", activation, ACTIVATION_CODES)
 
     dtype = _compute_dtype(first)

@@ -123,7 +123,7 @@ class WanderAdapter(nn.Module):
         for i, (x, length) in enumerate(zip(inputs, self.seq_lens, strict=True)):
             check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
             shape = (inputs[0].shape[0], length, self.dim)
-            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, inputs[0])
+            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, inputs[0].device)
         time_factors, feature_factors = list(self.factor_t_list), list(self.factor_dim_list)
         if self.fusion == "summed":
             time_factors = [factor.sum(dim=0, keepdim=True) for factor in time_factors]

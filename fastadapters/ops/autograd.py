@@ -7,7 +7,7 @@ the dispatcher walks through the schema on every such call, which for some twent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +19,57 @@ _functions: dict[torch._ops.OpOverload, type[torch.autograd.Function]] = {}
 def register(
     library: torch.library.Library,
     name: str,
-    setup_context: Callable[..., None],
-    backward: Callable[..., tuple[Any, ...]],
+    save: Callable[[Any, Sequence[Any], Sequence[Tensor]], None],
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> None:
-    """Differentiate op ``name`` of ``library`` by ``backward``, and ``name``'s gradient by none.
+    """Differentiate the first output of op ``name`` of ``library``, and its gradient not at all.
 
-    The signatures are those of `torch.library.register_autograd`. The gradient is the op whose name
-    has "backward" for "forward".
+    The inputs of the op are tensors, then options, of which the last is whether to save for the
+    gradient: the op whose name has "backward" for "forward".
+
+    Args:
+        save: keeps in ctx what ``backward`` needs of (ctx, tensors, outputs); ``ctx.options`` are
+            there already.
+        backward: (ctx, gradient of the first output) to a gradient or None per tensor.
     """
     qualified = f"{library.ns}::{name}"
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+    op = getattr(getattr(torch.ops, library.ns), name).default
+    n = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        if not inputs[-1]:
+            raise RuntimeError(f"{qualified}: save=True is needed for gradients")
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.options = inputs[n:-1]
+        save(ctx, inputs[:n], output)
+
+    def traced_backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        inputs = len(ctx.needs_input_grad)
+        if dy is None:
+            return (None,) * inputs
+        return *backward(ctx, dy), *(None,) * (inputs - n)
+
+    torch.library.register_autograd(
+        qualified, traced_backward, setup_context=setup_context, lib=library
+    )
     torch.library.register_autograd(
         qualified.replace("forward", "backward"), _refuse_double_backward, lib=library
     )
-    op = getattr(getattr(torch.ops, library.ns), name).default
 
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = below_autograd(op, *inputs)
-        setup_context(ctx, inputs, output)
-        return output
+    def eager_forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, options = inputs
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*tensors, *options)
+        ctx.options = options[:-1]
+        save(ctx, tensors, outputs)
+        y: Tensor = outputs[0]
+        return y
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def eager_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, dy), None
+
+    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
     _functions[op] = type(name, (torch.autograd.Function,), members)
 
 
@@ -50,19 +80,29 @@ def _refuse_double_backward(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
-def below_autograd(op: torch._ops.OpOverload, *inputs: Any) -> Any:
-    """The op without autograd's part of the dispatcher, unless that has something to say."""
+def gradients(
+    op: torch._ops.OpOverload, ctx: Any, dy: Tensor, wanted: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The outputs of gradient ``op`` that are wanted, which its last input is told bit by bit."""
+    needs = sum([1 << i for i, want in enumerate(wanted) if want])
+    if not needs:
+        return (None,) * len(wanted)
+    inputs = (dy, *ctx.saved_tensors, *ctx.options, needs)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
+        outputs = op(*inputs)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*inputs)
+    return [g if want else None for g, want in zip(outputs, wanted, strict=True)]
 
 
-def call(op: torch._ops.OpOverload, *inputs: Any, save: bool) -> Any:
-    """The op; ``save``, its last argument, is whether it keeps what its gradient needs."""
+def call(op: torch._ops.OpOverload, tensors: Sequence[Any], options: tuple[Any, ...]) -> Tensor:
+    """The first output of the op for these inputs; options end with whether to save."""
     if torch.compiler.is_compiling():
-        return op(*inputs, save)
-    if save:
-        return _functions[op].apply(*inputs, save)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs, save)
+        y: Tensor = op(*tensors, *options)[0]
+    elif options[-1]:
+        y = _functions[op].apply(*tensors, options)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = op(*tensors, *options)[0]
+    return y

@@ -126,15 +126,8 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _residual, *rest, save = inputs
-    if not save:
-        raise RuntimeError("fastadapters::bottleneck_forward: save=True is needed for gradients")
-    _, z, stats = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(z, stats)
-    tensors, ctx.options = rest[: len(PARAMETERS) + 1], rest[len(PARAMETERS) + 1 :]
-    ctx.save_for_backward(x, z, stats, *tensors)
+def _save(ctx: Any, tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
 
 
 def define(namespace: str) -> torch.library.Library:
@@ -144,25 +137,14 @@ def define(namespace: str) -> torch.library.Library:
         library.define(name + schema)
     ops = getattr(torch.ops, namespace)
 
-    def backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        need_x, need_residual, *need = ctx.needs_input_grad
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        wanted = (need_x, *need[: len(PARAMETERS)])
-        gradients: tuple[Tensor | None, ...] = (None,) * len(wanted)
-        if any(wanted):
-            needs = sum(bit << i for i, bit in enumerate(wanted))
-            x, z, stats, *tensors = ctx.saved_tensors
-            computed = autograd.below_autograd(
-                ops.bottleneck_backward.default, dy, x, z, stats, *tensors, *ctx.options, needs
-            )
-            gradients = tuple(g if w else None for g, w in zip(computed, wanted, strict=True))
-        rest = (None,) * (len(need) - len(PARAMETERS))
-        return gradients[0], dy if need_residual else None, *gradients[1:], *rest
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, *need = ctx.needs_input_grad[: 2 + len(PARAMETERS)]
+        dx, *others = autograd.gradients(ops.bottleneck_backward.default, ctx, dy, (need_x, *need))
+        return dx, dy if need_residual else None, *others, None
 
     for name in SCHEMAS:
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
-    autograd.register(library, "bottleneck_forward", _setup_context, backward)
+    autograd.register(library, "bottleneck_forward", _save, backward)
     return library
 
 

@@ -23,16 +23,16 @@ from .bottleneck import (
 
 _N = len(PARAMETERS)
 _SIDES = ("_first", "_second")
-_SIDE = _N + 2  # parameters, seed, scale_value
-_INPUTS = ", ".join(f"{declare(side)}, float scale_value{side}" for side in _SIDES)
-_INPUTS = f"int split, {_INPUTS}, {OPTIONS}"
+_SIDE = _N + 1  # parameters, seed
+_TENSORS = ", ".join(map(declare, _SIDES))
+_OPTIONS = f"int split, {', '.join(f'float scale_value{side}' for side in _SIDES)}, {OPTIONS}"
 _SAVED = ", ".join(f"Tensor z{side}, Tensor stats{side}" for side in _SIDES)
 _GRADIENTS = ", ".join(f"Tensor d_{name}{side}" for side in _SIDES for name in PARAMETERS)
 
 SCHEMAS = {
-    "multiway_forward": f"(Tensor x, Tensor? residual, {_INPUTS}, bool save)"
+    "multiway_forward": f"(Tensor x, Tensor? residual, {_TENSORS}, {_OPTIONS}, bool save)"
     f" -> (Tensor y, {_SAVED})",
-    "multiway_backward": f"(Tensor dy, Tensor x, {_SAVED}, {_INPUTS}, int needs)"
+    "multiway_backward": f"(Tensor dy, Tensor x, {_SAVED}, {_TENSORS}, {_OPTIONS}, int needs)"
     f" -> (Tensor dx, {_GRADIENTS})",
 }
 
@@ -42,26 +42,32 @@ def _halves(t: Tensor | None, split: int) -> tuple[Tensor | None, Tensor | None]
 
 
 def _sides(rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """(parameters, seed, scale_value) of the first and of the second adapter."""
+    """The parameters and the seed of the first and of the second adapter."""
     return rest[:_SIDE], rest[_SIDE : 2 * _SIDE]
 
 
-def _allocate_forward(x: Tensor, residual: Tensor | None, split: int, *rest: Any) -> Any:
-    save = rest[-1]
-    saved = (
-        allocate_saved(part, side[0], side[4], save)
-        for part, side in zip((x[..., :split, :], x[..., split:, :]), _sides(rest), strict=True)
-    )
+def _inputs_of_sides(rest: Sequence[Any]) -> tuple[int, list[list[Any]]]:
+    """``split``, and what the bottleneck op takes behind its residual, for each adapter."""
+    split, *scale_values = rest[2 * _SIDE : 2 * _SIDE + 3]
+    options = rest[2 * _SIDE + 3 : -1]
+    sides = zip(_sides(rest), scale_values, strict=True)
+    return split, [[*side, scale_value, *options] for side, scale_value in sides]
+
+
+def _allocate_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+    split, save = rest[2 * _SIDE], rest[-1]
+    parts = zip((x[..., :split, :], x[..., split:, :]), _sides(rest), strict=True)
+    saved = (allocate_saved(part, side[0], side[4], save) for part, side in parts)
     return x.new_empty(x.shape), *(t for pair in saved for t in pair)
 
 
 def _allocate_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    first, second = _sides(rest[5:])
+    first, second = _sides(rest[4:])
     return allocate_gradients(x, (*first[:_N], *second[:_N]), rest[-1])
 
 
-def _or_none(t: Tensor, wanted: int) -> Tensor | None:
-    return t if wanted else None
+def _save(ctx: Any, tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
 
 
 def define(library: torch.library.Library, keys: Sequence[str]) -> None:
@@ -69,66 +75,32 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
     namespace = library.ns
     ops = getattr(torch.ops, namespace)
 
-    def forward(x: Tensor, residual: Tensor | None, split: int, *rest: Any) -> Any:
-        *options, _save = rest[2 * _SIDE :]
-        y, *saved = _allocate_forward(x, residual, split, *rest)
+    def forward(x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
+        y, *saved = _allocate_forward(x, residual, *rest)
+        split, sides = _inputs_of_sides(rest)
         parts = zip(_halves(y, split), _halves(x, split), _halves(residual, split), strict=True)
-        for i, (part, side) in enumerate(zip(parts, _sides(rest), strict=True)):
-            y_part, x_part, residual_part = part
+        for i, ((y_part, x_part, residual_part), side) in enumerate(zip(parts, sides, strict=True)):
             z, stats = (t if t.dim() == 2 else None for t in saved[2 * i : 2 * i + 2])
-            ops.bottleneck_forward_out(y_part, z, stats, x_part, residual_part, *side, *options)
+            ops.bottleneck_forward_out(y_part, z, stats, x_part, residual_part, *side)
         return y, *saved
 
     def backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        saved, split, inputs = rest[:4], rest[4], rest[5:]
-        *options, needs = inputs[2 * _SIDE :]
+        saved, inputs, needs = rest[:4], rest[4:], rest[-1]
         gradients = _allocate_backward(dy, x, *rest)
-        dx, *others = (_or_none(g, needs >> i & 1) for i, g in enumerate(gradients))
+        dx, *others = (g if needs >> i & 1 else None for i, g in enumerate(gradients))
+        split, sides = _inputs_of_sides(inputs)
         parts = zip(_halves(dx, split), _halves(dy, split), _halves(x, split), strict=True)
-        for i, (part, side) in enumerate(zip(parts, _sides(inputs), strict=True)):
-            dx_part, dy_part, x_part = part
-            ops.bottleneck_backward_out(
-                dx_part,
-                *others[i * _N : (i + 1) * _N],
-                dy_part,
-                x_part,
-                *saved[2 * i : 2 * i + 2],
-                *side,
-                *options,
-            )
+        for i, ((dx_part, dy_part, x_part), side) in enumerate(zip(parts, sides, strict=True)):
+            others_part, saved_part = others[i * _N : (i + 1) * _N], saved[2 * i : 2 * i + 2]
+            ops.bottleneck_backward_out(dx_part, *others_part, dy_part, x_part, *saved_part, *side)
         return gradients
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _residual, split, *rest, save = inputs
-        if not save:
-            raise RuntimeError(f"{namespace}::multiway_forward: save=True is needed for gradients")
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        first, second = _sides(rest)
-        ctx.split = split
-        ctx.options = (first[-1], second[-1], rest[2 * _SIDE :])
-        ctx.save_for_backward(x, *output[1:], *first[:-1], *second[:-1])
-
-    def autograd_backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
-        if dy is None:
-            return (None,) * len(needed)
-        wanted = (needed[0], *needed[3 : 3 + _N], *needed[3 + _SIDE : 3 + _SIDE + _N])
-        gradients: Sequence[Tensor | None] = (None,) * len(wanted)
-        if any(wanted):
-            x, *saved = ctx.saved_tensors
-            tensors = saved[4:]
-            scale_first, scale_second, options = ctx.options
-            computed = autograd.below_autograd(
-                ops.multiway_backward.default, dy, x, *saved[:4], ctx.split, *tensors[: _N + 1],
-                scale_first, *tensors[_N + 1 :], scale_second, *options,
-                sum(bit << i for i, bit in enumerate(wanted)),
-            )  # fmt: skip
-            gradients = [_or_none(g, w) for g, w in zip(computed, wanted, strict=True)]
-        dx, first, second = gradients[0], gradients[1 : 1 + _N], gradients[1 + _N :]
-        unused_options = (None,) * (len(needed) - 3 - 2 * _SIDE)
-        d_residual = dy if needed[1] else None
-        return dx, d_residual, None, *first, None, None, *second, None, None, *unused_options
+    def autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, *need = ctx.needs_input_grad[: 2 + 2 * _SIDE]
+        wanted = (need_x, *need[:_N], *need[_SIDE : _SIDE + _N])
+        dx, *others = autograd.gradients(ops.multiway_backward.default, ctx, dy, wanted)
+        d_residual = dy if need_residual else None
+        return dx, d_residual, *others[:_N], None, *others[_N:], None
 
     kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "multiway_forward": (forward, _allocate_forward),
@@ -139,4 +111,4 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         for key in keys:
             library.impl(name, kernel, key)
-    autograd.register(library, "multiway_forward", setup_context, autograd_backward)
+    autograd.register(library, "multiway_forward", _save, autograd_backward)
