@@ -61,14 +61,16 @@ def _check_bottleneck(
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a floating-point tensor [..., D], got {kind}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected [..., D] with D >= 1, got {list(x.shape)}")
-    d, device = x.shape[-1], x.device
+    shape, device = x.shape, x.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x: expected [..., D] with D >= 1, got {list(shape)}")
+    d = shape[-1]
     if not isinstance(down_weight, Tensor):
         raise TypeError(f"down_weight: expected a tensor [r, D], got {type(down_weight).__name__}")
-    if down_weight.dim() != 2 or down_weight.shape[0] == 0:
-        raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(down_weight.shape)}")
-    r = down_weight.shape[0]
+    shape = down_weight.shape
+    if len(shape) != 2 or shape[0] == 0:
+        raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(shape)}")
+    r = shape[0]
     check_tensor("down_weight", down_weight, "[r, D]", (r, d), device)
     check_tensor("up_weight", up_weight, "[D, r]", (d, r), device)
     if down_bias is not None:

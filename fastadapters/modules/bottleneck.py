@@ -117,11 +117,18 @@ class BottleneckAdapter(nn.Module):
         after = self.layernorm == "out"
         if after:
             functional.check_residual(residual, x)
+        p = self.parameters_of()
         y = functional.bottleneck(
             x,
-            **self.parameters_of()._asdict(),
+            p.down_weight,
+            p.up_weight,
+            down_bias=p.down_bias,
+            up_bias=p.up_bias,
             activation=self.activation,
+            scale=p.scale,
             residual=None if after else residual,
+            norm_weight=p.norm_weight,
+            norm_bias=p.norm_bias,
             norm_eps=self.norm_eps,
             dropout=self.dropout,
             training=self.training,
