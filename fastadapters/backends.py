@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 
@@ -94,6 +95,8 @@ def _why_not(name: str, op: str, x: Tensor) -> str | None:
         return f"it runs on {_DEVICE[name]} tensors, not on {x.device.type}"
     if x.dtype not in _FUSED_DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode differentiation need plain PyTorch"
     return unavailable(name)
 
 

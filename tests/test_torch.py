@@ -14,6 +14,7 @@ from bottleneck_cases import Case, inputs, option_cases
 from compare import check_all, last_bit, named
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastadapters
@@ -253,6 +254,45 @@ def test_double_backward_raises_when_fused() -> None:
     with fastadapters.backend("reference"):
         (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     dx.sum().backward()
+
+
+def test_func_transforms_and_forward_mode() -> None:
+    """They get what the eager backend computes; a fused one asked for by name refuses."""
+    module, x = Adapter(), torch.randn(6, 5, 32)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    per_sample = torch.vmap(torch.func.grad(loss), (None, 0))
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+
+    def along_tangents() -> Tensor:
+        with forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(p, tangents[n]) for n, p in parameters.items()}
+            return forward_ad.unpack_dual(loss(duals, x)).tangent
+
+    expected: list[dict[str, Tensor]] = []
+    for item in x:
+        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+        with fastadapters.backend("eager"):
+            grads = torch.autograd.grad(loss(leaves, item), list(leaves.values()))
+        expected.append(dict(zip(leaves, grads, strict=True)))
+
+    computed = per_sample(parameters, x)
+    tangent = along_tangents()
+    for name in parameters:
+        rows = torch.stack([e[name] for e in expected])
+        assert torch.allclose(computed[name], rows, rtol=1e-4, atol=1e-4), name
+    products = [(e[name] * tangents[name]).sum() for e in expected for name in parameters]
+    assert torch.allclose(tangent, torch.stack(products).sum(), rtol=1e-4)
+    jvp = torch.func.jvp(lambda p: loss(p, x), (parameters,), (tangents,))[1]
+    assert torch.allclose(jvp, tangent, rtol=1e-6)
+    if "cpu" in BACKENDS:
+        with fastadapters.backend("cpu"):
+            for transformed in (lambda: per_sample(parameters, x), along_tangents):
+                with pytest.raises(RuntimeError, match="need plain PyTorch"):
+                    transformed()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
