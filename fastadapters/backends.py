@@ -27,7 +27,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "sequence_fusion": (),
 }
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 LIBRARY = Path(__file__).parent / "_C.abi3.so"
@@ -93,7 +93,7 @@ def _why_not(name: str, op: str, x: Tensor) -> str | None:
         return f"it has no kernel for {op}"
     if x.device.type != _DEVICE[name]:
         return f"it runs on {_DEVICE[name]} tensors, not on {x.device.type}"
-    if x.dtype not in _FUSED_DTYPES:
+    if x.dtype not in FUSED_DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation need plain PyTorch"

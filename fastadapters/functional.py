@@ -100,6 +100,16 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and 2 <= x.dim() <= 4 else x.contiguous()
 
 
+def _parameter(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter as the kernels read it: they round the dtypes they know, float64 is not one."""
+    return t if t is None or t.dtype in backends.FUSED_DTYPES else t.to(dtype)
+
+
+def _split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """A scale as the kernels take it: a tensor or None, and what to use without one."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
 def _draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
     """(key, offset) of the dropout stream, from PyTorch's generator on the device of x."""
     return torch.randint(2**62, (2,), device=x.device) if training and dropout > 0.0 else None
@@ -205,10 +215,12 @@ def bottleneck(
         )
         options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
         return _plain_bottleneck(name, x, side, x if add_x else residual, seed=seed, **options)
-    learnable, scale_value = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    learnable, scale_value = _split_scale(scale)
     tensors = (
-        _readable(x), None if residual is None else _readable(residual), down_weight, down_bias,
-        up_weight, up_bias, norm_weight, norm_bias, learnable, seed,
+        _readable(x), None if residual is None else _readable(residual),
+        _parameter(down_weight, dtype), _parameter(down_bias, dtype), _parameter(up_weight, dtype),
+        _parameter(up_bias, dtype), _parameter(norm_weight, dtype), _parameter(norm_bias, dtype),
+        _parameter(learnable, dtype), seed,
     )  # fmt: skip
     return autograd.call(
         NAMESPACES[name].bottleneck_forward.default, tensors,
@@ -283,12 +295,14 @@ def multiway_bottleneck(
     tensors: list[Any] = [x, residual]
     scale_values = []
     for side in (first, second):
-        is_tensor = isinstance(side.scale, Tensor)
-        tensors += (
+        learnable, scale_value = _split_scale(side.scale)
+        parameters = (
             side.down_weight, side.down_bias, side.up_weight, side.up_bias, side.norm_weight,
-            side.norm_bias, side.scale if is_tensor else None, _draw_seed(x, dropout, training),
+            side.norm_bias, learnable,
         )  # fmt: skip
-        scale_values.append(1.0 if is_tensor else side.scale)
+        tensors += (_parameter(t, x.dtype) for t in parameters)
+        tensors.append(_draw_seed(x, dropout, training))
+        scale_values.append(scale_value)
     return autograd.call(
         NAMESPACES[name].multiway_forward.default, tensors,
         (split, *scale_values, norm_eps, dropout, ACTIVATION_CODES[activation], add_x,

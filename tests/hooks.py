@@ -1,7 +1,7 @@
 """The test-hook module: built when out of date, loaded once.
 
     hooks = load()
-    hooks.set_cpu_isa("amx")    # emulated: runs on every CPU that has AVX-512
+    hooks.set_cpu_isa("amx")    # emulated: runs on every CPU that has AVX512-BF16
     torch.ops.fastadapters_hooks.bottleneck_forward(...)
 
 Functions are in csrc/hooks.cpp. torch.ops.fastadapters_hooks is a second copy of the op library:

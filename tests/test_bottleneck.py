@@ -41,7 +41,7 @@ def test_shapes(case: Case, dtype: torch.dtype, backend: str) -> None:
     check_backend(Case(**{**case.__dict__, "dtype": dtype}), backend)
 
 
-@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("param_dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes(dtype: torch.dtype, param_dtype: torch.dtype, backend: str) -> None:
     case = Case(

@@ -77,6 +77,17 @@ def test_is_two_bottlenecks(name, dtype, split, residual, dropout) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float64_parameters(name: str, dtype: torch.dtype) -> None:
+    """They are rounded to the dtype of x on the way in."""
+    tensors = [t.double() if i > 1 else t for i, t in enumerate(sample(dtype, (16, 24)))]
+    out = run(tensors, 17, "x", 0.0, name, op=True)
+    rounded = run([t.to(dtype) for t in tensors], 17, "x", 0.0, name, op=True)
+    assert out[0].dtype == dtype and {g.dtype for g in out[2:]} == {torch.float64}
+    assert all(torch.equal(a.to(dtype), b) for a, b in zip(out, rounded, strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("split", "side"), [(-1, 0), (T, 0), (0, 1)])
 def test_one_modality_alone(name: str, split: int, side: int) -> None:
     x, _, *rest = sample(torch.float32, (16, 24))
