@@ -27,6 +27,7 @@ def test_overhead(record, workload, direction, pytestconfig):
     candidates = {
         "ours": (case.candidates["ours"], case.inputs),
         "module": (lambda x, **parameters: module(x), {"x": x, **dict(module.named_parameters())}),
+        "eager": (case.candidates["eager"], case.inputs),
         "F.linear": (F.linear, {"input": x, "weight": weight, "bias": bias}),
     }
     steps = {}
