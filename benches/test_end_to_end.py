@@ -149,7 +149,7 @@ def test_vit_training_step(record, dtype, threads, pytestconfig):
         steps,
         device,
         budget=60.0 if full else 0.0,
-        min_rounds=7,  # the adapters are less than a round's noise
+        min_rounds=5,
     )
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     share = 1.0 - seconds["without adapters"] / seconds["reference"]
