@@ -16,21 +16,27 @@ from torch import Tensor
 _functions: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
 
 
+def _save(
+    ctx: Any, tensors: Sequence[Any], options: Sequence[Any], outputs: Sequence[Tensor]
+) -> None:
+    ctx.options = options[:-1]
+    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
+
+
 def register(
     library: torch.library.Library,
     name: str,
-    save: Callable[[Any, Sequence[Any], Sequence[Tensor]], None],
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
 ) -> None:
     """Differentiate the first output of op ``name`` of ``library``, and its gradient not at all.
 
-    The inputs of the op are tensors, then options, of which the last is whether to save for the
-    gradient: the op whose name has "backward" for "forward".
+    The inputs of the op are tensors, x and residual first, then options, of which the last is
+    whether to save for the gradient: the op whose name has "backward" for "forward", which takes
+    x, the other outputs, the other tensors but the residual, and the options.
 
     Args:
-        save: keeps in ctx what ``backward`` needs of (ctx, tensors, outputs); ``ctx.options`` are
-            there already.
-        backward: (ctx, gradient of the first output) to a gradient or None per tensor.
+        backward: (ctx, gradient of the first output) to a gradient or None per tensor; it calls
+            `gradients`.
     """
     qualified = f"{library.ns}::{name}"
     op = getattr(getattr(torch.ops, library.ns), name).default
@@ -41,8 +47,7 @@ def register(
             raise RuntimeError(f"{qualified}: save=True is needed for gradients")
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.options = inputs[n:-1]
-        save(ctx, inputs[:n], output)
+        _save(ctx, inputs[:n], inputs[n:], output)
 
     def traced_backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         inputs = len(ctx.needs_input_grad)
@@ -61,8 +66,7 @@ def register(
         *tensors, options = inputs
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(*tensors, *options)
-        ctx.options = options[:-1]
-        save(ctx, tensors, outputs)
+        _save(ctx, tensors, options, outputs)
         y: Tensor = outputs[0]
         return y
 

@@ -126,10 +126,6 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
 
 
-def _save(ctx: Any, tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
-
-
 def define(namespace: str) -> torch.library.Library:
     """Declare the ops in ``namespace`` (schemas, fake kernels, autograd), without kernels."""
     library = torch.library.Library(namespace, "DEF")
@@ -144,7 +140,7 @@ def define(namespace: str) -> torch.library.Library:
 
     for name in SCHEMAS:
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
-    autograd.register(library, "bottleneck_forward", _save, backward)
+    autograd.register(library, "bottleneck_forward", backward)
     return library
 
 

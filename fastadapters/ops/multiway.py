@@ -66,10 +66,6 @@ def _allocate_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return allocate_gradients(x, (*first[:_N], *second[:_N]), rest[-1])
 
 
-def _save(ctx: Any, tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
-
-
 def define(library: torch.library.Library, keys: Sequence[str]) -> None:
     """Declare the ops in ``library``, made of its ``bottleneck_*_out`` kernels for ``keys``."""
     namespace = library.ns
@@ -111,4 +107,4 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         for key in keys:
             library.impl(name, kernel, key)
-    autograd.register(library, "multiway_forward", _save, autograd_backward)
+    autograd.register(library, "multiway_forward", autograd_backward)
