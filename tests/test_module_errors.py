@@ -1,0 +1,76 @@
+"""Bad options and inputs of the modules raise, naming the argument."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from module_cases import (
+    KINDS,
+    D,
+)
+
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "multiway"])
+@pytest.mark.parametrize("layernorm", [None, "out"])
+def test_bad_residual(kind: str, layernorm: str | None) -> None:
+    module = KINDS[kind][0].func(D, 7, layernorm=layernorm)  # type: ignore[attr-defined]
+    split = [2] if kind == "multiway" else []
+    for bad in (torch.ones(4, 3, 5, D), torch.ones(D)):
+        with pytest.raises(ValueError, match="residual: expected the shape of x"):
+            module(torch.ones(3, 5, D), *split, residual=bad)
+
+
+BAD_OPTIONS = [
+    ("bottleneck", {"activation": "tanh"}, ValueError, "activation: expected one of"),
+    ("bottleneck", {"layernorm": "before"}, ValueError, "layernorm: expected one of None, in, out"),
+    ("bottleneck", {"scale": "both"}, ValueError, "scale: expected one of learnable, channel"),
+    ("bottleneck", {"scale": torch.ones(1)}, TypeError, "scale: expected a number, 'learnable'"),
+    ("bottleneck", {"init": "zeros"}, ValueError, "init: expected one of lora, houlsby"),
+    ("bottleneck", {"dropout": 1.5}, ValueError, "dropout: expected a probability in [0, 1]"),
+    ("bottleneck", {"dim": 0}, ValueError, "dim: expected at least 1, got 0"),
+    ("bottleneck", {"bottleneck": 2.5}, TypeError, "bottleneck: expected an integer, got float"),
+    ("multiway", {"modalities": ("text", "text")}, ValueError, "modalities: expected two differ"),
+    ("multiway", {"modalities": ("text",)}, ValueError, "modalities: expected two different names"),
+    ("multiway", {"init": "zeros"}, ValueError, "init: expected one of lora, houlsby"),
+    ("multiway", {"modalities": ("a.b", "c")}, ValueError, "modalities: expected two different"),
+    ("multiway", {"modalities": "ab"}, ValueError, "modalities: expected two different names"),
+    ("enhancer", {"activation": "tanh"}, ValueError, "activation: expected one of"),
+    ("enhancer", {"dropout": -0.1}, ValueError, "dropout: expected a probability in [0, 1]"),
+    ("enhancer", {"drop_path": 1.1}, ValueError, "drop_path: expected a probability in [0, 1]"),
+    ("enhancer", {"hidden_dim": 0}, ValueError, "hidden_dim: expected at least 1, got 0"),
+    ("multimodal", {"num_heads": 3}, ValueError, "num_heads: expected a divisor of 16, got 3"),
+    ("multimodal", {"num_heads": 0}, ValueError, "num_heads: expected at least 1, got 0"),
+    ("multimodal", {"mask": "causal"}, ValueError, "mask: expected 'masked', 'additive' or 2 x 2"),
+    ("multimodal", {"downsample": "conv"}, ValueError, "downsample: expected one of linear, fac"),
+    ("multimodal", {"upsample": "factored"}, ValueError, "upsample: expected one of linear, mlp"),
+    ("multimodal", {"mask": ((0,), (0,))}, ValueError, "mask: expected 2 x 2 numbers"),
+    ("multimodal", {"dim": 0}, ValueError, "dim: expected at least 1, got 0"),
+    ("multimodal", {"blend": "x"}, TypeError, "blend: expected a number, got str"),
+    ("wander", {"feature_rank": 0}, ValueError, "feature_rank: expected at least 1, got 0"),
+    ("wander", {"fusion": "sum"}, ValueError, "fusion: expected one of summed, cp, got 'sum'"),
+    ("wander", {"fusion": "cp"}, ValueError, "time_rank: expected feature_rank = 2 with 'cp'"),
+    ("wander", {"init": "lora"}, ValueError, "init: expected one of trainable, published"),
+    ("wander", {"out_len": 0}, ValueError, "out_len: expected at least 1, got 0"),
+    ("wander", {"out_len": 13}, ValueError, "out_len: expected at most 12 (all tokens), got 13"),
+]
+POSITIONAL = {"dim": 0, "bottleneck": 1, "hidden_dim": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(("kind", "change", "error", "message"), BAD_OPTIONS)
+def test_bad_options(kind: str, change: dict[str, Any], error: type, message: str) -> None:
+    build = KINDS[kind][0]
+    assert isinstance(build, partial)
+    args, options = list(build.args), dict(build.keywords)
+    for name, value in change.items():
+        if name in POSITIONAL:
+            args[POSITIONAL[name]] = value
+        else:
+            options[name] = value
+    with pytest.raises(error, match=re.escape(message)):
+        build.func(*args, **options)

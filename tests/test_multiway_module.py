@@ -1,0 +1,94 @@
+"""`MultiwayAdapter` next to two adapters and a concatenation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from against_reference import check_against_reference
+from module_cases import (
+    BACKENDS,
+    D,
+    assert_same_results,
+    randn,
+    randomize,
+    with_parameters,
+)
+from torch import Tensor, nn
+
+from fastadapters import (
+    BottleneckAdapter,
+    MultiwayAdapter,
+)
+
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
+
+
+T = 9
+
+
+class TwoAdapters(nn.Module):
+    """What `MultiwayAdapter` stands for: each adapter on its tokens, then a concatenation."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.adaptmlp_vision = BottleneckAdapter(D, 7, **options)
+        self.adaptmlp_text = BottleneckAdapter(D, 7, **options)
+
+    def forward(self, x: Tensor, split: int, residual: Tensor | None = None) -> Tensor:
+        split = x.shape[1] if split == -1 else split
+        halves = []
+        for adapter, part in (
+            (self.adaptmlp_vision, slice(None, split)),
+            (self.adaptmlp_text, slice(split, None)),
+        ):
+            halves.append(adapter(x[:, part], None if residual is None else residual[:, part]))
+        return torch.cat(halves, dim=1)
+
+
+MULTIWAY_OPTIONS = [
+    {"activation": "gelu", "scale": "learnable"},
+    {"layernorm": "in", "scale": "channel", "residual": False},
+    {"layernorm": "out", "scale": 0.6},
+    {"layernorm": "out", "residual": False},
+]
+
+
+def multiway_tensors(module: nn.Module, explicit: bool) -> Any:
+    residual = {"residual": randn(3, T, D, seed=50)} if explicit else {}
+    return with_parameters(randomize(module), x=randn(3, T, D), **residual)
+
+
+@pytest.mark.parametrize("split", [-1, 0, 1, 4, T])
+@pytest.mark.parametrize("explicit", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("options", MULTIWAY_OPTIONS, ids=str)
+def test_multiway_is_two_adapters(options: dict[str, Any], explicit: bool, split: int) -> None:
+    """Output and all gradients in float64."""
+    module = MultiwayAdapter(D, 7, **options)
+    tensors, as_op = multiway_tensors(module, explicit)
+    assert_same_results(as_op(module, split), as_op(TwoAdapters(**options), split), tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("explicit", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("options", MULTIWAY_OPTIONS, ids=str)
+def test_multiway_backends(
+    options: dict[str, Any], explicit: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """Output and all gradients under the tolerance rule."""
+    module = MultiwayAdapter(D, 7, **options)
+    tensors, as_op = multiway_tensors(module, explicit)
+    rounded = {name: t.to(dtype) for name, t in tensors.items()}
+    check_against_reference(as_op(module, 4), rounded, "multiway", backend)
+
+
+def test_modalities_name_the_adapters() -> None:
+    """The first name has the first tokens, whatever the names."""
+    module = MultiwayAdapter(D, 7, modalities=("image", "audio"))
+    randomize(module)
+    assert [name for name, _ in module.named_children()] == ["adaptmlp_image", "adaptmlp_audio"]
+    x = randn(3, T, D)
+    assert torch.equal(module(x, -1), module.adaptmlp_image(x))
+    assert torch.equal(module(x, 0), module.adaptmlp_audio(x))

@@ -1,0 +1,158 @@
+"""`WanderAdapter`: its formula in PyTorch ops, its inits."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from module_cases import (
+    ACTIVATIONS,
+    PLAIN,
+    D,
+    assert_exact,
+    inputs,
+    randn,
+    randomize,
+)
+from torch import Tensor
+
+import fastadapters
+from fastadapters import (
+    WanderAdapter,
+)
+
+pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
+
+
+LENGTHS = (5, 8, 11, 4, 17, 6, 9)
+
+
+def wander(modalities: int, **options: Any) -> tuple[WanderAdapter, list[Tensor]]:
+    """A module of that many modalities in its initial state, and inputs of unit variance."""
+    lengths = LENGTHS[:modalities]
+    ranks = {"feature_rank": 3, "time_rank": 3, "out_len": 4}
+    module = WanderAdapter(D, lengths, 6, **{**ranks, **options}, dtype=torch.float64)
+    tensors = [randn(4, t, D, seed=i, dtype=torch.float64) for i, t in enumerate(lengths)]
+    return module, tensors
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("fusion", ["summed", "cp"])
+def test_wander_is_its_formula(fusion: str, backend: str) -> None:
+    module, tensors = wander(3, fusion=fusion)
+    randomize(module)
+    with fastadapters.backend(backend):
+        y = module(tensors)
+    terms = []
+    for x, down, a, u in zip(
+        tensors, module.down, module.factor_t_list, module.factor_dim_list, strict=True
+    ):
+        if fusion == "summed":
+            a, u = a.sum(0, keepdim=True), u.sum(0, keepdim=True)
+        h = ACTIVATIONS["gelu"](x @ down.weight.T + down.bias)
+        terms.append(a.transpose(1, 2)[:, None] @ h @ u[:, None])  # [R, B, T_o, D]
+    assert_exact(y, tensors[0][:, :4] + math.prod(terms).sum(0))
+
+
+@pytest.mark.parametrize("fusion", ["summed", "cp"])
+@pytest.mark.parametrize("modalities", range(1, 8))
+def test_default_init_has_live_gradients(modalities: int, fusion: str) -> None:
+    """No parameter's gradient is 0, and no modality's is drowned by another's."""
+    module, tensors = wander(modalities, fusion=fusion)
+    y = module(tensors)
+    (y * randn(*y.shape, seed=50)).sum().backward()
+    norms = {name: p.grad.norm().item() for name, p in module.named_parameters()}
+    assert min(norms.values()) > 0
+    for factors in ("factor_t_list", "factor_dim_list"):
+        group = [norm for name, norm in norms.items() if name.startswith(factors)]
+        assert len(group) == modalities
+        assert max(group) <= 1000 * min(group)
+
+
+@pytest.mark.parametrize("fusion", ["summed", "cp"])
+@pytest.mark.parametrize("modalities", [2, 3, 7])
+def test_published_init_is_dead(modalities: int, fusion: str) -> None:
+    """As documented: with two zero factors in each product nothing ever trains."""
+    module, tensors = wander(modalities, fusion=fusion, init="published")
+    y = module(tensors)
+    assert torch.equal(y, tensors[0][:, :4])
+    (y * randn(*y.shape, seed=50)).sum().backward()
+    assert not any(p.grad.any() for p in module.parameters())
+
+
+def test_published_init_of_one_modality_is_alive() -> None:
+    module, tensors = wander(1, init="published")
+    module(tensors).square().sum().backward()
+    assert module.factor_t_list[0].grad.any()
+
+
+@pytest.mark.parametrize("fusion", ["summed", "cp"])
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=0.01)]
+)
+def test_default_init_trains(optimizer: Callable[..., Any], fusion: str) -> None:
+    module, tensors = wander(3, fusion=fusion)
+    target = randn(4, 4, D, seed=50, dtype=torch.float64)
+    steps = optimizer(module.parameters())
+    losses = []
+    for _ in range(5):
+        loss = F.mse_loss(module(tensors), target)
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_wander_leaves_its_inputs_alone() -> None:
+    module, tensors = wander(3, out_len=7)
+    tensors = [t.requires_grad_() for t in tensors]
+    given, values = list(tensors), [t.detach().clone() for t in tensors]
+    module(tensors).sum().backward()
+    assert len(tensors) == 3
+    for t, same, value in zip(tensors, given, values, strict=True):
+        assert t is same
+        assert torch.equal(t, value)
+
+
+@pytest.mark.parametrize("out_len", [5, 6, 13, 14, 24])
+def test_leading_tokens_come_from_the_next_sequence(out_len: int) -> None:
+    """With the published init the fused branch is 0, and what remains is the leading tokens."""
+    module, tensors = wander(3, out_len=out_len, init="published")
+    assert torch.equal(module(tensors), torch.cat(tensors, dim=1)[:, :out_len])
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_fusions_agree_at_rank_one(backend: str) -> None:
+    results = []
+    for fusion in ("summed", "cp"):
+        module, tensors = wander(3, fusion=fusion, feature_rank=1, time_rank=1)
+        randomize(module)
+        with fastadapters.backend(backend):
+            results.append(module(tensors))
+    assert_exact(*results)
+
+
+BAD_WANDER = [
+    (lambda xs: xs[:1], "inputs: expected M = 2 tensors [B, T_m, D], got 1"),
+    (lambda xs: [*xs, xs[0]], "inputs: expected M = 2 tensors [B, T_m, D], got 3"),
+    (lambda xs: xs[::-1], "inputs[0]: expected [B, T, D] = [3, 5, 24], got [3, 7, 24]"),
+    (lambda xs: [xs[0], xs[1][:, 1:]], "inputs[1]: expected [B, T, D] = [3, 7, 24]"),
+    (lambda xs: [xs[0][..., 1:], xs[1]], "inputs[0]: expected [B, T, D] = [3, 5, 24]"),
+    (lambda xs: [xs[0][0], xs[1]], "inputs[0]: expected [B, T, D], only B may be 0, got [5, 24]"),
+    (lambda xs: [xs[0], xs[1][1:]], "inputs[1]: expected [B, T, D] = [3, 7, 24], got [2, 7, 24]"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_WANDER)
+def test_bad_wander_input(bad: Callable[[list[Tensor]], list[Tensor]], message: str) -> None:
+    module = WanderAdapter(D, (5, 7), 6, feature_rank=2, time_rank=3, out_len=4)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(bad(inputs("wander")))
