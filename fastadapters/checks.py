@@ -76,3 +76,9 @@ def check_bias(name: str, bias: Any) -> None:
         raise ValueError(f"{name}: expected 2 x 2 numbers, got {bias!r}")
     if not all(isinstance(b, (int, float)) and b < math.inf for r in rows for b in r):
         raise ValueError(f"{name}: expected finite numbers or -inf, got {bias!r}")
+
+
+def check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """``residual`` must be None, or shaped like ``x`` on its device."""
+    if residual is not None and residual is not x:
+        check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)

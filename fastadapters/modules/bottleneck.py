@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..checks import check_choice, check_number, check_probability, check_sizes
+from ..checks import (
+    check_choice,
+    check_number,
+    check_probability,
+    check_residual,
+    check_sizes,
+)
 from ..ops.bottleneck import ACTIVATION_CODES
 
 INITS = ("lora", "houlsby", "bert")
@@ -116,7 +122,7 @@ class BottleneckAdapter(nn.Module):
             residual = x
         after = self.layernorm == "out"
         if after:
-            functional.check_residual(residual, x)
+            check_residual(residual, x)
         p = self.parameters_of()
         y = functional.bottleneck(
             x,

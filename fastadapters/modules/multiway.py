@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..checks import check_choice, check_probability, check_sizes
+from ..checks import check_choice, check_probability, check_residual, check_sizes
 from ..ops.bottleneck import ACTIVATION_CODES
 from .bottleneck import BottleneckAdapter
 
@@ -63,7 +63,7 @@ class MultiwayAdapter(nn.Module):
             residual = x
         after = first.layernorm == "out"
         if after:
-            functional.check_residual(residual, x)
+            check_residual(residual, x)
         y = functional.multiway_bottleneck(
             x,
             split,

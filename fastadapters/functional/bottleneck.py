@@ -1,0 +1,172 @@
+"""The adapter bottleneck: checks, dtypes, choice of the backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_choice, check_number, check_probability, check_residual, check_tensor
+from ..ops import NAMESPACES, autograd
+from ..ops.bottleneck import ACTIVATION_CODES
+from .arguments import PLAIN, compute_dtype, draw_seed, parameter, readable, saves, without_autocast
+
+
+def check_bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float | Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dropout: float,
+) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a floating-point tensor [..., D], got {kind}")
+    shape, device = x.shape, x.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"x: expected [..., D] with D >= 1, got {list(shape)}")
+    d = shape[-1]
+    if not isinstance(down_weight, Tensor):
+        raise TypeError(f"down_weight: expected a tensor [r, D], got {type(down_weight).__name__}")
+    shape = down_weight.shape
+    if len(shape) != 2 or shape[0] == 0:
+        raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(shape)}")
+    r = shape[0]
+    check_tensor("down_weight", down_weight, "[r, D]", (r, d), device)
+    check_tensor("up_weight", up_weight, "[D, r]", (d, r), device)
+    if down_bias is not None:
+        check_tensor("down_bias", down_bias, "[r]", (r,), device)
+    if up_bias is not None:
+        check_tensor("up_bias", up_bias, "[D]", (d,), device)
+    if norm_weight is not None:
+        check_tensor("norm_weight", norm_weight, "[D]", (d,), device)
+    if norm_bias is not None:
+        if norm_weight is None:
+            raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
+        check_tensor("norm_bias", norm_bias, "[D]", (d,), device)
+    check_residual(residual, x)
+    if isinstance(scale, Tensor):
+        if scale.shape != (1,):
+            check_tensor("scale", scale, "[1] or [D]", (d,), device)
+        else:
+            check_tensor("scale", scale, "[1]", (1,), device)
+    else:
+        check_number("scale", scale, " or a tensor")
+    check_choice("activation", activation, ACTIVATION_CODES)
+    check_probability("dropout", dropout)
+
+
+class BottleneckParameters(NamedTuple):
+    """The parameters of one bottleneck, named and shaped as in `bottleneck`."""
+
+    down_weight: Tensor
+    up_weight: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    scale: float | Tensor = 1.0
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+def plain_bottleneck(
+    name: str, x: Tensor, side: BottleneckParameters, residual: Tensor | None, **options: Any
+) -> Tensor:
+    """The bottleneck on backend ``name``, reference or eager, in the dtype of ``x``."""
+    tensors: dict[str, Any] = side._asdict() | {"residual": residual}
+    cast = {n: t.to(x.dtype) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    with without_autocast(x):
+        y: Tensor = PLAIN[name].bottleneck(x, **cast, **options)
+    return y
+
+
+def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """A scale as the kernels take it: a tensor or None, and what to use without one."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """The adapter bottleneck of AdaptFormer, MultiWay-Adapter, Houlsby and Pfeiffer.
+
+        z = norm(x) Wd^T + bd                  [M, r]
+        h = dropout(activation(z))             [M, r]
+        y = residual + scale * (h Wu^T + bu)   [M, D]
+
+    With the identity activation and residual = a frozen layer's output it is LoRA.
+
+    Args:
+        x: [..., D], any strides; float32, bfloat16 or float16 (float64 runs eagerly). M is the
+            product of the leading dimensions, 0 included. Cast to the autocast dtype, if any.
+        down_weight: Wd [r, D]; any r >= 1.
+        up_weight: Wu [D, r].
+        down_bias: bd [r] or None.
+        up_bias: bu [D] or None.
+        activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "quick_gelu" or "identity".
+        scale: a number, or a learnable tensor [1] or [D] (one per channel).
+        residual: a tensor shaped like x, x itself (known by identity, free of cost), or None.
+        norm_weight: [D]; LayerNorm precedes the down-projection iff it is given.
+        norm_bias: [D] or None.
+        norm_eps: added to the variance.
+        dropout: probability of dropping an element of h, where ``training``; the mask follows
+            from a seed drawn from PyTorch's generator.
+        training: whether dropout is active.
+
+    Parameters of another floating dtype than x are rounded to it on the way in; each gradient
+    has its parameter's dtype.
+
+    Returns:
+        y: contiguous, with the shape and the compute dtype of x.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the shape expected and the shape given.
+        RuntimeError: a backend chosen by name cannot run.
+    """
+    check_bottleneck(
+        x, down_weight, up_weight, down_bias, up_bias, activation, scale, residual,
+        norm_weight, norm_bias, dropout,
+    )  # fmt: skip
+    add_x = residual is x
+    dtype = compute_dtype(x)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    residual = None if residual is None or add_x else residual.to(dtype)
+    seed = draw_seed(x, dropout, training)
+    name = backends.resolve("bottleneck", x)
+    if name in PLAIN:
+        side = BottleneckParameters(
+            down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
+        )
+        options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
+        return plain_bottleneck(name, x, side, x if add_x else residual, seed=seed, **options)
+    learnable, scale_value = split_scale(scale)
+    tensors = (
+        readable(x), None if residual is None else readable(residual),
+        parameter(down_weight, dtype), parameter(down_bias, dtype), parameter(up_weight, dtype),
+        parameter(up_bias, dtype), parameter(norm_weight, dtype), parameter(norm_bias, dtype),
+        parameter(learnable, dtype), seed,
+    )  # fmt: skip
+    return autograd.call(
+        NAMESPACES[name].bottleneck_forward.default, tensors,
+        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], add_x, saves(tensors)),
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Attention over the text and the image tokens of each item."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import backends
+from ..checks import check_activations, check_bias, check_choice, check_number, check_tensor
+from ..reference.cross_modal_attention import MASKED, Bias
+from .arguments import PLAIN, compute_dtype, without_autocast
+
+
+def cross_modal_attention(
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_q: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    *,
+    bias: Bias = MASKED,
+    scale: float | None = None,
+    outputs: str = "both",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Multi-head attention over the text and the image tokens of each item (arXiv 2409.02958).
+
+        score(q, k) = q.k * scale + bias[modality of q][modality of k]
+
+    An item's sequence is its C text tokens and its I image tokens. No mask is ever built.
+
+    Args:
+        text_q, text_k, text_v: [C, H, d], shared by all items (class names), or [B, C, H, d].
+        image_q, image_k, image_v: [B, I, H, d]; their dtype is the op's. C, I, H, d >= 1, B >= 0.
+        bias: ((text-text, text-image), (image-text, image-image)); -inf blocks. The default lets
+            each modality see only the other (the paper's mask); ((0, 1), (1, 0)) is what the
+            published code computes, whose float mask is added. A query that sees no key gives 0.
+        scale: of q.k; d ** -0.5 if None.
+        outputs: "both", or "text" or "image" to compute only that one.
+
+    Returns:
+        text_out [B, C, H, d], image_out [B, I, H, d], or the one asked for, in the compute dtype.
+        Where queries cannot differ (texts that see one image) it may be an expanded view.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the shape expected and the shape given.
+        RuntimeError: a backend chosen by name cannot run.
+    """
+    check_activations("image_q", image_q, "[B, I, H, d]", 4)
+    device = image_q.device
+    n_items, *shared = image_q.shape
+    for name, tensor in (("image_k", image_k), ("image_v", image_v)):
+        check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), device)
+    if not isinstance(text_q, Tensor):
+        raise TypeError(f"text_q: expected a tensor [C, H, d], got {type(text_q).__name__}")
+    if text_q.dim() not in (3, 4) or text_q.shape[-3] == 0:
+        raise ValueError(
+            f"text_q: expected [C, H, d] or [B, C, H, d] with C >= 1, got {list(text_q.shape)}"
+        )
+    symbols = "[C, H, d]" if text_q.dim() == 3 else "[B, C, H, d]"
+    shape = (n_items,) * (text_q.dim() - 3) + (text_q.shape[-3], *shared[1:])
+    for name, tensor in (("text_q", text_q), ("text_k", text_k), ("text_v", text_v)):
+        check_tensor(name, tensor, symbols, shape, device)
+    check_bias("bias", bias)
+    check_choice("outputs", outputs, ("both", "text", "image"))
+    if scale is not None:
+        check_number("scale", scale, " or None")
+
+    dtype = compute_dtype(image_q)
+    backend = PLAIN[backends.resolve("cross_modal_attention", image_q)]
+    tensors = (t.to(dtype) for t in (text_q, text_k, text_v, image_q, image_k, image_v))
+    with without_autocast(image_q):
+        out: Tensor | tuple[Tensor, Tensor] = backend.cross_modal_attention(
+            *tensors, bias=bias, scale=scale, outputs=outputs
+        )
+    return out

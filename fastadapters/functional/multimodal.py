@@ -1,0 +1,178 @@
+"""The Multi-Modal Adapter: features to features, and features to class logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import (
+    check_activations,
+    check_bias,
+    check_choice,
+    check_ndim,
+    check_number,
+    check_tensor,
+)
+from ..ops.bottleneck import ACTIVATION_CODES
+from ..reference.cross_modal_attention import MASKED, Bias, Layer
+from .arguments import PLAIN, compute_dtype, without_autocast
+
+
+def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
+    return [(weight.to(dtype), bias.to(dtype)) for weight, bias in layers]
+
+
+def _check_multimodal(
+    text: Tensor,
+    image: Tensor,
+    down: Sequence[Layer],
+    in_proj: Layer,
+    out_proj: Layer,
+    up: Sequence[Layer],
+    num_heads: int,
+    bias: Bias,
+    down_activation: str,
+) -> None:
+    check_activations("image", image, "[B, D]", 2)
+    device = image.device
+    n_items, d = image.shape
+    if not isinstance(text, Tensor):
+        raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
+    if text.dim() not in (2, 3) or text.shape[-2] == 0:
+        raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
+    shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
+    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, device)
+    check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
+    e = out_proj[0].shape[0]
+    for name, layers, ends, end_symbols in (
+        ("down", down, (d, e), ("D", "E")),
+        ("in_proj", [in_proj], (e, 3 * e), ("E", "3 E")),
+        ("out_proj", [out_proj], (e, e), ("E", "E")),
+        ("up", up, (e, d), ("E", "D")),
+    ):
+        if len(layers) not in (1, 2):
+            raise ValueError(f"{name}: expected one or two layers, got {len(layers)}")
+        sizes, symbols = list(ends), list(end_symbols)
+        if len(layers) == 2:
+            check_ndim(f"{name}[0] weight", layers[0][0], f"[R, {symbols[0]}]", 2)
+            sizes.insert(1, layers[0][0].shape[0])
+            symbols.insert(1, "R")
+        for i, (weight, constant) in enumerate(layers):
+            n_in, n_out, at = sizes[i], sizes[i + 1], f"{name}[{i}]" if len(layers) > 1 else name
+            shown = f"[{symbols[i + 1]}, {symbols[i]}]"
+            check_tensor(f"{at} weight", weight, shown, (n_out, n_in), device)
+            check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), device)
+    if num_heads < 1 or e % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of E = {e}, got {num_heads}")
+    check_bias("bias", bias)
+    check_choice("down_activation", down_activation, ACTIVATION_CODES)
+
+
+def multimodal_features(
+    text: Tensor,
+    image: Tensor,
+    down: Sequence[Layer],
+    in_proj: Layer,
+    out_proj: Layer,
+    up: Sequence[Layer],
+    *,
+    num_heads: int,
+    bias: Bias = MASKED,
+    down_activation: str = "identity",
+) -> tuple[Tensor, Tensor]:
+    """What the multi-modal adapter makes of class texts and of images (arXiv 2409.02958).
+
+    Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler. A layer is
+    a pair (weight [out, in], bias [out]); E is the width of the attention, R a hidden width.
+
+    Args:
+        text: [C, D], shared by all items, or [B, C, D].
+        image: [B, D]; its dtype is the op's.
+        down: one layer D -> E, or two, D -> R -> E.
+        in_proj: queries, keys and values, E -> 3 E, as in `torch.nn.MultiheadAttention`.
+        out_proj: E -> E.
+        up: one layer E -> D, or two with a GELU between, E -> R -> D.
+        num_heads: H, a divisor of E.
+        bias: as in `cross_modal_attention`.
+        down_activation: between the two layers of the down-sampler, if there are two.
+
+    Parameters of another floating dtype than image are rounded to it on the way in; each gradient
+    has its parameter's dtype.
+
+    Returns:
+        text [B, C, D] (an expanded view where all texts get the same), image [B, D].
+
+    Raises:
+        As `cross_modal_attention`.
+    """
+    _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
+    dtype = compute_dtype(image)
+    backend = PLAIN[backends.resolve("cross_modal_attention", image)]
+    with without_autocast(image):
+        features: tuple[Tensor, Tensor] = backend.multimodal_features(
+            text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
+            _to(up, dtype), num_heads=num_heads, bias=bias, down_activation=down_activation,
+        )  # fmt: skip
+    return features
+
+
+def multimodal_logits(
+    text: Tensor,
+    image: Tensor,
+    down: Sequence[Layer],
+    in_proj: Layer,
+    out_proj: Layer,
+    up: Sequence[Layer],
+    *,
+    num_heads: int,
+    logit_scale: float | Tensor,
+    bias: Bias = MASKED,
+    blend: float = 0.2,
+    adapt: str = "both",
+    down_activation: str = "identity",
+) -> Tensor:
+    """Class logits of CLIP features blended with the multi-modal adapter's (arXiv 2409.02958).
+
+        new(f)  = unit(blend * unit(adapter(f)) + (1 - blend) * unit(f))
+        logits  = logit_scale * new(image) . new(text)
+
+    Eagerly, nothing as large as [B, C, D] is held.
+
+    Args:
+        text: [C, D], one row per class.
+        image, down, in_proj, out_proj, up, num_heads, bias, down_activation: as in
+            `multimodal_features`.
+        logit_scale: a number or a tensor of one element: the factor itself, not its logarithm.
+        blend: the adapter's share.
+        adapt: "both", "text" or "image": the features that the adapter changes. With "image" the
+            image feature is blended as it comes, not as a unit vector: so the published model.
+
+    Returns:
+        logits [B, C] in the compute dtype.
+
+    Raises:
+        As `cross_modal_attention`.
+    """
+    _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
+    if text.dim() != 2:
+        raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
+    check_choice("adapt", adapt, ("both", "text", "image"))
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale: expected one element, got {list(logit_scale.shape)}")
+        logit_scale = logit_scale.reshape(())
+    else:
+        check_number("logit_scale", logit_scale, " or a tensor")
+    dtype = compute_dtype(image)
+    backend = PLAIN[backends.resolve("cross_modal_attention", image)]
+    with without_autocast(image):
+        logits: Tensor = backend.multimodal_logits(
+            text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
+            _to(up, dtype), num_heads=num_heads,
+            logit_scale=logit_scale.to(dtype) if isinstance(logit_scale, Tensor) else logit_scale,
+            bias=bias, blend=blend, adapt=adapt, down_activation=down_activation,
+        )  # fmt: skip
+    return logits
