@@ -219,14 +219,15 @@ def test_pure_wheel(pure):
         "fastadapters",
         *(
             f"fastadapters.{name}".replace(".", "/")
-            for name in ("eager", "kernels", "modules", "ops", "reference")
+            for name in ("eager", "kernels", "kernels.bottleneck", "modules", "ops", "reference")
         ),
     }
     assert {p.name for p in pure.iterdir() if p.suffix != ".dist-info"} == {"fastadapters"}
     assert (pure / "fastadapters" / "py.typed").exists()
     assert not list(pure.rglob("*.so"))
-    kernels = {p.name for p in (ROOT / "kernels").glob("*.py")}
-    assert {p.name for p in (pure / "fastadapters" / "kernels").glob("*.py")} == kernels
+    folders = (ROOT / "kernels", pure / "fastadapters" / "kernels")
+    sources, installed = ({p.relative_to(f) for p in f.rglob("*.py")} for f in folders)
+    assert installed == sources
 
 
 def run_installed(installed: Path, *command: str) -> str:

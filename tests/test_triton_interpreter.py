@@ -38,12 +38,12 @@ def test_in_a_process_of_its_own() -> None:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backend take CPU tensors, and cut them into few programs, as suits it."""
-    from fastadapters.kernels import bottleneck
+    from fastadapters.kernels.bottleneck import tiles
 
     monkeypatch.setattr(backends, "_why_not", lambda name, op, x: None)
-    monkeypatch.setattr(bottleneck, "tile", lambda *key: bottleneck.Tile(64, 128, 4, 1))
-    monkeypatch.setattr(bottleneck, "REDUCE_BLOCK_D", 128)
-    monkeypatch.setattr(bottleneck, "NORM_BLOCK_R", 16)
+    monkeypatch.setattr(tiles, "tile", lambda *key: tiles.Tile(64, 128, 4, 1))
+    monkeypatch.setattr(tiles, "REDUCE_BLOCK_D", 128)
+    monkeypatch.setattr(tiles, "NORM_BLOCK_R", 16)
 
 
 # With relu a rounding can turn the gradient of an element on or off, which no tolerance covers.

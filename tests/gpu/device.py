@@ -10,7 +10,7 @@ The PTX machine (machine.py, core/*.cpp) checks and counts every access. A fault
         y = torch.ops.simulated.forward(x)            # an op of a library loaded by load_cuda
     run.launches                                      # list of Report, one a launch, in order
     run.total()                                       # their sum, one Report
-    run.total("_forward_kernel")                      # ... of kernels with this in their name
+    run.total("forward_kernel")                       # ... of kernels with this in their name
 
     report = device.triton(kernel, grid, *args, arch=80, seed=0, num_warps=4, BLOCK=64)
     report = device.ptx(text, "name", grid, block, *args, shared=0, seed=0)

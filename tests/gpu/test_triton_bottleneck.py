@@ -16,7 +16,7 @@ from torch import Tensor
 from fastadapters import backends
 
 pytest.importorskip("triton")
-from fastadapters.kernels import bottleneck as kernels
+from fastadapters.kernels.bottleneck import ops as kernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
@@ -78,7 +78,7 @@ def test_tf32_where_the_precision_setting_allows_it(arch: int) -> None:
             out = bottleneck_cases.run(case, tensors, "triton")
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert run.total("_forward_kernel").count("mma.sync") > 0
+    assert run.total("forward_kernel").count("mma.sync") > 0
     error = (out["y"] - gold["y"]).square().mean().sqrt() / gold["y"].square().mean().sqrt()
     assert 2**-13 < error < 2**-9  # operands of 10 explicit bits, the rest cut off
 
@@ -91,7 +91,7 @@ def test_same_bits_whatever_the_schedule(arch: int) -> None:
     for seed in range(3):
         with device.simulate(arch, seed) as run:
             runs.append(bottleneck_cases.run(case, tensors, "triton"))
-    (weights,) = (report for report in run.launches if report.name == "_weights_kernel")
+    (weights,) = (report for report in run.launches if report.name == "weights_kernel")
     assert weights.grid[2] > 1  # several splits
     for other in runs[1:]:
         for name, t in runs[0].items():
@@ -100,7 +100,7 @@ def test_same_bits_whatever_the_schedule(arch: int) -> None:
 
 def compiled() -> int:
     """How many kernels have been compiled for sm_80."""
-    names = ("_forward_kernel", "_backward_kernel", "_weights_kernel", "_reduce_kernel")
+    names = ("forward_kernel", "backward_kernel", "weights_kernel", "reduce_kernel")
     return sum(len(getattr(kernels, name).device_caches[80][0]) for name in names)
 
 
@@ -141,7 +141,7 @@ def test_only_what_is_asked_for(wanted: str, ran: str) -> None:
         out = bottleneck_cases.run(case, tensors, "triton", needs=needs)
     assert out.keys() == {"y", *(f"d_{name}" for name in names)}
     check_all(out, bottleneck_cases.reference_pair(case, tensors, needs=needs))
-    launched = [report.name.strip("_").removesuffix("_kernel") for report in run.launches]
+    launched = [report.name.removesuffix("_kernel") for report in run.launches]
     assert launched == (ran.split() if names else ["norm", "forward"])
 
 
@@ -161,7 +161,7 @@ def test_traffic(arch: int, d: int) -> None:
     run, t = traffic(arch, d)
     unit = t["x"].nbytes
     forward, backward, weights = (
-        run.total(f"_{n}_kernel") for n in ("forward", "backward", "weights")
+        run.total(f"{n}_kernel") for n in ("forward", "backward", "weights")
     )
 
     moved = forward.traffic(t["x"])

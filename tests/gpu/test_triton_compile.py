@@ -22,7 +22,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # The most shared memory of a program. sm_86 and sm_89 run sm_80's tiles.
 SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), strict=True))
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
-PRODUCTS = ("_forward_kernel", "_backward_kernel", "_weights_kernel")
+PRODUCTS = ("forward_kernel", "backward_kernel", "weights_kernel")
 EVERYTHING, PLAIN = "every option", "plain"
 
 
@@ -127,7 +127,7 @@ def lines(arch: str, kernels: list[Compiled]) -> list[str]:
             fit = (str(o.blocks), o.limit)
         block = f"{c.meta.get('BLOCK_M', '')} x {c.meta['BLOCK_D']}"
         cells = (
-            arch, c.kernel.strip("_").removesuffix("_kernel"), c.dtype, c.r, c.options, block,
+            arch, c.kernel.removesuffix("_kernel"), c.dtype, c.r, c.options, block,
             c.threads // 32, c.meta.get("num_stages", ""), r.registers, r.shared, *fit,
         )  # fmt: skip
         found.append(f"| {' | '.join(map(str, cells))} |")
@@ -157,7 +157,7 @@ def table() -> str:
 def test_tiles_fit(arch: str) -> None:
     """Nothing spills, tensor cores multiply, and the table is current."""
     (kernels,) = compile_for_all([arch])
-    assert {c.kernel for c in kernels} >= {*PRODUCTS, "_norm_kernel", "_reduce_kernel"}
+    assert {c.kernel for c in kernels} >= {*PRODUCTS, "norm_kernel", "reduce_kernel"}
     for c in kernels:
         r = c.resources
         # AMD's scalar registers spill into lanes of vector registers: no memory, so `stack` tells.

@@ -1,0 +1,26 @@
+"""The adapter bottleneck in Triton, for NVIDIA and AMD: forward, and backward without atomics.
+
+Forward: a program owns BLOCK_M rows. x streams by in blocks of D and is contracted to z
+[BLOCK_M, r], which stays in registers through activation and dropout; then y streams out, and x is
+read again, from L2, where it is the residual. Backward: one pass recomputes z, contracts dy to dh
+and writes dx and the small dz and h [M, r]; a second contracts x and dy with these, each program
+over a range of rows; the last adds the ranges in order and forms every parameter's gradient.
+
+The row m of a tensor [n0, n1, n2, D] lies at any three strides. R is r rounded up to a multiple of
+BLOCK_R; where there are several blocks of R, h and dz pass through memory. Products accumulate in
+fp32, and vectors are widened to fp32 as they are loaded.
+"""
+
+from .ops import (
+    bottleneck_backward,
+    bottleneck_backward_out,
+    bottleneck_forward,
+    bottleneck_forward_out,
+)
+
+__all__ = [
+    "bottleneck_backward",
+    "bottleneck_backward_out",
+    "bottleneck_forward",
+    "bottleneck_forward_out",
+]

@@ -1,0 +1,128 @@
+"""The pass over x and dy of backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activations import activate, activation_gradient
+from ..dropout import survivors
+from ..products import contract, expand
+from ..rows import load_stats, load_vector, row_offsets, sum_of_products
+from .pre_activation import pre_activation
+
+
+@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold"])
+def backward_kernel(
+    dy,
+    x,
+    dx,
+    dz_out,
+    h_out,
+    stats,
+    down_weight,
+    down_bias,
+    up_weight,
+    norm_weight,
+    norm_products,
+    scale,
+    seed,
+    scale_value,
+    keep_scale,
+    threshold: tl.uint32,
+    M,
+    D,
+    r,
+    n1,
+    n2,
+    dy_stride0,
+    dy_stride1,
+    dy_stride2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    dx_stride0,
+    dx_stride1,
+    dx_stride2,
+    ACTIVATION: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    ADD_X: tl.constexpr,
+    ROW_DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = rows < M
+    x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
+    dy_rows = row_offsets(rows, n1, n2, dy_stride0, dy_stride1, dy_stride2, ROW_DIMS)
+    mean = None
+    rstd = None
+    if norm_weight is not None:
+        mean, rstd = load_stats(stats, rows, in_rows)
+        along_ones = tl.zeros([BLOCK_M], tl.float32)
+        along_x = tl.zeros([BLOCK_M], tl.float32)
+
+    dz = tl.zeros([BLOCK_M, BLOCK_R], dtype)
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        tile = rows.to(tl.int64)[:, None] * R + units[None, :]
+        if dx is not None or dz_out is not None:
+            gain = scale if CHANNEL_SCALE else None
+            dh = contract(
+                dy, dy_rows, in_rows, None, up_weight, 1, r, gain, units, D, r, PRECISION, BLOCK_D
+            )
+            if scale is None:
+                dh *= scale_value
+            elif not CHANNEL_SCALE:
+                dh *= tl.load(scale).to(dtype).to(tl.float32)
+        z, centred = pre_activation(
+            x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
+            units, D, r, R, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        keep = 1.0
+        if seed is not None:
+            keep = tl.where(survivors(seed, rows, first, r, threshold, BLOCK_R), keep_scale, 0.0)
+        if h_out is not None:
+            h = activate(z, ACTIVATION) * keep
+            tl.store(h_out + tile, h.to(dtype), mask=in_rows[:, None])
+        if dx is not None or dz_out is not None:
+            dz = (dh * activation_gradient(z, ACTIVATION) * keep).to(dtype)
+            if dz_out is not None:
+                tl.store(dz_out + tile, dz, mask=in_rows[:, None])
+            if norm_weight is not None:
+                # With g = dz Wd the gradient of norm(x), LayerNorm's backward needs the sums over D
+                # of g gamma and of g gamma (x - mean) rstd: they are dz . (Wd gamma) and dz . z
+                # without its offsets, which spares a pass over D.
+                wide = dz.to(tl.float32)
+                gain = tl.load(norm_products + R + units)
+                along_ones += sum_of_products(wide, gain[None, :], 1)
+                along_x += sum_of_products(wide, centred, 1)
+
+    if dx is not None:
+        if R > BLOCK_R:
+            tl.debug_barrier()
+        dx_rows = row_offsets(rows, n1, n2, dx_stride0, dx_stride1, dx_stride2, ROW_DIMS)
+        for k in range(0, D, BLOCK_D):
+            cols = k + tl.arange(0, BLOCK_D)
+            inside = cols < D
+            whole = in_rows[:, None] & inside[None, :]
+            if ADD_X:
+                kept = tl.load(dy + dy_rows[:, None] + cols[None, :], mask=whole, other=0.0)
+            if norm_weight is not None:
+                a = tl.load(x + x_rows[:, None] + cols[None, :], mask=whole, other=0.0)
+            out = expand(
+                dz, dz_out, rows, in_rows, down_weight, D, 1, cols, inside, r, R, PRECISION, BLOCK_R
+            )
+            if norm_weight is not None:
+                normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                out *= load_vector(norm_weight, cols, inside, dtype)[None, :]
+                out -= (along_ones[:, None] + normed * along_x[:, None]) / D
+                out *= rstd[:, None]
+            if ADD_X:
+                out += kept.to(tl.float32)
+            tl.store(dx + dx_rows[:, None] + cols[None, :], out.to(dtype), mask=whole)

@@ -1,0 +1,115 @@
+"""The forward pass in one kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..activations import activate
+from ..dropout import survivors
+from ..products import expand
+from ..rows import load_vector, moments, row_offsets
+from .pre_activation import pre_activation
+
+
+@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold"])
+def forward_kernel(
+    x,
+    residual,
+    y,
+    stats,
+    hidden,
+    down_weight,
+    down_bias,
+    up_weight,
+    up_bias,
+    norm_weight,
+    norm_products,
+    scale,
+    seed,
+    scale_value,
+    norm_eps,
+    keep_scale,
+    threshold: tl.uint32,
+    M,
+    D,
+    r,
+    n1,
+    n2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    residual_stride0,
+    residual_stride1,
+    residual_stride2,
+    y_stride0,
+    y_stride1,
+    y_stride2,
+    ACTIVATION: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    ROW_DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    dtype: tl.constexpr = x.dtype.element_ty
+    rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = rows < M
+    x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
+    mean = None
+    rstd = None
+    if norm_weight is not None:
+        mean, variance = moments(x, x_rows, in_rows, D, BLOCK_D)
+        rstd = tl.rsqrt(variance + norm_eps)
+        if stats is not None:
+            pair = stats + rows.to(tl.int64) * 2
+            tl.store(pair, mean, mask=in_rows)
+            tl.store(pair + 1, rstd, mask=in_rows)
+
+    h = tl.zeros([BLOCK_M, BLOCK_R], dtype)
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        z, _ = pre_activation(
+            x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
+            units, D, r, R, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        active = activate(z, ACTIVATION)
+        if seed is not None:
+            keep = survivors(seed, rows, first, r, threshold, BLOCK_R)
+            active = tl.where(keep, active * keep_scale, 0.0)
+        h = active.to(dtype)
+        if R > BLOCK_R:
+            tl.store(
+                hidden + rows.to(tl.int64)[:, None] * R + units[None, :], h, mask=in_rows[:, None]
+            )
+    if R > BLOCK_R:
+        tl.debug_barrier()
+
+    s = scale_value
+    if scale is not None and not CHANNEL_SCALE:
+        s = tl.load(scale).to(dtype).to(tl.float32)
+    y_rows = row_offsets(rows, n1, n2, y_stride0, y_stride1, y_stride2, ROW_DIMS)
+    if residual is not None:
+        residual_rows = row_offsets(
+            rows, n1, n2, residual_stride0, residual_stride1, residual_stride2, ROW_DIMS
+        )
+    for k in range(0, D, BLOCK_D):
+        cols = k + tl.arange(0, BLOCK_D)
+        inside = cols < D
+        whole = in_rows[:, None] & inside[None, :]
+        if residual is not None:
+            kept = tl.load(residual + residual_rows[:, None] + cols[None, :], mask=whole, other=0.0)
+        out = expand(
+            h, hidden, rows, in_rows, up_weight, 1, r, cols, inside, r, R, PRECISION, BLOCK_R
+        )
+        if up_bias is not None:
+            out += load_vector(up_bias, cols, inside, dtype)[None, :]
+        if CHANNEL_SCALE:
+            out *= load_vector(scale, cols, inside, dtype)[None, :]
+        else:
+            out *= s
+        if residual is not None:
+            out += kept.to(tl.float32)
+        tl.store(y + y_rows[:, None] + cols[None, :], out.to(dtype), mask=whole)

@@ -1,0 +1,338 @@
+"""The ops: what is launched, on what."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastadapters.ops.bottleneck import PARAMETERS, allocate_gradients, allocate_saved
+from fastadapters.reference.philox import dropout_threshold
+
+from ..launch import (
+    Tile,
+    architecture,
+    contiguous,
+    guard,
+    launch,
+    precision,
+    processors,
+    triton_dtype,
+)
+from ..rows import rows_of
+from . import tiles
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .pre_activation import norm_kernel
+from .weights import reduce_kernel, weights_kernel
+
+
+class Problem(NamedTuple):
+    """What every launch of one call shares."""
+
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    d: int
+    r: int
+    block_r: int
+    padded_r: int
+    precision: str
+    keep_scale: float
+    threshold: int
+
+    def launch(self, kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        """Run ``kernel`` on a grid that may depend on BLOCK_M and BLOCK_D."""
+
+        def tile() -> Tile:
+            key = kernel.__name__, self.d, self.block_r, self.dtype, architecture()
+            return tiles.tile(*key)
+
+        meta |= {"PRECISION": self.precision, "R": self.padded_r, "BLOCK_R": self.block_r}
+        launch(kernel, grid, tile, *args, **meta)
+
+
+def _problem(x: Tensor, down_weight: Tensor, dropout: float) -> Problem:
+    d, r = x.shape[-1], down_weight.shape[0]
+    block_r = min(max(16, triton.next_power_of_2(r)), tiles.max_block_r(x.dtype))
+    return Problem(
+        x.device,
+        x.dtype,
+        x.numel() // d,
+        d,
+        r,
+        block_r,
+        triton.cdiv(r, block_r) * block_r,
+        precision(),
+        1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0,
+        dropout_threshold(dropout),
+    )
+
+
+def _norm_products(
+    p: Problem, down_weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> Tensor | None:
+    if norm_weight is None:
+        return None
+    products = torch.empty(3, p.padded_r, dtype=torch.float32, device=p.device)
+    norm_kernel[(p.padded_r // tiles.NORM_BLOCK_R,)](
+        products,
+        down_weight,
+        norm_weight,
+        norm_bias,
+        p.d,
+        p.r,
+        DTYPE=triton_dtype(p.dtype),
+        R=p.padded_r,
+        BLOCK_R=tiles.NORM_BLOCK_R,
+        BLOCK_D=tiles.NORM_BLOCK_D,
+    )
+    return products
+
+
+def _per_channel(scale: Tensor | None, d: int) -> bool:
+    return scale is not None and scale.numel() == d
+
+
+def bottleneck_forward_out(
+    y: Tensor,
+    z: Tensor | None,
+    stats: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    scale_value: float,
+    norm_eps: float,
+    dropout: float,
+    activation: int,
+    add_x: bool,
+) -> None:
+    """``fastadapters::bottleneck_forward_out``: fills y, and stats where given; z is not used."""
+    if x.numel() == 0:
+        return
+    p = _problem(x, down_weight, dropout)
+    if add_x:
+        residual = x
+    down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
+        down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale
+    )  # type: ignore[assignment]
+    row_dims, rows = rows_of(x, x if residual is None else residual, y)
+    with guard(p.device):
+        p.launch(
+            forward_kernel,
+            lambda meta: (triton.cdiv(p.m, meta["BLOCK_M"]),),
+            x,
+            residual,
+            y,
+            stats,
+            x.new_empty(p.m, p.padded_r) if p.padded_r > p.block_r else None,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
+            norm_weight,
+            _norm_products(p, down_weight, norm_weight, norm_bias),
+            scale,
+            seed,
+            scale_value,
+            norm_eps,
+            p.keep_scale,
+            p.threshold,
+            p.m,
+            p.d,
+            p.r,
+            *rows,
+            ACTIVATION=activation,
+            CHANNEL_SCALE=_per_channel(scale, p.d),
+            ROW_DIMS=row_dims,
+        )
+
+
+def bottleneck_backward_out(
+    dx: Tensor | None,
+    d_down_weight: Tensor | None,
+    d_down_bias: Tensor | None,
+    d_up_weight: Tensor | None,
+    d_up_bias: Tensor | None,
+    d_norm_weight: Tensor | None,
+    d_norm_bias: Tensor | None,
+    d_scale: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    stats: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    seed: Tensor | None,
+    scale_value: float,
+    norm_eps: float,
+    dropout: float,
+    activation: int,
+    add_x: bool,
+) -> None:
+    """``fastadapters::bottleneck_backward_out``: fills what is not None; z is not used."""
+    parameter_gradients = (
+        d_down_weight,
+        d_down_bias,
+        d_up_weight,
+        d_up_bias,
+        d_norm_weight,
+        d_norm_bias,
+        d_scale,
+    )
+    if x.numel() == 0:
+        for gradient in parameter_gradients:
+            if gradient is not None:
+                gradient.zero_()
+        return
+    p = _problem(x, down_weight, dropout)
+    if dy.stride(-1) != 1 or dy.dim() > 4:
+        dy = dy.contiguous()
+    if norm_weight is None:
+        stats = None
+    channel_scale = _per_channel(scale, p.d)
+    down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
+        down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale
+    )  # type: ignore[assignment]
+
+    needs_down_product = d_down_weight is not None or d_norm_weight is not None
+    needs_down_sum = (
+        d_down_bias is not None
+        or d_norm_bias is not None
+        or (norm_weight is not None and needs_down_product)
+    )
+    needs_up_product = d_up_weight is not None or d_scale is not None
+    needs_up_sum = d_up_bias is not None or (d_scale is not None and up_bias is not None)
+    needs_dz = needs_down_product or needs_down_sum
+    dz = h = None
+    if needs_dz or (dx is not None and p.padded_r > p.block_r):
+        dz = x.new_empty(p.m, p.padded_r)
+    if needs_up_product:
+        h = x.new_empty(p.m, p.padded_r)
+
+    with guard(p.device):
+        if dx is not None or dz is not None or h is not None:
+            row_dims, rows = rows_of(dy, x, x if dx is None else dx)
+            p.launch(
+                backward_kernel,
+                lambda meta: (triton.cdiv(p.m, meta["BLOCK_M"]),),
+                dy,
+                x,
+                dx,
+                dz,
+                h,
+                stats,
+                down_weight,
+                down_bias,
+                up_weight,
+                norm_weight,
+                _norm_products(p, down_weight, norm_weight, norm_bias),
+                scale,
+                seed,
+                scale_value,
+                p.keep_scale,
+                p.threshold,
+                p.m,
+                p.d,
+                p.r,
+                *rows,
+                ACTIVATION=activation,
+                CHANNEL_SCALE=channel_scale,
+                ADD_X=add_x,
+                ROW_DIMS=row_dims,
+            )
+        if all(gradient is None for gradient in parameter_gradients):
+            return
+
+        blocks_r = p.padded_r // p.block_r
+        # Two programs a processor with tiles of 128 columns; splits are whole tiles of any height.
+        most = max(1, processors(p.device) // (triton.cdiv(p.d, 128) * blocks_r))
+        rows_per_split = 128 * triton.cdiv(p.m, 128 * most)
+        splits = triton.cdiv(p.m, rows_per_split)
+
+        def partial(needed: bool, *shape: int) -> Tensor | None:
+            return x.new_empty(splits, *shape, dtype=torch.float32) if needed else None
+
+        partials = (
+            partial(needs_down_product, p.d, p.padded_r),
+            partial(needs_down_sum, 2, p.padded_r),
+            partial(needs_up_product, p.d, p.padded_r),
+            partial(needs_up_sum, p.d),
+        )
+        row_dims, rows = rows_of(dy, x)
+        p.launch(
+            weights_kernel,
+            lambda meta: (triton.cdiv(p.d, meta["BLOCK_D"]), 2 * blocks_r, splits),
+            dy,
+            x,
+            dz,
+            h,
+            stats,
+            *partials,
+            p.m,
+            p.d,
+            *rows,
+            rows_per_split,
+            ROW_DIMS=row_dims,
+        )
+        d_scales = d_scale
+        if d_scale is not None and not channel_scale:
+            d_scales = x.new_empty(p.d, dtype=torch.float32)
+        reduce_kernel[(triton.cdiv(p.d, tiles.REDUCE_BLOCK_D),)](
+            *partials,
+            down_weight,
+            up_weight,
+            up_bias,
+            norm_weight,
+            norm_bias,
+            scale,
+            *parameter_gradients[:-1],
+            d_scales,
+            scale_value,
+            splits,
+            p.d,
+            p.r,
+            DTYPE=triton_dtype(p.dtype),
+            CHANNEL_SCALE=channel_scale,
+            R=p.padded_r,
+            BLOCK_R=p.block_r,
+            BLOCK_D=tiles.REDUCE_BLOCK_D,
+        )
+        if d_scale is not None and not channel_scale:
+            d_scale.copy_(d_scales.sum(0, keepdim=True))
+
+
+def bottleneck_forward(
+    x: Tensor, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastadapters::bottleneck_forward``."""
+    *inputs, save = rest
+    y = x.new_empty(x.shape)
+    z, stats = allocate_saved(x, inputs[0], inputs[4], save)
+    bottleneck_forward_out(y, None, stats if stats.numel() else None, x, residual, *inputs)
+    return y, z, stats
+
+
+def bottleneck_backward(
+    dy: Tensor, x: Tensor, z: Tensor, stats: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """``fastadapters::bottleneck_backward``."""
+    *inputs, needs = rest
+    gradients = allocate_gradients(x, inputs[: len(PARAMETERS)], needs)
+    wanted = (g if needs >> i & 1 else None for i, g in enumerate(gradients))
+    bottleneck_backward_out(*wanted, dy, x, z, stats, *inputs)
+    return gradients

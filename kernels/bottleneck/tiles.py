@@ -1,0 +1,61 @@
+"""Which tile each kernel of the bottleneck takes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ..launch import Tile
+
+# The tile of each kernel by the largest BLOCK_R that it is for. What was weighed: no spilled
+# registers, two programs a processor for r <= 64 without LayerNorm and dropout, whole 128-byte
+# lines, and that the rows of all resident programs fit the L2 cache (64 of D = 1024 in 16 bit:
+# 128 KB a program). docs/triton-resources.md lists what each takes.
+TILES = {
+    "forward_kernel": {128: Tile(64, 64, 8, 3)},
+    "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 16, 3)},
+    "weights_kernel": {
+        32: Tile(32, 128, 8, 3),
+        64: Tile(64, 128, 8, 3),
+        128: Tile(32, 128, 8, 3),
+    },
+}
+# Hopper and datacentre Blackwell: products of at most 8 warps from shared memory, and an L2 so slow
+# beside the HBM that the forward reads the weights for 128 rows at once.
+WGMMA_TILES = TILES | {
+    "forward_kernel": {32: Tile(64, 64, 8, 3), 128: Tile(128, 64, 8, 3)},
+    "backward_kernel": {128: Tile(64, 64, 8, 3)},
+    "weights_kernel": {128: Tile(64, 128, 8, 3)},
+}
+# 64 KB of shared memory, and warps of 64 threads.
+AMD_TILES = {
+    "forward_kernel": {128: Tile(64, 64, 4, 2)},
+    "backward_kernel": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
+    "weights_kernel": {128: Tile(64, 128, 4, 2)},
+}
+FLOAT32_TILES = {
+    "forward_kernel": {64: Tile(32, 32, 8, 2)},
+    "backward_kernel": {64: Tile(32, 32, 8, 2)},
+    "weights_kernel": {64: Tile(32, 32, 4, 2)},
+}
+REDUCE_BLOCK_D = 8
+NORM_BLOCK_R = 4
+NORM_BLOCK_D = 256
+
+
+def max_block_r(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float32 else 128
+
+
+def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+    """The tile of a kernel, by its name, for x [M, d] on ``arch`` ("sm_90", "gfx942"); not by M."""
+    if dtype == torch.float32:
+        tiles = FLOAT32_TILES
+    elif arch.startswith("gfx"):
+        tiles = AMD_TILES
+    elif arch.startswith(("sm_90", "sm_10")):
+        tiles = WGMMA_TILES
+    else:
+        tiles = TILES
+    chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
+    return chosen._replace(block_d=min(chosen.block_d, max(16, triton.next_power_of_2(d))))

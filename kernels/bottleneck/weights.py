@@ -1,0 +1,189 @@
+"""The gradients of the parameters: partial sums over ranges of rows, then their reduction."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..products import transposed_product
+from ..rows import load_stats, load_vector, sum_of_products
+
+
+@triton.jit(do_not_specialize=["M", "n1", "n2", "rows_per_split"])
+def weights_kernel(
+    dy,
+    x,
+    dz,
+    h,
+    stats,
+    down_product,
+    down_sum,
+    up_product,
+    up_sum,
+    M,
+    D,
+    n1,
+    n2,
+    dy_stride0,
+    dy_stride1,
+    dy_stride2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    rows_per_split,
+    ROW_DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums over one range of rows, each where its pointer [splits, ...] is not None.
+
+    One half of the programs forms x^T b [D, R], with b = rstd dz (dz without norm), and the sums of
+    dz and of mean b [2, R]; the other half dy^T h [D, R] and the sum of dy [D].
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    units = tl.program_id(1) // 2 * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(2).to(M.dtype) * rows_per_split
+    end = tl.minimum(begin + rows_per_split, M)
+    place = (split * D + cols)[:, None] * R + units[None, :]
+    if tl.program_id(1) % 2 == 0:
+        if down_product is not None:
+            product, _ = transposed_product(
+                x, dz, stats, begin, end, cols, D, units, n1, n2, x_stride0, x_stride1, x_stride2,
+                False, ROW_DIMS, PRECISION, R, BLOCK_M,
+            )  # fmt: skip
+            tl.store(down_product + place, product, mask=inside[:, None])
+        if down_sum is not None and tl.program_id(0) == 0:
+            dz_total = tl.zeros([BLOCK_R], tl.float32)
+            mean_total = tl.zeros([BLOCK_R], tl.float32)
+            for start in range(begin, end, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                in_rows = rows < end
+                tile = rows.to(tl.int64)[:, None] * R + units[None, :]
+                b = tl.load(dz + tile, mask=in_rows[:, None], other=0.0).to(tl.float32)
+                dz_total += tl.sum(b, 0)
+                if stats is not None:
+                    mean, rstd = load_stats(stats, rows, in_rows)
+                    b = (b * rstd[:, None]).to(dtype).to(tl.float32)
+                    mean_total += sum_of_products(b, mean[:, None], 0)
+            tl.store(down_sum + split * 2 * R + units, dz_total)
+            tl.store(down_sum + (split * 2 + 1) * R + units, mean_total)
+    elif up_product is not None or up_sum is not None:
+        product, total = transposed_product(
+            dy, h, None, begin, end, cols, D, units, n1, n2, dy_stride0, dy_stride1, dy_stride2,
+            up_sum is not None, ROW_DIMS, PRECISION, R, BLOCK_M,
+        )  # fmt: skip
+        if up_product is not None:
+            tl.store(up_product + place, product, mask=inside[:, None])
+        if up_sum is not None and tl.program_id(1) == 1:
+            tl.store(up_sum + split * D + cols, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def reduce_kernel(
+    down_product,
+    down_sum,
+    up_product,
+    up_sum,
+    down_weight,
+    up_weight,
+    up_bias,
+    norm_weight,
+    norm_bias,
+    scale,
+    d_down_weight,
+    d_down_bias,
+    d_up_weight,
+    d_up_bias,
+    d_norm_weight,
+    d_norm_bias,
+    d_scale,
+    scale_value,
+    splits,
+    D,
+    r,
+    DTYPE: tl.constexpr,
+    CHANNEL_SCALE: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add the splits in order, and form the gradients.
+
+    With P = norm(x)^T dz before gain and offset, S = sum dz, G = dy^T h and T = sum dy:
+    dWd = (gamma P + beta S)^T, d gamma = sum_r Wd^T P, d beta = Wd^T S, dbd = S,
+    dWu = s G, ds = sum_r Wu G + bu T, dbu = s T.
+    """
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    gain = tl.full([BLOCK_D], 1.0, tl.float32)
+    if norm_weight is not None:
+        gain = load_vector(norm_weight, cols, inside, DTYPE)
+    s = tl.full([BLOCK_D], 1.0, tl.float32) * scale_value
+    if scale is not None:
+        s = load_vector(scale, cols if CHANNEL_SCALE else cols * 0, inside, DTYPE)
+    gain_gradient = tl.zeros([BLOCK_D], tl.float32)
+    offset_gradient = tl.zeros([BLOCK_D], tl.float32)
+    scale_gradient = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        whole = inside[:, None] & (units < r)[None, :]
+        place = cols[:, None] * R + units[None, :]
+        transposed = units[None, :] * D + cols[:, None]
+        straight = cols[:, None] * r + units[None, :]
+        if down_sum is not None:
+            dz_total = tl.zeros([BLOCK_R], tl.float32)
+            mean_total = tl.zeros([BLOCK_R], tl.float32)
+            for i in range(splits):
+                dz_total += tl.load(down_sum + 2 * i * R + units)
+                mean_total += tl.load(down_sum + (2 * i + 1) * R + units)
+            if d_down_bias is not None and tl.program_id(0) == 0:
+                tl.store(d_down_bias + units, dz_total, mask=units < r)
+        if d_norm_weight is not None or d_norm_bias is not None:
+            w = tl.load(down_weight + transposed, mask=whole, other=0.0).to(DTYPE).to(tl.float32)
+        if d_norm_bias is not None:
+            offset_gradient += sum_of_products(w, dz_total[None, :], 1)
+        if down_product is not None:
+            product = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+            for i in range(splits):
+                partial = down_product + tl.cast(i, tl.int64) * D * R
+                product += tl.load(partial + place, mask=inside[:, None], other=0.0)
+            if norm_weight is not None and not (DTYPE == tl.float32):  # noqa: SIM201, SIM300
+                product -= mean_total[None, :]
+            if d_norm_weight is not None:
+                gain_gradient += sum_of_products(w, product, 1)
+            if d_down_weight is not None:
+                out = product * gain[:, None]
+                if norm_bias is not None:
+                    offset = load_vector(norm_bias, cols, inside, DTYPE)
+                    out += offset[:, None] * dz_total[None, :]
+                tl.store(d_down_weight + transposed, out, mask=whole)
+        if up_product is not None:
+            product = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+            for i in range(splits):
+                partial = up_product + tl.cast(i, tl.int64) * D * R
+                product += tl.load(partial + place, mask=inside[:, None], other=0.0)
+            if d_up_weight is not None:
+                tl.store(d_up_weight + straight, product * s[:, None], mask=whole)
+            if d_scale is not None:
+                w = tl.load(up_weight + straight, mask=whole, other=0.0).to(DTYPE).to(tl.float32)
+                scale_gradient += sum_of_products(w, product, 1)
+    if d_norm_weight is not None:
+        tl.store(d_norm_weight + cols, gain_gradient, mask=inside)
+    if d_norm_bias is not None:
+        tl.store(d_norm_bias + cols, offset_gradient, mask=inside)
+    if up_sum is not None:
+        dy_total = tl.zeros([BLOCK_D], tl.float32)
+        for i in range(splits):
+            dy_total += tl.load(up_sum + tl.cast(i, tl.int64) * D + cols, mask=inside, other=0.0)
+        if d_up_bias is not None:
+            tl.store(d_up_bias + cols, dy_total * s, mask=inside)
+        if up_bias is not None:
+            scale_gradient += load_vector(up_bias, cols, inside, DTYPE) * dy_total
+    if d_scale is not None:
+        tl.store(d_scale + cols, scale_gradient, mask=inside)

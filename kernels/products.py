@@ -1,0 +1,143 @@
+"""Products of tiles, accumulated in fp32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rows import load_stats, load_vector, row_offsets
+
+
+@triton.jit
+def contract(
+    x,
+    offsets,
+    in_rows,
+    shift,
+    weight,
+    weight_stride_r,
+    weight_stride_d,
+    gain,
+    units,
+    D,
+    r,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(x - shift) (W gain)^T [BLOCK_M, BLOCK_R] over the rows of x; shift and gain may be None.
+
+    The gain goes to W, not to x, so that x passes from its asynchronous copies straight to the
+    tensor cores.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    product = tl.zeros([in_rows.shape[0], units.shape[0]], tl.float32)
+    for k in range(0, D, BLOCK_D):
+        cols = k + tl.arange(0, BLOCK_D)
+        inside = cols < D
+        whole = in_rows[:, None] & inside[None, :]
+        a = tl.load(x + offsets[:, None] + cols[None, :], mask=whole, other=0.0)
+        if shift is not None:
+            a -= shift[:, None]
+        w = tl.load(
+            weight + units[:, None] * weight_stride_r + cols[None, :] * weight_stride_d,
+            mask=(units[:, None] < r) & inside[None, :],
+            other=0.0,
+        ).to(dtype)
+        if gain is not None:
+            g = load_vector(gain, cols, inside, dtype)
+            w = (w.to(tl.float32) * g[None, :]).to(dtype)
+        product = tl.dot(a, tl.trans(w), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def expand(
+    tile,
+    stored,
+    rows,
+    in_rows,
+    weight,
+    weight_stride_r,
+    weight_stride_d,
+    cols,
+    inside,
+    r,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """tile W [BLOCK_M, BLOCK_D]; a tile of several blocks of R is read from stored [M, R]."""
+    product = tl.zeros([in_rows.shape[0], cols.shape[0]], tl.float32)
+    for first in range(0, R, BLOCK_R):
+        units = first + tl.arange(0, BLOCK_R)
+        w = tl.load(
+            weight + units[:, None] * weight_stride_r + cols[None, :] * weight_stride_d,
+            mask=(units[:, None] < r) & inside[None, :],
+            other=0.0,
+        ).to(tile.dtype)
+        part = tile
+        if R > BLOCK_R:
+            part = tl.load(
+                stored + rows.to(tl.int64)[:, None] * R + units[None, :],
+                mask=in_rows[:, None],
+                other=0.0,
+            )
+        product = tl.dot(part, w, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def transposed_product(
+    a,
+    b,
+    stats,
+    begin,
+    end,
+    cols,
+    D,
+    units,
+    n1,
+    n2,
+    stride0,
+    stride1,
+    stride2,
+    SUM: tl.constexpr,
+    ROW_DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """a^T b [BLOCK_D, BLOCK_R] and with SUM the sums of a [BLOCK_D], over rows begin ... end - 1.
+
+    With stats, b is multiplied by a row's rstd, and an fp32 a is taken less its mean. The sum is a
+    product with ones: to take a from its buffer a second time, into registers, would race with the
+    asynchronous products on Hopper (Triton 3.7 keeps one buffer too few for such a load).
+    """
+    dtype: tl.constexpr = a.dtype.element_ty
+    product = tl.zeros([cols.shape[0], units.shape[0]], tl.float32)
+    ones = tl.full([BLOCK_M, 16], 1.0, dtype)
+    total = tl.zeros([cols.shape[0], 16], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        in_rows = rows < end
+        offsets = row_offsets(rows, n1, n2, stride0, stride1, stride2, ROW_DIMS)
+        a_tile = tl.load(
+            a + offsets[:, None] + cols[None, :],
+            mask=in_rows[:, None] & (cols < D)[None, :],
+            other=0.0,
+        )
+        if b is not None:
+            b_tile = tl.load(
+                b + rows.to(tl.int64)[:, None] * R + units[None, :],
+                mask=in_rows[:, None],
+                other=0.0,
+            )
+            if stats is not None:
+                mean, rstd = load_stats(stats, rows, in_rows)
+                b_tile = (b_tile.to(tl.float32) * rstd[:, None]).to(dtype)
+                if dtype == tl.float32:
+                    a_tile -= mean[:, None]
+            product = tl.dot(tl.trans(a_tile), b_tile, product, input_precision=PRECISION)
+        if SUM:
+            total = tl.dot(tl.trans(a_tile), ones, total, input_precision=PRECISION)
+    return product, tl.sum(total, 1) / 16
