@@ -10,7 +10,7 @@ NEWER_TORCH ?= 2.14.1
 export FASTADAPTERS_BUILD ?= cpu
 
 export PATH := $(abspath $(VENV)/bin):$(PATH)
-CSRC := $(wildcard csrc/* csrc/*/*)
+CSRC := $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 

@@ -263,7 +263,8 @@ class BuildLibrary(build_ext):
             # Named after all that goes into it, so that a rebuild compiles only what has changed.
             contents = repr(compiles[source]).encode() + headers + source.read_bytes()
             digest = hashlib.sha256(contents).hexdigest()[:16]
-            target = ROOT / "build" / "objects" / f"{source.stem}-{digest}.o"
+            name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
+            target = ROOT / "build" / "objects" / f"{name}-{digest}.o"
             if not target.exists():
                 print(shlex.join(compiles[source]), flush=True)
                 target.parent.mkdir(parents=True, exist_ok=True)

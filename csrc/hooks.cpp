@@ -3,9 +3,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <string>
 
 #include "cpu/isa.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
@@ -25,7 +27,11 @@ void set_cpu_isa(const std::string& name) {
 
 py::array_t<uint32_t> philox(uint64_t key, uint64_t offset, uint64_t counter, int64_t blocks) {
   py::array_t<uint32_t> out({blocks, int64_t{4}});
-  fastadapters_philox(key, offset, counter, blocks, out.mutable_data());
+  uint32_t* data = out.mutable_data();
+  for (int64_t i = 0; i < blocks; ++i) {
+    fastadapters::PhiloxBlock block = fastadapters::philox4x32(key, counter + uint64_t(i), offset);
+    std::memcpy(data + 4 * i, block.lane, sizeof block.lane);
+  }
   return out;
 }
 

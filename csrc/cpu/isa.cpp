@@ -6,9 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../philox.h"
-#include "kernels.h"
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -43,35 +40,35 @@ bool has_amx() {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #endif
 }
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
+bool has_amx() { return false; }
 #endif
 
 bool always() { return true; }
 
-// Best first. `kernels` has an entry per dtype; where one is missing the next set has it.
-struct Isa {
+struct Entry {
   const char* name;
   bool (*supported)();
-  const BottleneckKernels* kernels[3];
 };
 
-const Isa isas[] = {
-#if defined(__x86_64__)
-    {"amx", has_amx, {nullptr, &amx_kernels, nullptr}},
-    {"avx512_bf16", has_avx512_bf16, {nullptr, &avx512_bf16_kernels, nullptr}},
-    {"avx512", has_avx512, {&avx512_kernels[0], &avx512_kernels[1], &avx512_kernels[2]}},
-    {"avx2", has_avx2, {&avx2_kernels[0], &avx2_kernels[1], &avx2_kernels[2]}},
-#endif
-    {"portable", always, {&portable_kernels[0], &portable_kernels[1], &portable_kernels[2]}},
+// In the order of Isa.
+const Entry isas[kIsas] = {
+    {"amx", has_amx},       {"avx512_bf16", has_avx512_bf16},
+    {"avx512", has_avx512}, {"avx2", has_avx2},
+    {"portable", always},
 };
 
-const Isa* find(const char* name) {
-  for (const Isa& isa : isas)
+const Entry* find(const char* name) {
+  for (const Entry& isa : isas)
     if ((!name || !std::strcmp(isa.name, name)) && isa.supported()) return &isa;
   return nullptr;
 }
 
-std::atomic<const Isa*>& current() {
-  static std::atomic<const Isa*> isa = [] {
+std::atomic<const Entry*>& current() {
+  static std::atomic<const Entry*> isa = [] {
     const char* name = std::getenv("FASTADAPTERS_CPU_ISA");
     return find(name && *name ? name : nullptr);
   }();
@@ -83,21 +80,12 @@ std::string unsupported() {
          " is not among the instruction sets of this CPU: " + fastadapters_cpu_isas();
 }
 
-const BottleneckKernels& kernels(Dtype dtype) {
-  const Isa* isa = current();
-  if (!isa) throw std::invalid_argument(unsupported());
-  while (!isa->kernels[int(dtype)]) ++isa;
-  return *isa->kernels[int(dtype)];
-}
-
 }  // namespace
 
-void bottleneck_forward(const BottleneckForward& args, const Threads& threads) {
-  kernels(args.dtype).forward(args, threads);
-}
-
-void bottleneck_backward(const BottleneckBackward& args, const Threads& threads) {
-  kernels(args.dtype).backward(args, threads);
+Isa isa() {
+  const Entry* entry = current();
+  if (!entry) throw std::invalid_argument(unsupported());
+  return Isa(entry - isas);
 }
 
 }  // namespace fastadapters::cpu
@@ -107,7 +95,7 @@ using namespace fastadapters;
 const char* fastadapters_cpu_isas() {
   static const std::string names = [] {
     std::string s;
-    for (const cpu::Isa& isa : cpu::isas)
+    for (const cpu::Entry& isa : cpu::isas)
       if (isa.supported()) s += (s.empty() ? "" : ",") + std::string(isa.name);
     return s;
   }();
@@ -115,21 +103,13 @@ const char* fastadapters_cpu_isas() {
 }
 
 const char* fastadapters_cpu_isa() {
-  const cpu::Isa* isa = cpu::current();
+  const cpu::Entry* isa = cpu::current();
   static const std::string reason = isa ? "" : cpu::unsupported();
   return isa ? isa->name : reason.c_str();
 }
 
 bool fastadapters_set_cpu_isa(const char* name) {
-  const cpu::Isa* isa = cpu::find(name);
+  const cpu::Entry* isa = cpu::find(name);
   if (isa) cpu::current() = isa;
   return isa;
-}
-
-void fastadapters_philox(uint64_t key, uint64_t offset, uint64_t counter, int64_t n,
-                         uint32_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    PhiloxBlock block = philox4x32(key, counter + uint64_t(i), offset);
-    std::memcpy(out + 4 * i, block.lane, sizeof block.lane);
-  }
 }

@@ -1,29 +1,28 @@
-// The instruction sets of the CPU backend. Each has its own source file and is chosen once per
-// process: the best one this CPU runs, or the one named by FASTADAPTERS_CPU_ISA.
+// The instruction sets of the CPU backend. An op has a source file for each, which holds its
+// kernels. One set is chosen once per process: the best one this CPU runs, or the one named by
+// FASTADAPTERS_CPU_ISA.
 #pragma once
 
-#include <cstdint>
-
-#include "../bottleneck.h"
+#include "../tensors.h"
 
 namespace fastadapters::cpu {
 
-// How a kernel gets its threads: run(n, body, context) calls body(i, context) once for each i < n,
-// on at most `count` threads, and returns when all are done.
-struct Threads {
-  int count = 1;
-  void (*run)(int64_t n, void (*body)(int64_t, void*), void* context) = nullptr;
-};
+// Best first.
+enum class Isa { amx, avx512_bf16, avx512, avx2, portable };
+constexpr int kIsas = 5;
 
-// The kernels of one dtype on one instruction set.
-struct BottleneckKernels {
-  void (*forward)(const BottleneckForward&, const Threads&);
-  void (*backward)(const BottleneckBackward&, const Threads&);
-};
+// The one in use. Throws std::invalid_argument where the one asked for is unknown or not supported
+// here.
+Isa isa();
 
-// Throw std::invalid_argument where the instruction set asked for is unknown or not supported here.
-void bottleneck_forward(const BottleneckForward& args, const Threads& threads);
-void bottleneck_backward(const BottleneckBackward& args, const Threads& threads);
+// Of an op's kernels, by instruction set and dtype, those in use for `dtype`; where an entry is
+// null, the next set has it.
+template <class Kernels>
+const Kernels& choose(const Kernels* const (&kernels)[kIsas][3], Dtype dtype) {
+  int i = int(isa());
+  while (!kernels[i][int(dtype)]) ++i;
+  return *kernels[i][int(dtype)];
+}
 
 }  // namespace fastadapters::cpu
 
@@ -35,8 +34,4 @@ __attribute__((visibility("default"))) const char* fastadapters_cpu_isas();
 __attribute__((visibility("default"))) const char* fastadapters_cpu_isa();
 // Uses the named one from now on; false, and nothing changes, if it is not among the supported.
 __attribute__((visibility("default"))) bool fastadapters_set_cpu_isa(const char* name);
-// out[4 * i + lane] of the Philox blocks counter .. counter + n - 1.
-__attribute__((visibility("default"))) void fastadapters_philox(uint64_t key, uint64_t offset,
-                                                                uint64_t counter, int64_t n,
-                                                                uint32_t* out);
 }

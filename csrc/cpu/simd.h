@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../bottleneck.h"
+#include "../tensors.h"
 
 #define FASTADAPTERS_INLINE inline __attribute__((always_inline))
 

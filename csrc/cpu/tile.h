@@ -5,10 +5,11 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "../bottleneck.h"
 #include "../philox.h"
 #include "activation.h"
-#include "isa.h"
 #include "pack.h"
+#include "threads.h"
 
 namespace fastadapters::cpu {
 namespace {

@@ -15,7 +15,7 @@ from fastadapters.ops import bottleneck, multiway
 
 NAMESPACE = "fastadapters_simulated"
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = CSRC / "cuda" / "bottleneck.cu"
+KERNELS = CSRC / "cuda" / "bottleneck" / "bottleneck.cu"
 ARCHITECTURES = (80, 90)
 NVCC = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -43,9 +43,11 @@ def load() -> Any:
     }
     command = ["g++", "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
-    ops = compile_once([*command, f"-I{root / 'include'}", "-c", str(CSRC / "ops.cpp")], "ops.o")
+    command += [f"-I{root / 'include'}", "-c"]
+    sources = sorted((CSRC / "ops").glob("*.cpp"))
+    ops = [str(compile_once([*command, str(s)], f"ops-{s.stem}.o")) for s in sources]
     runtime = ["-cudart", "shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = compile_once(["nvcc", "-shared", str(kernels), str(ops), *runtime], "cuda.so")
+    library = compile_once(["nvcc", "-shared", str(kernels), *ops, *runtime], "cuda.so")
     schemas = bottleneck.define(NAMESPACE)
     multiway.define(schemas, ("CPU",))
     load.library = schemas  # the schemas live as long as this

@@ -3,7 +3,7 @@
 
 namespace fastadapters::cpu {
 
-const BottleneckKernels avx2_kernels[3] = {
+const BottleneckKernels avx2_bottleneck[3] = {
     {forward<Gemm<Single>, float>, backward<Gemm<Single>, float>},
     {forward<Gemm<Single>, bfloat16>, backward<Gemm<Single>, bfloat16>},
     {forward<Gemm<Single>, float16>, backward<Gemm<Single>, float16>},

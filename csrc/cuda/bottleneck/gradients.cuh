@@ -1,7 +1,7 @@
 // The kernels that make the gradients of the parameters from x, dy, h and dz.
 #pragma once
 
-#include "data_pass.cuh"
+#include "walk.cuh"
 
 namespace fastadapters::cuda {
 
@@ -222,19 +222,6 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
       p.d_scales[d] = d_scale;
     }
   }
-}
-
-// Sums over one block, in a fixed order; thread 0 has the result.
-__device__ __forceinline__ float block_sum(float value) {
-  __shared__ float warps[8];
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-  for (int i = 0; i < 8; ++i) value += warps[i];
-  return value;
 }
 
 __global__ void __launch_bounds__(256)

@@ -3,7 +3,7 @@
 
 namespace fastadapters::cpu {
 
-const BottleneckKernels avx512_kernels[3] = {
+const BottleneckKernels portable_bottleneck[3] = {
     {forward<Gemm<Single>, float>, backward<Gemm<Single>, float>},
     {forward<Gemm<Single>, bfloat16>, backward<Gemm<Single>, bfloat16>},
     {forward<Gemm<Single>, float16>, backward<Gemm<Single>, float16>},

@@ -2,7 +2,7 @@
 // is done and neither allocate nor wait, so that a CUDA graph can record them.
 #pragma once
 
-#include "../bottleneck.h"
+#include "../../bottleneck.h"
 
 extern "C" {
 

@@ -1,7 +1,7 @@
 // Forward: x is read once, y is written once.
 #pragma once
 
-#include "tile.h"
+#include "../tile.h"
 
 namespace fastadapters::cpu {
 namespace {

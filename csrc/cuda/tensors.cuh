@@ -1,9 +1,9 @@
-// What every kernel of the bottleneck is told.
+// Tensors in global memory: what kernels are told about them, single elements and vectors.
 #pragma once
 
 #include <type_traits>
 
-#include "../bottleneck.h"
+#include "../tensors.h"
 #include "tile.cuh"
 
 namespace fastadapters::cuda {
@@ -28,31 +28,6 @@ struct Vector {
   Dtype dtype = Dtype::float32;
   bool exact = false;
 };
-
-struct Problem {
-  int rows = 0, middle = 1, inner = 1;  // M, and the sizes of the inner row dimensions
-  int dim = 0, bottleneck = 0;          // D, r
-  int chunks = 0, parts = 0;            // of D and of r
-  Activations x;
-  Matrix down, up;   // with norm, `down` is Wd diag(gamma); in backward `up` may be diag(s) Wu
-  Vector down_bias;  // with norm, bd + Wd beta
-  const float* down_sums = nullptr;  // [r] sums of the rows of `down`; LayerNorm iff present
-  Vector up_bias, scale;
-  bool channel_scale = false;
-  float scale_value = 1, norm_eps = 0;
-  Activation activation = Activation::identity;
-  const int64_t* seed = nullptr;
-  uint32_t threshold = 0;
-  float keep = 1;
-  float2* stats = nullptr;  // [M]
-};
-
-__device__ __forceinline__ int64_t row_offset(const Problem& p, const Activations& t, int row) {
-  if (t.uniform) return row * t.strides[2];
-  const int outer = row / p.inner, first = outer / p.middle;
-  return first * t.strides[0] + (outer - first * p.middle) * t.strides[1] +
-         (row - outer * p.inner) * t.strides[2];
-}
 
 template <class E>
 __device__ __forceinline__ float load(const Vector& v, int64_t i) {
@@ -107,6 +82,19 @@ __device__ __forceinline__ void load_columns(float (&to)[kN][2], const Vector& v
   } else {
     fill(__half{});
   }
+}
+
+// Sums over one block, in a fixed order; thread 0 has the result.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float warps[8];
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int i = 0; i < 8; ++i) value += warps[i];
+  return value;
 }
 
 }  // namespace fastadapters::cuda

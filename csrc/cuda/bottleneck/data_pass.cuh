@@ -1,80 +1,11 @@
 // The kernel that computes y in forward, and dx, h and dz in backward.
-//
-// One block takes 64 rows through the whole op. It walks over the columns of D in chunks of 128
-// bytes: first to project down (z stays in registers, h in shared memory), then back to project up.
-// Chunks of activations land in a ring; the walk back finds the youngest of them still there and
-// re-reads the others, which are in the L2 cache. Backward is the same walk with dy behind x.
 #pragma once
 
-#include <algorithm>
-
-#include "../philox.h"
-#include "problem.cuh"
+#include "../../philox.h"
+#include "../activation.cuh"
+#include "walk.cuh"
 
 namespace fastadapters::cuda {
-
-constexpr int kLargestLookahead = 2;
-
-struct DataPass : Problem {
-  Activations tail;        // forward: the residual; backward: dy
-  Activations out;         // y or dx
-  bool keep_tail = false;  // the tail is what the last pass down has left in the ring
-  bool add_tail = false;
-  int passes_per_part = 1;
-  int ring = 0, lookahead = 0;
-  char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, parts * kWidth]
-  char* d_hidden = nullptr;
-};
-
-// Where the walk is: `pass` counts the passes down; when they are over, `part` of `chunk` of the
-// way back. `slot` and `weights` are places in the rings of activations and of weights.
-struct Walk {
-  int pass = 0, chunk = 0, part = 0, slot = 0, weights = 0;
-
-  __device__ __forceinline__ void advance(const DataPass& p, int passes) {
-    weights = weights == p.lookahead ? 0 : weights + 1;
-    const bool down = pass < passes;
-    if (!down && ++part < p.parts) return;
-    part = 0;
-    ++chunk;
-    if (down && chunk == p.chunks) {
-      chunk = 0;
-      if (++pass == passes && p.keep_tail) return;  // the way back begins where the way down ended
-    }
-    if (!down && p.keep_tail) {
-      slot = slot == 0 ? p.ring - 1 : slot - 1;
-    } else {
-      slot = slot == p.ring - 1 ? 0 : slot + 1;
-    }
-  }
-};
-
-// Places in shared memory. The hidden rows are panels of one part after another.
-template <class E, int kWidth>
-struct Layout {
-  static constexpr int kSize = sizeof(typename E::T);
-  static constexpr int kChunk = kLine / kSize;  // columns of D
-  static constexpr int kHiddenPanels = (kWidth * kSize - 1) / kLine + 1;
-  static constexpr int kHiddenLine = std::min(kWidth * kSize, kLine);  // bytes used of their rows
-  static constexpr int kUp = kChunk * kLine;                           // bytes in a panel of `up`
-  static constexpr int kWeights = std::max(kWidth * kLine, kHiddenPanels* kUp);
-
-  struct Tables {
-    int64_t x[kRows], tail[kRows], out[kRows];  // where the rows start
-    float2 stats[kRows];
-    float2 row_sums[2][kRows];  // dz . down_sums and dz . (z - bias), a half of the columns each
-  };
-
-  int hidden, extra, tables, bytes;
-
-  __host__ __device__ Layout(const DataPass& p, bool extra_x) {
-    const int weights = p.ring * kPanel;
-    hidden = weights + (p.lookahead + 1) * kWeights;
-    extra = hidden + p.parts * kHiddenPanels * kPanel;
-    tables = extra + (extra_x ? (p.lookahead + 1) * kPanel : 0);
-    bytes = tables + int(sizeof(Tables));
-  }
-};
 
 // Two threads share a row. Over this one's half of the first `columns` elements of row
 // threadIdx.x / 2: the sum of x less `about`, and of its square.
@@ -95,43 +26,6 @@ __device__ __forceinline__ float2 sum_half_row(const char* panel, int columns, f
     }
   }
   return sums;
-}
-
-// value = activation(z); in backward also gradient *= its derivative.
-template <bool kBackward, int kN>
-__device__ __forceinline__ void activate(Activation activation, const float (&z)[2][kN][4],
-                                         float (&value)[2][kN][4], float (&gradient)[2][kN][4]) {
-  const auto each = [&](auto function) {  // returns the value and the derivative
-#pragma unroll
-    for (int i = 0; i < 8 * kN; ++i) {
-      const float2 result = function((&z[0][0][0])[i]);
-      (&value[0][0][0])[i] = result.x;
-      if constexpr (kBackward) (&gradient[0][0][0])[i] *= result.y;
-    }
-  };
-  // z times a sigmoid of z (a + b z^2)
-  const auto gated = [&](float a, float b) {
-    each([=](float z) -> float2 {
-      const float gate = 1 / (1 + expf(-z * (a + b * z * z)));
-      return {z * gate, gate + z * gate * (1 - gate) * (a + 3 * b * z * z)};
-    });
-  };
-  switch (activation) {
-    case Activation::identity:
-      return each([](float z) -> float2 { return {z, 1}; });
-    case Activation::relu:
-      return each([](float z) -> float2 { return {z < 0 ? 0 : z, z > 0 ? 1.0f : 0.0f}; });
-    case Activation::gelu:
-      return each([](float z) -> float2 {
-        const float cdf = 0.5f + 0.5f * erff(0.707106781f * z);
-        return {z * cdf, cdf + z * 0.398942280f * expf(-0.5f * z * z)};
-      });
-    default:
-      return gated(activation == Activation::silu         ? 1.0f
-                   : activation == Activation::quick_gelu ? 1.702f
-                                                          : 1.59576912f,
-                   activation == Activation::gelu_tanh ? 0.0713548162f : 0.0f);
-  }
 }
 
 template <class E, int kWidth, bool kBackward>

@@ -1,109 +1,14 @@
-// The bottleneck on NVIDIA GPUs, sm_80 and later: preparing the weights, and launching the kernels.
-#include <cuda_runtime.h>
-
+// Launches the bottleneck's kernels on NVIDIA GPUs, sm_80 and later.
 #include <algorithm>
 
+#include "../launch.cuh"
 #include "bottleneck.h"
 #include "data_pass.cuh"
 #include "gradients.cuh"
+#include "prepare.cuh"
 
 namespace fastadapters::cuda {
 namespace {
-
-// The weights as the kernels want them, where they are not so already.
-struct Preparation {
-  Bottleneck op;
-  char* down = nullptr;  // Wd diag(gamma), rows of down_stride bytes
-  char* up = nullptr;    // Wu, times the scale of its row if fold_scale
-  int64_t down_stride, up_stride;
-  float* down_sums;  // with norm: [r] the sums of the rows of `down`
-  float* down_bias;  // with norm: [r] bd + Wd beta
-  bool fold_scale = false;
-};
-
-constexpr int kUpRows = 16;  // rows of Wu a block prepares
-
-template <class E>
-__global__ void __launch_bounds__(256) prepare_weights(const __grid_constant__ Preparation p) {
-  using T = typename E::T;
-  const Bottleneck& op = p.op;
-  const auto at = [&](const Parameter& v, int64_t i, float otherwise) {
-    return v.data ? load<E>({v.data, v.dtype, false}, i) : otherwise;
-  };
-  int block = blockIdx.x;
-  if (p.down) {
-    if (block < op.bottleneck) {
-      T* const to = reinterpret_cast<T*>(p.down + block * p.down_stride);
-      float sum = 0, bias = 0;
-      for (int64_t d = threadIdx.x; d < op.dim; d += 256) {
-        const float weight = at(op.down_weight, block * op.dim + d, 0);
-        const float folded = E::round(weight * at(op.norm_weight, d, 1));
-        to[d] = T(folded);
-        sum += folded;
-        bias += weight * at(op.norm_bias, d, 0);
-      }
-      if (op.norm_weight.data) {
-        sum = block_sum(sum);
-        bias = block_sum(bias);
-        if (threadIdx.x == 0) {
-          p.down_sums[block] = sum;
-          p.down_bias[block] = bias + at(op.down_bias, block, 0);
-        }
-      }
-      return;
-    }
-    block -= int(op.bottleneck);
-  }
-  for (int64_t i = threadIdx.x; i < kUpRows * op.bottleneck; i += 256) {
-    const int64_t row = int64_t(block) * kUpRows + i / op.bottleneck, column = i % op.bottleneck;
-    if (row >= op.dim) break;
-    const float weight = at(op.up_weight, row * op.bottleneck + column, 0);
-    const float scale = p.fold_scale ? at(op.scale, row, 1) : 1;
-    reinterpret_cast<T*>(p.up + row * p.up_stride)[column] = T(weight * scale);
-  }
-}
-
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
-// Hands out the pieces of the workspace, or only counts their bytes.
-struct Arena {
-  char* base = nullptr;
-  bool counting = true;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t bytes) {
-    char* const piece = base + used;
-    used += round_up(bytes, 256);
-    return counting ? nullptr : reinterpret_cast<T*>(piece);
-  }
-};
-
-struct Device {
-  int processors = 1, shared_per_block = 0, shared_per_processor = 0;
-};
-
-cudaError_t current_device(Device* device) {
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, id);
-  };
-  get(&device->processors, cudaDevAttrMultiProcessorCount);
-  get(&device->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(&device->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return error;
-}
-
-template <class P>
-cudaError_t launch(void (*kernel)(P), dim3 grid, int threads, int shared, cudaStream_t stream,
-                   const P& parameters) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
-  kernel<<<grid, threads, shared, stream>>>(parameters);
-  return cudaGetLastError();
-}
 
 // Calls run(element type, width of a part of r).
 template <class Run>
@@ -122,31 +27,6 @@ auto dispatch(const Bottleneck& op, bool tf32, Run run) {
   }
 }
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-bool on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-Activations activations(const Bottleneck& op, const Rows& rows) {
-  Activations result;
-  result.data = static_cast<char*>(rows.data);
-  result.aligned = on_16_bytes(rows.data);
-  // If all rows are `step` apart, the stride of the next dimension outwards is `reach`.
-  int64_t step = 0, reach = -1;
-  for (int i = 2; i >= 0; --i) {
-    const int64_t stride = rows.strides[i] * size_of(op.dtype);
-    result.strides[i] = stride;
-    if (op.rows[i] == 1) continue;
-    if (reach < 0) step = reach = stride;
-    if (stride != reach) result.uniform = false;
-    if (stride % 16 != 0) result.aligned = false;
-    reach *= op.rows[i];
-  }
-  if (result.uniform) result.strides[2] = step;
-  return result;
-}
-
-Vector vector(const Parameter& v) { return {v.data, v.dtype, false}; }
-
 // Fills in what forward and backward share, and prepares the weights.
 template <class E, int kWidth>
 cudaError_t set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t stream,
@@ -159,7 +39,7 @@ cudaError_t set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStre
   p->bottleneck = int(op.bottleneck);
   p->chunks = int((op.dim * kSize + kLine - 1) / kLine);
   p->parts = int((op.bottleneck + kWidth - 1) / kWidth);
-  p->x = activations(op, op.x);
+  p->x = activations(op.rows, op.dtype, op.x);
   p->up_bias = vector(op.up_bias);
   p->scale = vector(op.scale);
   p->channel_scale = op.channel_scale;
@@ -226,8 +106,8 @@ cudaError_t forward(const BottleneckForward& op, Arena* arena, cudaStream_t stre
   Device device;
   if (error == cudaSuccess) error = current_device(&device);
   if (error != cudaSuccess || arena->counting || p.rows == 0) return error;
-  p.tail = activations(op, op.residual);
-  p.out = activations(op, op.y);
+  p.tail = activations(op.rows, op.dtype, op.residual);
+  p.out = activations(op.rows, op.dtype, op.y);
   p.add_tail = op.residual.data != nullptr;
   p.keep_tail = op.residual.data == op.x.data &&
                 std::equal(op.x.strides, op.x.strides + 3, op.residual.strides);
@@ -267,8 +147,8 @@ cudaError_t backward(const BottleneckBackward& op, Arena* arena, cudaStream_t st
   if (arena->counting) return cudaSuccess;
 
   if (p.rows > 0) {
-    p.tail = activations(op, op.dy);
-    p.out = activations(op, op.dx);
+    p.tail = activations(op.rows, op.dtype, op.dy);
+    p.out = activations(op.rows, op.dtype, op.dx);
     p.add_tail = p.keep_tail = op.add_dy;
     p.passes_per_part = down || op.dx.data ? 2 : 1;
     error = run_data_pass<E, kWidth, true>(p, device, stream);

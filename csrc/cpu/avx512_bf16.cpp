@@ -1,9 +1,0 @@
-#include "backward.h"
-#include "kernels.h"
-
-namespace fastadapters::cpu {
-
-const BottleneckKernels avx512_bf16_kernels = {forward<Gemm<Pair>, bfloat16>,
-                                               backward<Gemm<Pair>, bfloat16>};
-
-}  // namespace fastadapters::cpu

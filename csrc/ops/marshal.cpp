@@ -1,0 +1,164 @@
+#include "marshal.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fastadapters::ops {
+
+Dtype dtype_of(const Tensor& t) {
+  ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "expected a float32, bfloat16 or float16 tensor");
+  return type == ScalarType::Float      ? Dtype::float32
+         : type == ScalarType::BFloat16 ? Dtype::bfloat16
+                                        : Dtype::float16;
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
+  std::vector<int64_t> strides(dim);
+  int64_t numel = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = numel;
+    numel *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                  : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                 : aoti_torch_dtype_float16();
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, device,
+                               like.is_cpu() ? 0 : like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(like, sizes.begin(), int64_t(sizes.size()), type);
+}
+
+namespace {
+
+// A large fresh output costs more in page faults than in stores: ask for huge pages.
+void prepare_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__)
+  static const bool wanted = [] {
+    const char* value = std::getenv("FASTADAPTERS_HUGEPAGES");
+    return !value || std::strcmp(value, "0") != 0;
+  }();
+  constexpr size_t least = 4 << 20, page = 4096;
+  size_t bytes = size_t(fresh.numel()) * fresh.element_size();
+  if (wanted && fresh.is_cpu() && bytes >= least) {
+    size_t begin = ((size_t)fresh.mutable_data_ptr() + page - 1) / page * page;
+    size_t end = ((size_t)fresh.mutable_data_ptr() + bytes) / page * page;
+    madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
+
+}  // namespace
+
+Tensor fresh_output(const Tensor& x) {
+  Tensor y = empty(x, x.sizes().data(), x.dim(), x.scalar_type());
+  prepare_pages(y);
+  return y;
+}
+
+void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
+  if (!t) return;
+  Tensor c = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+  fill(p, c, const_cast<void*>(c.const_data_ptr()), numel, name);
+  kept_.push_back(std::move(c));
+}
+
+void Marshal::gradient(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
+  if (!t || (t->numel() == 0 && numel != 0)) return;
+  STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
+  fill(p, *t, t->mutable_data_ptr(), numel, name);
+}
+
+const int64_t* Marshal::seed(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(same_device(*t, x_) && t->scalar_type() == ScalarType::Long &&
+                      t->is_contiguous() && t->numel() == 2,
+                  "seed: expected a contiguous int64 tensor [2] on x's device");
+  return (const int64_t*)t->const_data_ptr();
+}
+
+void Marshal::rows(Rows& rows, const OptionalTensor& t, bool input, const char* name) {
+  if (!t) return;
+  Tensor view = *t;
+  STD_TORCH_CHECK(same_device(view, x_) && view.scalar_type() == x_.scalar_type(), name,
+                  ": expected a tensor of x's dtype on x's device");
+  if (view.dim() > 0 && view.size(-1) > 1 && view.stride(-1) != 1) {
+    STD_TORCH_CHECK(input, name, ": expected a tensor whose last dimension has stride 1");
+    view = torch::stable::contiguous(view);
+  }
+  views_.push_back({&rows, view, input, name});
+}
+
+void Marshal::finish() {
+  const Tensor& x = views_[0].tensor;
+  auto shape = x.sizes();
+  for (View& v : views_) {
+    auto sizes = v.tensor.sizes();
+    bool same = sizes.size() == shape.size();
+    for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
+    STD_TORCH_CHECK(same, v.name, ": expected the shape of x");
+  }
+  if (!merge())
+    for (View& v : views_)
+      if (v.input) v.tensor = torch::stable::contiguous(v.tensor);
+  STD_TORCH_CHECK(merge(), "expected outputs with at most three dimensions of rows");
+  for (View& v : views_)
+    v.rows->data =
+        v.input ? const_cast<void*>(v.tensor.const_data_ptr()) : v.tensor.mutable_data_ptr();
+}
+
+void* Marshal::saved(const OptionalTensor& t, int64_t columns, ScalarType type, const char* name) {
+  if (!t || (t->numel() == 0 && columns * count() != 0)) return nullptr;
+  STD_TORCH_CHECK(same_device(*t, x_) && t->is_contiguous() && t->scalar_type() == type &&
+                      t->numel() == columns * count(),
+                  name, ": expected a contiguous tensor [M, ", columns, "] on x's device");
+  return t->mutable_data_ptr();
+}
+
+void Marshal::fill(Parameter& p, const Tensor& t, void* data, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(same_device(t, x_) && t.numel() == numel, name, ": expected a tensor with ",
+                  numel, " elements on x's device");
+  p = {data, dtype_of(t)};
+}
+
+bool Marshal::merge() {
+  int used = 0;
+  shape_[0] = shape_[1] = shape_[2] = 1;
+  for (View& v : views_) std::memset(v.rows->strides, 0, sizeof v.rows->strides);
+  for (int64_t dim = views_[0].tensor.dim() - 2; dim >= 0; --dim) {
+    int64_t size = views_[0].tensor.size(dim);
+    if (size == 1) continue;
+    bool mergeable = used > 0;
+    for (View& v : views_)
+      mergeable &= v.tensor.stride(dim) == v.rows->strides[3 - used] * shape_[3 - used];
+    if (mergeable) {
+      shape_[3 - used] *= size;
+      continue;
+    }
+    if (++used > 3) return false;
+    shape_[3 - used] = size;
+    for (View& v : views_) v.rows->strides[3 - used] = v.tensor.stride(dim);
+  }
+  return true;
+}
+
+}  // namespace fastadapters::ops
