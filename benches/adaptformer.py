@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,18 +10,37 @@ from torch import Tensor, nn
 class Adapter(nn.Module):
     """The adapter of AdaptFormer and MultiWay-Adapter, operation for operation."""
 
-    def __init__(self, dim: int, bottleneck: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int,
+        scale: float | str,
+        dropout: float = 0.0,
+        layernorm: str | None = None,
+    ) -> None:
         super().__init__()
+        self.layernorm = layernorm
+        if layernorm is not None:
+            self.adapter_layer_norm_before = nn.LayerNorm(dim)
+        self.scale = nn.Parameter(torch.ones(1)) if scale == "learnable" else scale
         self.down_proj = nn.Linear(dim, bottleneck)
+        self.non_linear_func = nn.ReLU()
         self.up_proj = nn.Linear(bottleneck, dim)
-        self.scale = scale
         self.dropout = dropout
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        down = F.relu(self.down_proj(x))
+    def forward(
+        self, x: Tensor, add_residual: bool = True, residual: Tensor | None = None
+    ) -> Tensor:
+        residual = x if residual is None else residual
+        if self.layernorm == "in":
+            x = self.adapter_layer_norm_before(x)
+        down = self.non_linear_func(self.down_proj(x))
         down = F.dropout(down, p=self.dropout, training=self.training)
         up = self.up_proj(down)
-        return up * self.scale + residual
+        up = up * self.scale
+        if self.layernorm == "out":
+            up = self.adapter_layer_norm_before(up)
+        return up + residual if add_residual else up
 
 
 class Block(nn.Module):

@@ -34,7 +34,10 @@ LIBRARY = Path(__file__).parent / "_C.abi3.so"
 
 
 class Decision(NamedTuple):
-    """One dispatch: the op, the backend that ran it, and why."""
+    """One dispatch: the op, the backend that ran it, and why.
+
+    Backend ``layers`` is a module's own layers, called one by one.
+    """
 
     op: str
     backend: str
@@ -122,6 +125,17 @@ def resolve(op: str, x: Tensor) -> str:
     if _log is not None:
         _log.append(Decision(op, name, reason))
     return name
+
+
+def call_layers(op: str, reason: str) -> None:
+    """Log that a module calls its layers instead of ``op``; RuntimeError if a backend was chosen.
+
+    `reference` and `eager` are plain PyTorch, and so are the layers.
+    """
+    if _selected not in ("auto", "reference", "eager"):
+        raise RuntimeError(f"backend {_selected!r} cannot run {op}: {reason}")
+    if _log is not None:
+        _log.append(Decision(op, "layers", reason))
 
 
 @contextlib.contextmanager

@@ -82,3 +82,9 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
     """``residual`` must be None, or shaped like ``x`` on its device."""
     if residual is not None and residual is not x:
         check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)
+
+
+def check_split(split: int, tokens: int) -> None:
+    """``split`` must be -1, or a number of leading tokens."""
+    if not -1 <= split <= tokens:
+        raise ValueError(f"split: expected -1 <= split <= T = {tokens}, got {split}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,10 @@ from fastadapters import (
     WanderAdapter,
     backends,
 )
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benches import adaptformer  # noqa: F401
 
 BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 PLAIN = ["reference", "eager"]

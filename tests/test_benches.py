@@ -169,7 +169,7 @@ def test_published_adapter_takes_our_parameters() -> None:
     published = adaptformer.Adapter(48, 8, 0.3)
     published.load_state_dict(ours.state_dict())
     x, residual = torch.randn(2, 2, 5, 48)
-    torch.testing.assert_close(published(x, residual), ours(x, residual))
+    torch.testing.assert_close(published(x, residual=residual), ours(x, residual))
 
 
 def row(seconds: dict[str, float], **changes: object) -> harness.Row:

@@ -25,6 +25,27 @@ def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
     return [(weight.to(dtype), bias.to(dtype)) for weight, bias in layers]
 
 
+def check_features(text: Tensor, image: Tensor) -> None:
+    check_activations("image", image, "[B, D]", 2)
+    n_items, d = image.shape
+    if not isinstance(text, Tensor):
+        raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
+    if text.dim() not in (2, 3) or text.shape[-2] == 0:
+        raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
+    shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
+    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, image.device)
+
+
+def check_logits(text: Tensor, logit_scale: float | Tensor, adapt: str) -> None:
+    if text.dim() != 2:
+        raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
+    check_choice("adapt", adapt, ("both", "text", "image"))
+    if not isinstance(logit_scale, Tensor):
+        check_number("logit_scale", logit_scale, " or a tensor")
+    elif logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale: expected one element, got {list(logit_scale.shape)}")
+
+
 def _check_multimodal(
     text: Tensor,
     image: Tensor,
@@ -36,15 +57,8 @@ def _check_multimodal(
     bias: Bias,
     down_activation: str,
 ) -> None:
-    check_activations("image", image, "[B, D]", 2)
-    device = image.device
-    n_items, d = image.shape
-    if not isinstance(text, Tensor):
-        raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
-    if text.dim() not in (2, 3) or text.shape[-2] == 0:
-        raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
-    shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
-    check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, device)
+    check_features(text, image)
+    device, d = image.device, image.shape[1]
     check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
     e = out_proj[0].shape[0]
     for name, layers, ends, end_symbols in (
@@ -157,15 +171,9 @@ def multimodal_logits(
         As `cross_modal_attention`.
     """
     _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
-    if text.dim() != 2:
-        raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
-    check_choice("adapt", adapt, ("both", "text", "image"))
+    check_logits(text, logit_scale, adapt)
     if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"logit_scale: expected one element, got {list(logit_scale.shape)}")
         logit_scale = logit_scale.reshape(())
-    else:
-        check_number("logit_scale", logit_scale, " or a tensor")
     dtype = compute_dtype(image)
     backend = PLAIN[backends.resolve("cross_modal_attention", image)]
     with without_autocast(image):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..checks import check_split
 from ..ops import NAMESPACES, autograd
 from ..ops.bottleneck import ACTIVATION_CODES
 from .arguments import PLAIN, compute_dtype, draw_seed, parameter, readable, saves
@@ -54,8 +55,7 @@ def multiway_bottleneck(
             f"x: expected a tensor [..., T, D], got {given}"
         )
     tokens = x.shape[-2]
-    if not -1 <= split <= tokens:
-        raise ValueError(f"split: expected -1 <= split <= T = {tokens}, got {split}")
+    check_split(split, tokens)
     options: dict[str, Any] = {
         "activation": activation,
         "norm_eps": norm_eps,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import backends, functional
 from ..checks import (
     check_choice,
     check_number,
@@ -17,6 +17,8 @@ from ..checks import (
     check_sizes,
 )
 from ..ops.bottleneck import ACTIVATION_CODES
+from ..reference.bottleneck import ACTIVATIONS
+from .layers import like_an_op, why_all_called, why_called
 
 INITS = ("lora", "houlsby", "bert")
 LAYERNORMS = (None, "in", "out")
@@ -78,16 +80,18 @@ class BottleneckAdapter(nn.Module):
         self.layernorm = layernorm
         self.residual = residual
         self.init = init
-        self.down_proj = nn.Linear(dim, bottleneck, bias, device, dtype)
-        self.up_proj = nn.Linear(bottleneck, dim, bias, device, dtype)
-        if layernorm is not None:
-            self.adapter_layer_norm_before = nn.LayerNorm(dim, device=device, dtype=dtype)
+        # Registered in the published order, which the state of an optimizer follows: the scale,
+        # LayerNorm, the projections.
         self.scale: float | nn.Parameter
         if isinstance(scale, str):
             size = 1 if scale == "learnable" else dim
             self.scale = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         else:
             self.scale = scale
+        if layernorm is not None:
+            self.adapter_layer_norm_before = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(dim, bottleneck, bias, device, dtype)
+        self.up_proj = nn.Linear(bottleneck, dim, bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -116,10 +120,54 @@ class BottleneckAdapter(nn.Module):
             None if norm is None else norm.weight, None if norm is None else norm.bias,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The adapter on x [..., D], added to ``residual``, else to x if the module has one."""
-        if residual is None and self.residual:
-            residual = x
+    def options(self) -> tuple[object, ...]:
+        """What two adapters that one op runs have in common, beside the width D."""
+        return (
+            self.activation, self.dropout, self.training, self.layernorm, self.norm_eps,
+            self.residual,
+        )  # fmt: skip
+
+    def residual_for(
+        self, x: Tensor, residual: Tensor | None, add_residual: bool | None
+    ) -> Tensor | None:
+        """What is added for these arguments of `forward`."""
+        if add_residual is None:
+            add_residual = residual is not None or self.residual
+        if not add_residual:
+            return None
+        return x if residual is None else residual
+
+    def why_called(self, x: Tensor, residual: Tensor | None) -> str | None:
+        """Why the layers must be called on x; None where the op does all that they do."""
+        return (
+            why_all_called(x=x, residual=residual, scale=self.scale)
+            or why_called("down_proj", self.down_proj)
+            or why_called("up_proj", self.up_proj)
+            or (
+                None
+                if self.layernorm is None
+                else why_called(
+                    "adapter_layer_norm_before", self.adapter_layer_norm_before, nn.LayerNorm
+                )
+            )
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, add_residual: bool | None = None
+    ) -> Tensor:
+        """The adapter on x, and a residual: AdaptFormer's call.
+
+        Args:
+            x: [..., D].
+            residual: shaped like x; None stands for x.
+            add_residual: whether a residual is added; by default if one is given, or else if the
+                module has ``residual=True``.
+        """
+        residual = self.residual_for(x, residual, add_residual)
+        reason = self.why_called(x, residual)
+        if reason is not None:
+            backends.call_layers("bottleneck", reason)
+            return self._call_layers(x, residual)
         after = self.layernorm == "out"
         if after:
             check_residual(residual, x)
@@ -142,13 +190,30 @@ class BottleneckAdapter(nn.Module):
         if not after:
             return y
         y = self.normalize(y)
-        return y if residual is None else y + residual.to(y.dtype)
+        return y if residual is None else y + residual
+
+    def _call_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """`forward` as published, operation for operation."""
+        if isinstance(x, Tensor):
+            check_residual(residual, x)
+
+        def branch() -> Tensor:
+            normed = self.adapter_layer_norm_before(x) if self.layernorm == "in" else x
+            h = ACTIVATIONS[self.activation](self.down_proj(normed))
+            y: Tensor = self.up_proj(F.dropout(h, self.dropout, self.training)) * self.scale
+            return self.adapter_layer_norm_before(y) if self.layernorm == "out" else y
+
+        y = like_an_op(x, branch)
+        return y if residual is None else y + residual
 
     def normalize(self, y: Tensor) -> Tensor:
-        """The LayerNorm of ``layernorm="out"``, in the dtype of y."""
+        """The LayerNorm of ``layernorm="out"``: as autocast has it, else in the dtype of y."""
         norm = self.adapter_layer_norm_before
-        weight, bias = norm.weight.to(y.dtype), norm.bias.to(y.dtype)
-        return F.layer_norm(y, weight.shape, weight, bias, norm.eps).to(y.dtype)
+        if not y.is_meta and torch.is_autocast_enabled(y.device.type):
+            normed: Tensor = norm(y)
+            return normed
+        weight, bias = (None if t is None else t.to(y.dtype) for t in (norm.weight, norm.bias))
+        return F.layer_norm(y, norm.normalized_shape, weight, bias, norm.eps)
 
     @property
     def norm_eps(self) -> float:

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import functional
+from .. import backends, functional
 from ..checks import check_bias, check_choice, check_number, check_sizes
-from ..reference.cross_modal_attention import MASKED, Bias, Layer
+from ..functional.multimodal import check_features, check_logits
+from ..reference.cross_modal_attention import MASKED, Bias, Layer, blended_logits
+from .layers import like_an_op, why_all_called, why_called
 
 _MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
 
 
-def _layers(module: nn.Module) -> list[Layer]:
-    return [(m.weight, m.bias) for m in module.modules() if isinstance(m, nn.Linear)]
+# What a sampler may consist of for the op to know what it does.
+_DOWNSAMPLERS = ((nn.Linear,), (nn.Linear, nn.Linear), (nn.Linear, nn.GELU, nn.Linear))
+_UPSAMPLERS = ((nn.Linear,), (nn.Linear, nn.GELU, nn.Linear))
+
+
+def _stack(sampler: nn.Module) -> list[nn.Module]:
+    return list(sampler) if isinstance(sampler, nn.Sequential) else [sampler]
+
+
+def _parameters(sampler: nn.Module) -> list[Layer]:
+    return [(m.weight, m.bias) for m in _stack(sampler) if isinstance(m, nn.Linear)]
+
+
+def _why_sampler_called(
+    name: str, sampler: nn.Module, known: Sequence[Sequence[type[nn.Module]]]
+) -> str | None:
+    stack = _stack(sampler)
+    if stack[0] is not sampler and (reason := why_called(name, sampler, nn.Sequential)):
+        return reason
+    for kinds in known:
+        if len(kinds) == len(stack):
+            for i, (layer, kind) in enumerate(zip(stack, kinds, strict=True)):
+                at = name if layer is sampler else f"{name}.{i}"
+                if reason := why_called(at, layer, kind):
+                    return reason
+                if getattr(layer, "approximate", "none") != "none" or (
+                    isinstance(layer, nn.Linear) and layer.bias is None
+                ):
+                    return f"{at} is {layer}: it is called"
+            return None
+    return f"{name} has {len(stack)} layers: they are called"
 
 
 class MultiModalAdapter(nn.Module):
@@ -66,7 +100,6 @@ class MultiModalAdapter(nn.Module):
         self.num_heads = num_heads
         self.bias = _MASKS[mask] if isinstance(mask, str) else mask
         self.blend = blend
-        self.down_activation = "gelu" if downsample == "mlp" else "identity"
 
         def linear(n_in: int, n_out: int) -> nn.Linear:
             return nn.Linear(n_in, n_out, device=device, dtype=dtype)
@@ -81,7 +114,7 @@ class MultiModalAdapter(nn.Module):
         self.downsampler = build(
             "downsample", downsample, ("linear", "factored", "mlp"), dim, attn_dim
         )
-        # Holds its four parameters under the published names; it is never called.
+        # Holds its four parameters under the published names; see `_why_called`.
         self.mha = nn.MultiheadAttention(attn_dim, num_heads, device=device, dtype=dtype)
         self.upsampler = build("upsample", upsample, ("linear", "mlp"), attn_dim, dim)
 
@@ -92,27 +125,72 @@ class MultiModalAdapter(nn.Module):
                 module.reset_parameters()
         self.mha._reset_parameters()
 
+    def _why_called(self, text: Tensor, image: Tensor) -> str | None:
+        """Why the layers must be called; None where the op does all that they do."""
+        mha = self.mha
+        reason = (
+            why_all_called(text=text, image=image)
+            or _why_sampler_called("downsampler", self.downsampler, _DOWNSAMPLERS)
+            or why_called("mha", mha, nn.MultiheadAttention)
+            or why_called("mha.out_proj", mha.out_proj, NonDynamicallyQuantizableLinear)
+            or _why_sampler_called("upsampler", self.upsampler, _UPSAMPLERS)
+        )
+        if reason is None and self.training and mha.dropout > 0.0:
+            reason = "mha has dropout: it is called"
+        return reason
+
     def _arguments(self) -> dict[str, Any]:
         mha = self.mha
         return {
-            "down": _layers(self.downsampler),
+            "down": _parameters(self.downsampler),
             "in_proj": (mha.in_proj_weight, mha.in_proj_bias),
             "out_proj": (mha.out_proj.weight, mha.out_proj.bias),
-            "up": _layers(self.upsampler),
+            "up": _parameters(self.upsampler),
             "num_heads": self.num_heads,
             "bias": self.bias,
-            "down_activation": self.down_activation,
+            "down_activation": "gelu" if len(_stack(self.downsampler)) == 3 else "identity",
         }
+
+    def _call_layers(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The published forward pass: its layers on tokens [C + 1, B, D], with a mask."""
+        check_features(text, image)
+        texts = text.transpose(0, 1) if text.dim() == 3 else text[:, None]
+        texts = texts.to(image.dtype).expand(-1, len(image), -1)
+
+        def branch() -> Tensor:
+            x = self.downsampler(torch.cat([texts, image[None]]))
+            modality = (torch.arange(len(x), device=x.device) == len(x) - 1).long()
+            bias = torch.tensor(self.bias, dtype=x.dtype, device=x.device)
+            mask = bias[modality[:, None], modality]
+            # Attention to nothing would be NaN. It is 0, and all that is left of it a constant.
+            sees = (mask > -math.inf).any(dim=1)[:, None]
+            mask = torch.where(sees, mask, 0.0)
+            out = self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
+            out = torch.where(sees[:, None], out, self.mha.out_proj.bias)
+            y: Tensor = self.upsampler(out)
+            return y
+
+        y = like_an_op(image, branch)
+        return y[:-1].transpose(0, 1), y[-1]
+
+    def _features(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, the texts maybe as an expanded view."""
+        reason = self._why_called(text, image)
+        if reason is None:
+            return functional.multimodal_features(text, image, **self._arguments())
+        backends.call_layers("cross_modal_attention", reason)
+        return self._call_layers(text, image)
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """text [C, D] (or one set per item [B, C, D]) and image [B, D] to [B, C, D] and [B, D]."""
-        return functional.multimodal_features(text, image, **self._arguments())
+        new_text, new_image = self._features(text, image)
+        return new_text.contiguous(), new_image
 
     def forward_sequence(self, tokens: Tensor) -> Tensor:
         """tokens [C + 1, B, D], texts first and one image last, to the same: the published call."""
         if tokens.dim() != 3 or tokens.shape[0] < 2:
             raise ValueError(f"tokens: expected [C + 1, B, D], C >= 1, got {list(tokens.shape)}")
-        text, image = self(tokens[:-1].transpose(0, 1), tokens[-1])
+        text, image = self._features(tokens[:-1].transpose(0, 1), tokens[-1])
         return torch.cat([text.transpose(0, 1), image[None]])
 
     def logits(
@@ -123,9 +201,20 @@ class MultiModalAdapter(nn.Module):
         ``logit_scale`` is the factor itself (CLIP stores its logarithm). ``adapt``: "both", "text"
         or "image".
         """
-        return functional.multimodal_logits(
-            text, image, logit_scale=logit_scale, blend=self.blend, adapt=adapt, **self._arguments()
-        )
+        reason = self._why_called(text, image)
+        if reason is None:
+            return functional.multimodal_logits(
+                text, image, logit_scale=logit_scale, blend=self.blend, adapt=adapt,
+                **self._arguments(),
+            )  # fmt: skip
+        backends.call_layers("cross_modal_attention", reason)
+        new_text, new_image = self._call_layers(text, image)
+        check_logits(text, logit_scale, adapt)
+        logits = blended_logits(
+            text.to(image.dtype), image, new_text, new_image,
+            logit_scale=logit_scale, blend=self.blend, adapt=adapt,
+        )  # fmt: skip
+        return logits.to(new_image.dtype)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, bias={self.bias}, blend={self.blend}"

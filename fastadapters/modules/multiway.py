@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from ..checks import check_choice, check_probability, check_residual, check_sizes
+from .. import backends, functional
+from ..checks import check_choice, check_probability, check_residual, check_sizes, check_split
 from ..ops.bottleneck import ACTIVATION_CODES
+from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
+from .layers import like_an_op, why_all_called, why_called
 
 
 class MultiwayAdapter(nn.Module):
@@ -20,7 +22,10 @@ class MultiwayAdapter(nn.Module):
     Args:
         dim, bottleneck: widths D and r of both adapters.
         modalities: names of the first and of the second modality. The adapters are the submodules
-            ``adaptmlp_<name>``, as in the published encoder layer.
+            ``adaptmlp_<name>``, as in the published encoder layer. That one crosses the names: it
+            calls ``adaptmlp_text`` on images (``split`` -1) and ``adaptmlp_vision`` on texts (0).
+            So its checkpoints want ``modalities=("text", "vision")``. It adds no residual by
+            default (here: ``residual=False``) and runs no adapter for any other ``split``.
         device, dtype and all others: as in `BottleneckAdapter`, for both.
 
     Raises:
@@ -44,7 +49,7 @@ class MultiwayAdapter(nn.Module):
             self.add_module(f"adaptmlp_{name}", BottleneckAdapter(dim, bottleneck, **options))
 
     def _adapters(self) -> tuple[BottleneckAdapter, BottleneckAdapter]:
-        first, second = (cast(BottleneckAdapter, m) for m in self.children())
+        first, second = (getattr(self, f"adaptmlp_{name}") for name in self.modalities)
         return first, second
 
     def reset_parameters(self) -> None:
@@ -52,15 +57,39 @@ class MultiwayAdapter(nn.Module):
         for adapter in self._adapters():
             adapter.reset_parameters()
 
-    def forward(self, x: Tensor, split: int, residual: Tensor | None = None) -> Tensor:
-        """y [B, T, D]: the first ``split`` tokens through the first adapter, the rest the second.
-
-        ``split`` -1 means all tokens are of the first modality, 0 none (torchscale's convention).
-        ``residual`` [B, T, D] is added, else x if the adapters have a residual.
-        """
+    def _is_one_op(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether one op does what the two adapters do, each called on its tokens."""
         first, second = self._adapters()
-        if residual is None and first.residual:
-            residual = x
+        return (
+            all(
+                why_called("", adapter, BottleneckAdapter) is None
+                and adapter.why_called(x, residual) is None
+                for adapter in (first, second)
+            )
+            and first.options() == second.options()
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        split: int,
+        residual: Tensor | None = None,
+        add_residual: bool | None = None,
+    ) -> Tensor:
+        """The first ``split`` tokens through the first adapter, the rest through the second.
+
+        Args:
+            x: [B, T, D].
+            split: -1 means all tokens are of the first modality, 0 none (torchscale's convention).
+            residual, add_residual: as in `BottleneckAdapter`.
+
+        Returns:
+            y [B, T, D].
+        """
+        if not self._is_one_op(x, residual):
+            return self._call_adapters(x, split, residual, add_residual)
+        first, second = self._adapters()
+        residual = first.residual_for(x, residual, add_residual)
         after = first.layernorm == "out"
         if after:
             check_residual(residual, x)
@@ -73,30 +102,56 @@ class MultiwayAdapter(nn.Module):
             residual=None if after else residual,
             norm_eps=first.norm_eps,
             dropout=first.dropout,
-            training=self.training,
+            training=first.training,
         )
         if not after:
             return y
         split = y.shape[-2] if split == -1 else split
         halves = (first.normalize(y[..., :split, :]), second.normalize(y[..., split:, :]))
         y = torch.cat(halves, dim=-2)
-        return y if residual is None else y + residual.to(y.dtype)
+        return y if residual is None else y + residual
+
+    def _call_adapters(
+        self, x: Tensor, split: int, residual: Tensor | None, add_residual: bool | None
+    ) -> Tensor:
+        """Each adapter called on its tokens; not at all where it has none."""
+        first, second = self._adapters()
+        tokens = x.shape[-2]
+        check_split(split, tokens)
+        check_residual(residual, x)
+        split = tokens if split == -1 else split
+        halves = [(first, slice(None, split)), (second, slice(split, None))]
+        halves = halves[:1] if split == tokens else halves[1:] if split == 0 else halves
+        parts: list[Tensor] = [
+            adapter(
+                x[..., part, :], None if residual is None else residual[..., part, :], add_residual
+            )
+            for adapter, part in halves
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
     def extra_repr(self) -> str:
         return f"modalities={self.modalities}"
 
 
 class AlignmentEnhancer(nn.Module):
-    """A further feed-forward block behind the layer: x + drop_path(fc2(dropout(act(fc1(x))))).
+    """A further feed-forward block behind the layer, torchscale's FeedForwardNetwork.
+
+        y = x + drop_path(dropout(fc2(norm(activation(fc1(x))))))
+
+    Its checkpoints load by name: ``fc1``, ``fc2`` and, with ``subln``, ``ffn_layernorm``.
 
     Args:
         dim: model width D.
         hidden_dim: width of the hidden layer.
         activation: as in `BottleneckAdapter`.
-        dropout: probability of dropping an element of the hidden layer, in training.
+        dropout: probability of dropping an element of what ``fc2`` gives, in training.
         drop_path: probability of skipping the block for an item of the batch, in training; kept
             items are scaled by 1 / (1 - drop_path).
-        device, dtype: of the parameters, ``fc1`` and ``fc2`` (torchscale's names).
+        subln: whether a LayerNorm precedes ``fc2``, as in BEiT-3. No fused kernel has one there.
+        residual: whether x is added; the published network leaves that, and drop_path, to the layer
+            around it.
+        device, dtype: of the parameters.
 
     Shapes: x [B, ..., D] to the same.
 
@@ -112,6 +167,8 @@ class AlignmentEnhancer(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        subln: bool = False,
+        residual: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -123,32 +180,57 @@ class AlignmentEnhancer(nn.Module):
         self.activation = activation
         self.dropout = dropout
         self.drop_path = drop_path
+        self.residual = residual
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.ffn_layernorm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype) if subln else None
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters again, as `torch.nn.Linear` does."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
+        if self.ffn_layernorm is not None:
+            self.ffn_layernorm.reset_parameters()
+
+    def _why_called(self, x: Tensor) -> str | None:
+        """Why the layers must be called on x; None where the op does all that they do."""
+        if self.ffn_layernorm is not None:
+            return "subln: no kernel has a LayerNorm between the projections"
+        return why_all_called(x=x) or why_called("fc1", self.fc1) or why_called("fc2", self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        drop_path = self.drop_path if self.training else 0.0
-        y = functional.bottleneck(
-            x,
-            self.fc1.weight,
-            self.fc2.weight,
-            down_bias=self.fc1.bias,
-            up_bias=self.fc2.bias,
-            activation=self.activation,
-            residual=x if drop_path == 0.0 else None,
-            dropout=self.dropout,
-            training=self.training,
-        )
-        if drop_path == 0.0:
-            return y
-        items = torch.ones(x.shape[0], *[1] * (x.dim() - 1), dtype=y.dtype, device=x.device)
-        kept = F.dropout(items, drop_path)
-        return x.to(y.dtype) + kept * y
+        """The block on x [B, ..., D]."""
+        drops = self.training and (self.dropout > 0.0 or self.drop_path > 0.0)
+        residual = x if self.residual else None
+        reason = self._why_called(x)
+        if reason is not None:
+            backends.call_layers("bottleneck", reason)
+            y = like_an_op(x, lambda: self._call_layers(x))
+        else:
+            y = functional.bottleneck(
+                x,
+                self.fc1.weight,
+                self.fc2.weight,
+                down_bias=self.fc1.bias,
+                up_bias=self.fc2.bias,
+                activation=self.activation,
+                residual=None if drops else residual,
+            )
+            if not drops:
+                return y
+        y = F.dropout(y, self.dropout, self.training)
+        if self.training and self.drop_path > 0.0:
+            items = y.new_ones(y.shape[0], *[1] * (y.dim() - 1))
+            y = y * F.dropout(items, self.drop_path)
+        return y if residual is None else residual + y
+
+    def _call_layers(self, x: Tensor) -> Tensor:
+        h = ACTIVATIONS[self.activation](self.fc1(x))
+        y: Tensor = self.fc2(h if self.ffn_layernorm is None else self.ffn_layernorm(h))
+        return y
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}, drop_path={self.drop_path}"
+        return (
+            f"activation={self.activation!r}, dropout={self.dropout}, "
+            f"drop_path={self.drop_path}, residual={self.residual}"
+        )

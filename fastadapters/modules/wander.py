@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import backends, functional
 from ..checks import check_activations, check_choice, check_sizes, check_tensor
+from .layers import like_an_op, why_all_called, why_called
 
 # How large the fused branch is at first, next to inputs of unit variance.
 _INITIAL_STD = 0.01
@@ -125,9 +127,14 @@ class WanderAdapter(nn.Module):
             shape = (inputs[0].shape[0], length, self.dim)
             check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, inputs[0].device)
         time_factors, feature_factors = list(self.factor_t_list), list(self.factor_dim_list)
+        reason = self._why_called(inputs)
         if self.fusion == "summed":
             time_factors = [factor.sum(dim=0, keepdim=True) for factor in time_factors]
             feature_factors = [factor.sum(dim=0, keepdim=True) for factor in feature_factors]
+        if reason is not None:
+            backends.call_layers("sequence_fusion", reason)
+            residual = self._leading_tokens(inputs)
+            return residual + self._call_layers(inputs, time_factors, feature_factors)
         return functional.sequence_fusion(
             inputs,
             [down.weight for down in self._downs()],
@@ -136,6 +143,34 @@ class WanderAdapter(nn.Module):
             feature_factors,
             residual=self._leading_tokens(inputs),
         )
+
+    def _why_called(self, inputs: Sequence[Tensor]) -> str | None:
+        """Why the down-projections must be called; None where the op does all that they do."""
+        groups = {
+            "inputs": inputs,
+            "factor_dim_list": self.factor_dim_list,
+            "factor_t_list": self.factor_t_list,
+        }
+        reason = why_all_called(
+            **{f"{name}[{i}]": t for name, group in groups.items() for i, t in enumerate(group)}
+        )
+        for i, down in enumerate(self.down):
+            reason = reason or why_called(f"down.{i}", down)
+        return reason
+
+    def _call_layers(
+        self, inputs: Sequence[Tensor], time_factors: list[Tensor], feature_factors: list[Tensor]
+    ) -> Tensor:
+        """What is added to the leading tokens, each down-projection called."""
+
+        def branch() -> Tensor:
+            product: Tensor | float = 1.0
+            for x, down, a, u in zip(inputs, self.down, time_factors, feature_factors, strict=True):
+                combined = torch.einsum("qto,btr->bqor", a, F.gelu(down(x)))
+                product = product * torch.einsum("bqor,qrd->bqod", combined, u)
+            return torch.as_tensor(product).sum(dim=1)
+
+        return like_an_op(inputs[0], branch)
 
     def _leading_tokens(self, inputs: Sequence[Tensor]) -> Tensor:
         """The first T_o tokens of the modalities laid end to end; usually a view of the first."""

@@ -100,15 +100,29 @@ def multimodal_logits(
     adapt: str = "both",
     down_activation: str = "identity",
 ) -> Tensor:
-    """logit_scale * cosine of every item's image with every text, each blended with the adapter's.
+    """logit_scale * cosine of each item's image with each text, both blended with the adapter's."""
+    features = multimodal_features(
+        text, image, down, in_proj, out_proj, up,
+        num_heads=num_heads, bias=bias, down_activation=down_activation,
+    )  # fmt: skip
+    return blended_logits(text, image, *features, logit_scale=logit_scale, blend=blend, adapt=adapt)
+
+
+def blended_logits(
+    text: Tensor,
+    image: Tensor,
+    new_text: Tensor,
+    new_image: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    blend: float,
+    adapt: str,
+) -> Tensor:
+    """Logits of text [C, D] and image [B, D] and what the adapter makes of them.
 
     Published models differ in one detail: the one that adapts only the image blends the image
     feature as it comes, the others blend unit vectors.
     """
-    new_text, new_image = multimodal_features(
-        text, image, down, in_proj, out_proj, up,
-        num_heads=num_heads, bias=bias, down_activation=down_activation,
-    )  # fmt: skip
     text = F.normalize(text, dim=-1).expand_as(new_text)
     if adapt != "image":
         image = F.normalize(image, dim=-1)

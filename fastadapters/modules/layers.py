@@ -1,0 +1,89 @@
+"""A module's layers are modules, too: when an op may read their parameters past their forward.
+
+LoRA, weight_norm, pruning, hooks, FSDP units, offloading, 8-bit weights or tensor parallelism on an
+inner layer act when that layer is called. So where there may be such a thing, it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as registry
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+# Tensors that are nothing else; the last two stand for such while PyTorch traces.
+_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_PARAMETERS = _TENSORS | {type(None)}
+
+# The layers that the ops know, with the forward that they know.
+_FORWARDS: dict[type[nn.Module], object] = {
+    kind: kind.forward
+    for kind in (
+        nn.Linear,
+        NonDynamicallyQuantizableLinear,
+        nn.LayerNorm,
+        nn.MultiheadAttention,
+        nn.Sequential,
+        nn.GELU,
+    )
+}
+
+
+def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
+    """Why ``layer`` must be called; None where ``kind`` and its parameters say all that it does."""
+    state = layer.__dict__
+    parameters = state["_parameters"]
+    reason = None
+    if type(layer) is not kind:
+        reason = f"is a {type(layer).__module__}.{type(layer).__qualname__}"
+    elif "forward" in state or kind.forward is not _FORWARDS.get(kind, kind.forward):
+        reason = "has another forward than its class"
+    elif (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        reason = "has hooks"
+    else:
+        for key in parameters:
+            if type(parameters[key]) not in _PARAMETERS:
+                reason = f"has a {type(parameters[key]).__name__} as {key}"
+    return None if reason is None else f"{name} {reason}: its own forward is called"
+
+
+def why_all_called(**tensors: object) -> str | None:
+    """Why no layer may be passed over, whatever it is; ``tensors`` are what they would work on."""
+    if (
+        registry._global_forward_hooks
+        or registry._global_forward_pre_hooks
+        or registry._global_backward_hooks
+        or registry._global_backward_pre_hooks
+    ):
+        return "there are hooks on all modules: each layer's own forward is called"
+    for name in tensors:
+        t = tensors[name]
+        if type(t) not in _PARAMETERS and isinstance(t, Tensor):
+            return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
+    return None
+
+
+def like_an_op(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+    """What ``branch``, calls of layers, makes of x, in the dtypes of an op.
+
+    Under autocast these are PyTorch's own; else a 16-bit x has parameters rounded to its dtype.
+    """
+    rounds = (
+        isinstance(x, Tensor)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not x.is_meta
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    if not rounds:
+        return branch()
+    with torch.autocast(x.device.type, x.dtype):
+        return branch().to(x.dtype)
