@@ -162,11 +162,13 @@ class MultiModalAdapter(nn.Module):
             modality = (torch.arange(len(x), device=x.device) == len(x) - 1).long()
             bias = torch.tensor(self.bias, dtype=x.dtype, device=x.device)
             mask = bias[modality[:, None], modality]
-            # Attention to nothing would be NaN. It is 0, and all that is left of it a constant.
-            sees = (mask > -math.inf).any(dim=1)[:, None]
-            mask = torch.where(sees, mask, 0.0)
+            blind = any(max(row) == -math.inf for row in self.bias)
+            if blind:  # attention to nothing, NaN to PyTorch, is 0 here: it leaves a constant
+                sees = (mask > -math.inf).any(dim=1)[:, None]
+                mask = torch.where(sees, mask, 0.0)
             out = self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
-            out = torch.where(sees[:, None], out, self.mha.out_proj.bias)
+            if blind:
+                out = torch.where(sees[:, None], out, self.mha.out_proj.bias)
             y: Tensor = self.upsampler(out)
             return y
 
