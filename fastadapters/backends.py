@@ -27,6 +27,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "sequence_fusion": (),
 }
 
+# The backends whose kernels take fp32 storage beside 16-bit products.
+MIXED: tuple[str, ...] = ()
+
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -90,26 +93,30 @@ def status() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
-def _why_not(name: str, op: str, x: Tensor) -> str | None:
-    """Why fused backend ``name`` cannot run ``op`` on a tensor like ``x``."""
+def _why_not(name: str, op: str, x: Tensor, out: torch.dtype | None) -> str | None:
+    """Why fused backend ``name`` cannot run ``op`` on a tensor like ``x``, with results ``out``."""
     if name not in KERNELS[op]:
         return f"it has no kernel for {op}"
     if x.device.type != _DEVICE[name]:
         return f"it runs on {_DEVICE[name]} tensors, not on {x.device.type}"
-    if x.dtype not in FUSED_DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    for dtype in (x.dtype, out or x.dtype):
+        if dtype not in FUSED_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {dtype}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation need plain PyTorch"
     return unavailable(name)
 
 
-def resolve(op: str, x: Tensor) -> str:
-    """The backend that runs ``op`` on a tensor like ``x``; RuntimeError if a chosen one cannot."""
+def resolve(op: str, x: Tensor, out: torch.dtype | None = None) -> str:
+    """The backend that runs ``op`` on a tensor like ``x``; RuntimeError if a chosen one cannot.
+
+    ``out``: the dtype of the result, where it may differ from that of ``x``.
+    """
     name = _selected
     if name == "auto":
         reason = "fastest available"
         for name in (*KERNELS[op], "eager"):
-            problem = None if name == "eager" else _why_not(name, op, x)
+            problem = None if name == "eager" else _why_not(name, op, x, out)
             if problem is None:
                 break
             reason += f"; not {name}: {problem}"
@@ -118,7 +125,7 @@ def resolve(op: str, x: Tensor) -> str:
             raise ValueError(
                 f"FASTADAPTERS_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}"
             )
-        problem = None if name in ("reference", "eager") else _why_not(name, op, x)
+        problem = None if name in ("reference", "eager") else _why_not(name, op, x, out)
         if problem is not None:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {problem}")
         reason = "chosen by name"

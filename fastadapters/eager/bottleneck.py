@@ -28,6 +28,8 @@ def up_project(
     bias = None if up_bias is None else up_bias * scale
     if residual is None:
         return F.linear(h, up_weight, bias)
+    if residual.dtype != h.dtype:
+        return residual + F.linear(h, up_weight, bias)
     if bias is None or h.device.type != "cpu" or h.dtype not in (torch.bfloat16, torch.float16):
         return F.linear(h, up_weight, bias).add_(residual)
     weight_and_bias = torch.cat([up_weight, bias.unsqueeze(1)], dim=1)
@@ -49,10 +51,12 @@ def bottleneck(
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Same arguments and result as `fastadapters.reference.bottleneck`."""
     d, r = x.shape[-1], down_weight.shape[0]
     normed = x if norm_weight is None else F.layer_norm(x, (d,), norm_weight, norm_bias, norm_eps)
+    normed = normed if compute_dtype is None else normed.to(compute_dtype)
     h = ACTIVATIONS[activation](F.linear(normed, down_weight, down_bias)).reshape(-1, r)
     if seed is not None:
         h = h * dropout_multiplier(seed, h.shape[0], r, dropout, h.dtype)

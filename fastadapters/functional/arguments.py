@@ -15,12 +15,36 @@ from .. import backends, eager, reference
 PLAIN: dict[str, Any] = {"reference": reference, "eager": eager}
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has products of ``x`` in, if it is on and not in float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on, else that of ``x``."""
-    dtype, device = x.dtype, x.device.type
-    if dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)
+    return autocast_dtype(x) or x.dtype
+
+
+def compute_and_out_dtype(
+    x: Tensor, residual: Tensor | None, *scales: float | Tensor
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the products and of the result of `residual + scale * up(...)` in PyTorch.
+
+    The result has the wider dtype of its terms: autocast leaves an fp32 residual stream in fp32,
+    and what a learnable fp32 scale multiplies, too.
+    """
+    autocast = autocast_dtype(x)
+    compute = out = autocast or x.dtype
+    if residual is not None and residual.dtype != out:
+        out = torch.promote_types(out, residual.dtype)
+    if autocast is not None:
+        for scale in scales:
+            if isinstance(scale, Tensor):
+                out = torch.promote_types(out, scale.dtype)
+    return compute, out
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import backends
 from ..checks import check_choice, check_number, check_probability, check_residual, check_tensor
 from ..ops import NAMESPACES, autograd
-from ..ops.bottleneck import ACTIVATION_CODES
-from .arguments import PLAIN, compute_dtype, draw_seed, parameter, readable, saves, without_autocast
+from ..ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
+from .arguments import (
+    PLAIN,
+    compute_and_out_dtype,
+    draw_seed,
+    parameter,
+    readable,
+    saves,
+    without_autocast,
+)
 
 
 def check_bottleneck(
@@ -76,14 +85,41 @@ class BottleneckParameters(NamedTuple):
 
 
 def plain_bottleneck(
-    name: str, x: Tensor, side: BottleneckParameters, residual: Tensor | None, **options: Any
+    name: str,
+    x: Tensor,
+    side: BottleneckParameters,
+    residual: Tensor | None,
+    compute: torch.dtype,
+    out: torch.dtype,
+    **options: Any,
 ) -> Tensor:
-    """The bottleneck on backend ``name``, reference or eager, in the dtype of ``x``."""
-    tensors: dict[str, Any] = side._asdict() | {"residual": residual}
-    cast = {n: t.to(x.dtype) if isinstance(t, Tensor) else t for n, t in tensors.items()}
+    """The bottleneck on backend ``name``, reference or eager; LayerNorm in the dtype of ``x``."""
+    cast = {
+        n: t.to(x.dtype if n.startswith("norm") else compute) if isinstance(t, Tensor) else t
+        for n, t in side._asdict().items()
+    }
     with without_autocast(x):
-        y: Tensor = PLAIN[name].bottleneck(x, **cast, **options)
-    return y
+        y: Tensor = PLAIN[name].bottleneck(
+            x, **cast, residual=residual, compute_dtype=compute, **options
+        )
+    return y.to(out)
+
+
+def storage(
+    x: Tensor, residual: Tensor | None, compute: torch.dtype, out: torch.dtype
+) -> tuple[Tensor, Tensor | None, bool]:
+    """(x, residual or None, whether the residual is x) in dtypes that the kernels read.
+
+    x may be wider than the products, which round it; the residual has the dtype of the result.
+    """
+    add_x = residual is x and x.dtype == out
+    if add_x:
+        residual = None
+    elif residual is not None and residual.dtype != out:
+        residual = residual.to(out)
+    if x.dtype != compute and x.dtype != torch.float32:
+        x = x.to(compute)
+    return x, residual, add_x
 
 
 def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
@@ -117,14 +153,15 @@ def bottleneck(
 
     Args:
         x: [..., D], any strides; float32, bfloat16 or float16 (float64 runs eagerly). M is the
-            product of the leading dimensions, 0 included. Cast to the autocast dtype, if any.
+            product of the leading dimensions, 0 included.
         down_weight: Wd [r, D]; any r >= 1.
         up_weight: Wu [D, r].
         down_bias: bd [r] or None.
         up_bias: bu [D] or None.
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "quick_gelu" or "identity".
         scale: a number, or a learnable tensor [1] or [D] (one per channel).
-        residual: a tensor shaped like x, x itself (known by identity, free of cost), or None.
+        residual: a tensor shaped like x, x itself (known by identity, free of cost), or None; of
+            any floating dtype.
         norm_weight: [D]; LayerNorm precedes the down-projection iff it is given.
         norm_bias: [D] or None.
         norm_eps: added to the variance.
@@ -132,11 +169,13 @@ def bottleneck(
             from a seed drawn from PyTorch's generator.
         training: whether dropout is active.
 
-    Parameters of another floating dtype than x are rounded to it on the way in; each gradient
-    has its parameter's dtype.
+    Products are in the compute dtype: that of autocast where it is on, else that of x. An fp32 x
+    and parameters of another dtype are rounded to it on their way in; sums, LayerNorm and the
+    addition of the residual are in fp32. Each gradient has the dtype of what it is of.
 
     Returns:
-        y: contiguous, with the shape and the compute dtype of x.
+        y: contiguous, with the shape of x, in the wider dtype of residual and products (and, under
+            autocast, of a tensor as scale), as PyTorch gives for the sum.
 
     Raises:
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
@@ -146,19 +185,24 @@ def bottleneck(
         x, down_weight, up_weight, down_bias, up_bias, activation, scale, residual,
         norm_weight, norm_bias, dropout,
     )  # fmt: skip
-    add_x = residual is x
-    dtype = compute_dtype(x)
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    residual = None if residual is None or add_x else residual.to(dtype)
+    dtype, out = compute_and_out_dtype(x, residual, scale)
+    name = backends.resolve("bottleneck", x, out)
+    if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
+        with without_autocast(x):
+            y = bottleneck(
+                x.to(dtype), down_weight, up_weight, down_bias=down_bias, up_bias=up_bias,
+                activation=activation, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias,
+                norm_eps=norm_eps, dropout=dropout, training=training,
+            )  # fmt: skip
+        return y.to(out) if residual is None else residual + y
     seed = draw_seed(x, dropout, training)
-    name = backends.resolve("bottleneck", x)
     if name in PLAIN:
         side = BottleneckParameters(
             down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
         )
         options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
-        return plain_bottleneck(name, x, side, x if add_x else residual, seed=seed, **options)
+        return plain_bottleneck(name, x, side, residual, dtype, out, seed=seed, **options)
+    x, residual, add_x = storage(x, residual, dtype, out)
     learnable, scale_value = split_scale(scale)
     tensors = (
         readable(x), None if residual is None else readable(residual),
@@ -168,5 +212,6 @@ def bottleneck(
     )  # fmt: skip
     return autograd.call(
         NAMESPACES[name].bottleneck_forward.default, tensors,
-        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], add_x, saves(tensors)),
+        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[dtype],
+         DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip

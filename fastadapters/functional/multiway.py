@@ -10,14 +10,23 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_split
 from ..ops import NAMESPACES, autograd
-from ..ops.bottleneck import ACTIVATION_CODES
-from .arguments import PLAIN, compute_dtype, draw_seed, parameter, readable, saves
+from ..ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
+from .arguments import (
+    PLAIN,
+    compute_and_out_dtype,
+    draw_seed,
+    parameter,
+    readable,
+    saves,
+    without_autocast,
+)
 from .bottleneck import (
     BottleneckParameters,
     bottleneck,
     check_bottleneck,
     plain_bottleneck,
     split_scale,
+    storage,
 )
 
 
@@ -70,21 +79,23 @@ def multiway_bottleneck(
             x, side.down_weight, side.up_weight, side.down_bias, side.up_bias, activation,
             side.scale, residual, side.norm_weight, side.norm_bias, dropout,
         )  # fmt: skip
-    add_x = residual is x
-    x = x.to(compute_dtype(x))
-    name = backends.resolve("bottleneck", x)
+    dtype, out = compute_and_out_dtype(x, residual, first.scale, second.scale)
+    name = backends.resolve("bottleneck", x, out)
+    if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
+        with without_autocast(x):
+            y = multiway_bottleneck(x.to(dtype), split, first, second, **options)
+        return y.to(out) if residual is None else residual + y
     if name in PLAIN:
         del options["training"]
         halves = []
         for side, tokens_of in ((first, slice(None, split)), (second, slice(split, None))):
             part = x[..., tokens_of, :]
-            other = None if residual is None or add_x else residual[..., tokens_of, :]
+            other = None if residual is None else residual[..., tokens_of, :]
             options["seed"] = draw_seed(x, dropout, training)
-            halves.append(plain_bottleneck(name, part, side, part if add_x else other, **options))
+            halves.append(plain_bottleneck(name, part, side, other, dtype, out, **options))
         return torch.cat(halves, dim=-2)
-    x = readable(x)
-    residual = None if residual is None or add_x else readable(residual.to(x.dtype))
-    tensors: list[Any] = [x, residual]
+    x, residual, add_x = storage(x, residual, dtype, out)
+    tensors: list[Any] = [readable(x), None if residual is None else readable(residual)]
     scale_values = []
     for side in (first, second):
         learnable, scale_value = split_scale(side.scale)
@@ -92,11 +103,11 @@ def multiway_bottleneck(
             side.down_weight, side.down_bias, side.up_weight, side.up_bias, side.norm_weight,
             side.norm_bias, learnable,
         )  # fmt: skip
-        tensors += (parameter(t, x.dtype) for t in parameters)
+        tensors += (parameter(t, dtype) for t in parameters)
         tensors.append(draw_seed(x, dropout, training))
         scale_values.append(scale_value)
     return autograd.call(
         NAMESPACES[name].multiway_forward.default, tensors,
-        (split, *scale_values, norm_eps, dropout, ACTIVATION_CODES[activation], add_x,
-         saves(tensors)),
+        (split, *scale_values, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[dtype],
+         DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip

@@ -22,6 +22,10 @@ from . import autograd
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATION_NAMES)}
 
+# The codes of csrc's enum Dtype.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
 PARAMETERS = (
     "down_weight",
     "down_bias",
@@ -40,7 +44,10 @@ def declare(suffix: str = "") -> str:
     return f"{', '.join(tensors)}, Tensor? seed{suffix}"
 
 
-OPTIONS = "float norm_eps, float dropout, int activation, bool add_x"
+# x has the dtype of the products, compute_dtype, or is in fp32; so has y, of out_dtype.
+OPTIONS = (
+    "float norm_eps, float dropout, int activation, int compute_dtype, int out_dtype, bool add_x"
+)
 _INPUTS = f"{declare()}, float scale_value, {OPTIONS}"
 _GRADIENTS = ("dx", *(f"d_{name}" for name in PARAMETERS))
 _GRADIENTS_OUT = ", ".join(f"Tensor({chr(97 + i)}!)? {n}" for i, n in enumerate(_GRADIENTS))
@@ -58,39 +65,46 @@ SCHEMAS = {
 
 
 def allocate_saved(
-    x: Tensor, down_weight: Tensor, norm_weight: Tensor | None, save: bool
+    x: Tensor, down_weight: Tensor, norm_weight: Tensor | None, compute_dtype: int, save: bool
 ) -> tuple[Tensor, Tensor]:
     """z [M, r] (on the CPU; elsewhere recomputing it costs less) and stats [M, 2], or empty."""
     m, r = math.prod(x.shape[:-1]), down_weight.shape[0]
-    z = x.new_empty((m, r) if save and x.device.type == "cpu" else (0,))
+    z_shape = (m, r) if save and x.device.type == "cpu" else (0,)
+    z = x.new_empty(z_shape, dtype=DTYPES[compute_dtype])
     stats_shape = (m, 2) if save and norm_weight is not None else (0,)
     return z, x.new_empty(stats_shape, dtype=torch.float32)
 
 
 def allocate_gradients(
-    x: Tensor, parameters: Sequence[Tensor | None], needs: int
+    dy: Tensor, x: Tensor, parameters: Sequence[Tensor | None], needs: int
 ) -> tuple[Tensor, ...]:
-    """dx and a gradient for each parameter whose bit is set in ``needs``; empty tensors else."""
+    """dx and a gradient for each parameter whose bit is set in ``needs``; empty tensors else.
+
+    dx is shaped like dy: x is empty where no gradient needs its values.
+    """
+    dx = x.new_empty(dy.shape if needs & 1 else (0,))
 
     def allocate(i: int, like: Tensor | None) -> Tensor:
         if like is not None and needs >> i & 1:
             return like.new_empty(like.shape)
         return x.new_empty(0)
 
-    return tuple(allocate(i, like) for i, like in enumerate((x, *parameters)))
+    return dx, *(allocate(i, like) for i, like in enumerate(parameters, 1))
 
 
 def _fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm_weight, save = rest[3], rest[-1]
-    return x.new_empty(x.shape), *allocate_saved(x, down_weight, norm_weight, save)
+    norm_weight = rest[3]
+    compute_dtype, out_dtype, _, save = rest[-4:]
+    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    return y, *allocate_saved(x, down_weight, norm_weight, compute_dtype, save)
 
 
 def _fake_backward(
     dy: Tensor, x: Tensor, z: Tensor, stats: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return allocate_gradients(x, rest[: len(PARAMETERS)], rest[-1])
+    return allocate_gradients(dy, x, rest[: len(PARAMETERS)], rest[-1])
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -105,25 +119,31 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     """What a program exported elsewhere runs where there is no kernel; inference only."""
     n = len(PARAMETERS)
     tensors = dict(zip(PARAMETERS, rest[:n], strict=True))
-    seed, scale_value, norm_eps, dropout, activation, add_x, save = rest[n:]
+    seed, scale_value, norm_eps, dropout, activation, compute, out, add_x, save = rest[n:]
     if save:
         raise RuntimeError(
             "fastadapters::bottleneck_forward has no kernel here that can train: "
             f"{backends.library_error or f'none for {x.device.type} tensors'}"
         )
     scale = tensors.pop("scale")
-    cast: dict[str, Any] = {n: t if t is None else t.to(x.dtype) for n, t in tensors.items()}
+    dtype = DTYPES[compute]
+    cast: dict[str, Any] = {
+        n: t if t is None else t.to(x.dtype if n.startswith("norm") else dtype)
+        for n, t in tensors.items()
+    }
     y = eager.bottleneck(
         x,
         **cast,
         activation=ACTIVATION_NAMES[activation],
-        scale=scale_value if scale is None else scale.to(x.dtype),
+        scale=scale_value if scale is None else scale.to(dtype),
         residual=x if add_x else residual,
+        compute_dtype=dtype,
         norm_eps=norm_eps,
         dropout=dropout,
         seed=seed,
     )
-    return y, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    empty = x.new_empty(0, dtype=dtype)
+    return y.to(DTYPES[out]), empty, x.new_empty(0, dtype=torch.float32)
 
 
 def define(namespace: str) -> torch.library.Library:

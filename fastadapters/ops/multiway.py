@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import autograd
 from .bottleneck import (
+    DTYPES,
     OPTIONS,
     PARAMETERS,
     allocate_gradients,
@@ -55,15 +56,16 @@ def _inputs_of_sides(rest: Sequence[Any]) -> tuple[int, list[list[Any]]]:
 
 
 def _allocate_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
-    split, save = rest[2 * _SIDE], rest[-1]
+    split, (compute_dtype, out_dtype, _, save) = rest[2 * _SIDE], rest[-4:]
     parts = zip((x[..., :split, :], x[..., split:, :]), _sides(rest), strict=True)
-    saved = (allocate_saved(part, side[0], side[4], save) for part, side in parts)
-    return x.new_empty(x.shape), *(t for pair in saved for t in pair)
+    saved = (allocate_saved(part, side[0], side[4], compute_dtype, save) for part, side in parts)
+    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    return y, *(t for pair in saved for t in pair)
 
 
 def _allocate_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     first, second = _sides(rest[4:])
-    return allocate_gradients(x, (*first[:_N], *second[:_N]), rest[-1])
+    return allocate_gradients(dy, x, (*first[:_N], *second[:_N]), rest[-1])
 
 
 def define(library: torch.library.Library, keys: Sequence[str]) -> None:

@@ -35,13 +35,17 @@ def bottleneck(
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = residual + scale * (dropout(act(norm(x) Wd^T + bd)) Wu^T + bu), shapes as `functional`.
 
-    All floating-point arguments have one dtype. Dropout is applied iff ``seed`` is given.
+    x and the norm's parameters have one dtype, all other parameters that of the products,
+    ``compute_dtype`` (None: that of x); the residual is added as PyTorch promotes. Dropout is
+    applied iff ``seed`` is given.
     """
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = x if compute_dtype is None else x.to(compute_dtype)
     h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
     if seed is not None:
         rows, r = h.numel() // h.shape[-1], h.shape[-1]
