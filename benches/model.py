@@ -116,7 +116,7 @@ def run(w: Bottleneck, arch: int, rows: int) -> tuple[list[Counts], int]:
         norm = [torch.ones(w.dim), torch.zeros(w.dim)] if w.norm else [None, None]
         seed = torch.tensor([1, 2]) if w.dropout else None
         parameters = (down, biases[0], up, biases[1], *norm, None, seed)
-        options = (w.scale, 1e-5, w.dropout, ACTIVATION_CODES[w.activation], residual is None)
+        options = (w.scale, 1e-5, w.dropout, ACTIVATION_CODES[w.activation], 1, 1, residual is None)
         with device.simulate(arch) as simulation:
             _, z, stats = ops.bottleneck_forward(x, residual, *parameters, *options, True)
             forward = len(simulation.launches)

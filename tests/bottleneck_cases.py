@@ -24,8 +24,10 @@ class Case:
     rows: tuple[int, ...] = (3, 35)
     d: int = 96
     r: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of the products
     param_dtype: torch.dtype | None = None
+    x_dtype: torch.dtype | None = None  # wider: the sample runs under autocast to dtype
+    residual_dtype: torch.dtype | None = None  # of residual "other"
     activation: str = "relu"
     down_bias: bool = True
     up_bias: bool = True
@@ -35,6 +37,17 @@ class Case:
     dropout: float = 0.0
     layout: str = "contiguous"  # contiguous, slice (of rows), transposed, strided (last dimension)
     cotangent: str = "dense"  # dense, expanded (strides 0)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        if self.residual == "none":
+            return self.dtype
+        residual = self.residual_dtype if self.residual == "other" else self.x_dtype
+        return torch.promote_types(self.dtype, residual or self.dtype)
+
+    @property
+    def mixed(self) -> bool:
+        return self.x_dtype is not None or self.residual_dtype is not None
 
     def __str__(self) -> str:
         changed = [
@@ -62,6 +75,23 @@ def option_cases(**common: object) -> list[Case]:
         {"layout": "slice", "residual": "other", "norm": "both"},
         {"layout": "transposed", "cotangent": "expanded"},
         {"layout": "strided", "residual": "other"},
+    ]
+    return [replace(base, **change) for change in changes]
+
+
+def mixed_cases(dtype: torch.dtype, **common: object) -> list[Case]:
+    """Each combination of fp32 and ``dtype`` for x and y, with what reads them otherwise."""
+    base = Case(dtype=dtype, param_dtype=torch.float32, **common)  # type: ignore[arg-type]
+    wide = torch.float32
+    changes: list[dict[str, object]] = [
+        {"x_dtype": wide},
+        {"x_dtype": wide, "norm": "both", "dropout": 0.25, "activation": "gelu"},
+        {"x_dtype": wide, "residual": "other", "residual_dtype": wide, "layout": "slice"},
+        {"x_dtype": wide, "residual": "none", "norm": "weight", "layout": "transposed"},
+        {"x_dtype": wide, "residual": "none", "scale": "number", "cotangent": "expanded"},
+        {"x_dtype": wide, "residual": "other", "activation": "silu"},
+        {"residual": "other", "residual_dtype": wide, "norm": "both", "dropout": 0.5},
+        {"residual": "other", "residual_dtype": wide, "scale": "channel", "up_bias": False},
     ]
     return [replace(base, **change) for change in changes]
 
@@ -129,10 +159,9 @@ def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     tensors["cotangent"] = randn(*case.rows, d)
     if case.cotangent == "expanded":
         tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, d)
-    activations = {"x", "residual", "cotangent"}
+    dtypes = {"x": case.x_dtype, "residual": case.residual_dtype, "cotangent": case.out_dtype}
     for name, t in tensors.items():
-        dtype = case.dtype if name in activations else (case.param_dtype or case.dtype)
-        tensors[name] = t.to(device, dtype)
+        tensors[name] = t.to(device, dtypes.get(name, case.param_dtype) or case.dtype)
         if name in ("x", "residual"):
             tensors[name] = _laid_out(tensors[name], case.layout)
     return tensors
@@ -157,7 +186,9 @@ def run(
     if case.scale == "number":
         arguments["scale"] = 0.6  # type: ignore[assignment]
     torch.manual_seed(seed)
-    with fastadapters.backend(backend):
+    device = tensors["x"].device.type
+    autocast = torch.autocast(device, case.dtype, enabled=case.mixed)
+    with fastadapters.backend(backend), autocast:
         y = functional.bottleneck(
             **arguments,  # type: ignore[arg-type]
             activation=case.activation,
@@ -181,7 +212,8 @@ def reference_pair(
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         moved = {name: last_bit(t, draw) for name, t in tensors.items()}
-        rounded = {name: t.to(case.dtype).double() for name, t in moved.items()}
+        kept = case.mixed  # nothing is rounded before it is read
+        rounded = {name: (t if kept else t.to(case.dtype)).double() for name, t in moved.items()}
         return run(case, rounded, "reference", **kwargs), run(case, moved, "reference", **kwargs)
 
     return pair

@@ -14,7 +14,7 @@ from compare import check_all
 from hooks import NAMESPACE, load
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 OWN_KERNELS = [
@@ -45,7 +45,8 @@ def call(kernels: Any, case: Case, tensors: dict[str, Tensor]) -> dict[str, Tens
     torch.manual_seed(7)
     seed = torch.randint(2**62, (2,)) if case.dropout > 0 else None
     parameters = [tensors.get(name) for name in PARAMETERS]
-    options = (1e-5, case.dropout, ACTIVATION_CODES[case.activation], case.residual == "x")
+    codes = DTYPE_CODES[case.dtype], DTYPE_CODES[case.out_dtype]
+    options = (1e-5, case.dropout, ACTIVATION_CODES[case.activation], *codes, case.residual == "x")
     scale_value = 0.6 if case.scale == "number" else 1.0
     x, residual = tensors["x"], tensors.get("residual")
     y, z, stats = kernels.bottleneck_forward(
@@ -110,7 +111,7 @@ def test_outputs_in_slices(kernels: Any) -> None:
     expected = call(kernels, case, tensors)
     parameters = [tensors.get(name) for name in PARAMETERS]
     x, cotangent = tensors["x"], tensors["cotangent"]
-    options = (None, 1.0, 1e-5, 0.0, ACTIVATION_CODES[case.activation], True)
+    options = (None, 1.0, 1e-5, 0.0, ACTIVATION_CODES[case.activation], 0, 0, True)
     wide = torch.full((5, 12, 72), 123.0)
     y, z, stats = wide[:, 2:9], torch.empty(35, 20), torch.empty(35, 2)
     kernels.bottleneck_forward_out(y, z, stats, x, None, *parameters, *options)
@@ -157,7 +158,7 @@ def test_activations_over_their_range(isa: str, kernels: Any) -> None:
         case = replace(case, down_bias=False, up_bias=False)
         tensors = {"x": x, "down_weight": one, "up_weight": one, "cotangent": torch.ones_like(x)}
         parameters = [tensors.get(p) for p in PARAMETERS]
-        options = (None, 0.6, 1e-5, 0.0, code, False)
+        options = (None, 0.6, 1e-5, 0.0, code, 0, 0, False)
         y, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
         dx = kernels.bottleneck_backward(torch.ones_like(x), x, z, stats, *parameters, *options, 1)
         pair = reference_pair(case, tensors, needs={"x"}.__contains__)
@@ -173,7 +174,7 @@ def test_unwanted_results_are_empty(kernels: Any) -> None:
     case = Case()
     tensors = inputs(case)
     parameters = [tensors.get(name) for name in PARAMETERS]
-    options = (None, 1.0, 1e-5, 0.0, 1, True)
+    options = (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
     y, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, False)
     assert y.shape == tensors["x"].shape and z.shape == stats.shape == (0,)
     _, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, True)
@@ -188,7 +189,7 @@ def test_unwanted_results_are_empty(kernels: Any) -> None:
 def test_memory_safety(kernels: Any) -> None:
     """What would read or write out of bounds is refused, whoever calls."""
     tensors = inputs(Case(rows=(6,), d=16, r=4))
-    x, options = tensors["x"], (None, 1.0, 1e-5, 0.0, 1, True)
+    x, options = tensors["x"], (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
 
     def forward(x: Tensor = x, **changed: Tensor) -> None:
         parameters = [{**tensors, **changed}.get(name) for name in PARAMETERS]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadapters
 from fastadapters import backends, functional
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
 
 BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 needs_library = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
@@ -41,6 +41,8 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
         1e-5,
         case.dropout,
         ACTIVATION_CODES[case.activation],
+        DTYPE_CODES[case.dtype],
+        DTYPE_CODES[case.out_dtype],
         case.residual == "x",
     )
 
