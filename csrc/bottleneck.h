@@ -10,11 +10,13 @@
 namespace fastadapters {
 
 struct Bottleneck {
-  Dtype dtype = Dtype::float32;  // of x, residual, y, z and their gradients
+  // `dtype` is that of the products, z and h. x, and what has the dtype of the result (residual, y,
+  // dy), have the same or are in fp32; dx has x's.
+  Dtype dtype = Dtype::float32, x_dtype = Dtype::float32, out_dtype = Dtype::float32;
   int64_t rows[3] = {1, 1, 0};   // M = rows[0] * rows[1] * rows[2]
   int64_t dim = 0;               // D
   int64_t bottleneck = 0;        // r
-  Rows x;
+  Rows x;  // in backward absent where nothing asked for needs its values
   Parameter down_weight;  // [r, D]
   Parameter down_bias;    // [r]
   Parameter up_weight;    // [D, r]

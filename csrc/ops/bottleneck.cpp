@@ -19,16 +19,23 @@ using namespace fastadapters::ops;
 struct Options {
   const OptionalTensor &down_bias, &up_bias, &norm_weight, &norm_bias, &scale, &seed;
   double scale_value, norm_eps, dropout;
-  int64_t activation;
+  int64_t activation, compute_dtype, out_dtype;
 };
 
-void marshal(Marshal& m, Bottleneck& args, const Tensor& x, const Tensor& down_weight,
-             const Tensor& up_weight, const Options& o) {
-  STD_TORCH_CHECK(x.dim() >= 1 && down_weight.dim() == 2,
+// `like` has the shape of x, which may be empty in backward.
+void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
+             const Tensor& down_weight, const Tensor& up_weight, const Options& o) {
+  STD_TORCH_CHECK(like.dim() >= 1 && down_weight.dim() == 2,
                   "expected x [..., D], down_weight [r, D]");
-  int64_t d = args.dim = x.size(-1), r = args.bottleneck = down_weight.size(0);
-  args.dtype = dtype_of(x);
-  m.rows(args.x, x, true, "x");
+  int64_t d = args.dim = like.size(-1), r = args.bottleneck = down_weight.size(0);
+  args.dtype = dtype_of(o.compute_dtype);
+  args.x_dtype = dtype_of(x);
+  args.out_dtype = dtype_of(o.out_dtype);
+  for (Dtype stored : {args.x_dtype, args.out_dtype})
+    STD_TORCH_CHECK(stored == args.dtype || stored == Dtype::float32,
+                    "expected x and y in the dtype of the products or in float32");
+  bool absent = x.numel() == 0 && like.numel() != 0;
+  m.rows(args.x, absent ? OptionalTensor() : OptionalTensor(x), args.x_dtype, true, "x");
   m.parameter(args.down_weight, down_weight, r * d, "down_weight");
   m.parameter(args.down_bias, o.down_bias, r, "down_bias");
   m.parameter(args.up_weight, up_weight, d * r, "up_weight");
@@ -60,7 +67,14 @@ void run_cuda(const Op& args, const Tensor& x, int64_t (*workspace)(const Op*),
 }
 #endif
 
+void check_supported(const Bottleneck& args) {
+  STD_TORCH_CHECK(args.x_dtype == args.dtype && args.out_dtype == args.dtype,
+                  "these kernels take one dtype for all");
+  STD_TORCH_CHECK(args.x.data || !args.count(), "these kernels need x");
+}
+
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
+  check_supported(args);
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
     return run_cuda(args, x, &fastadapters_bottleneck_forward_cuda_workspace,
@@ -73,6 +87,7 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 }
 
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
+  check_supported(args);
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
     return run_cuda(args, x, &fastadapters_bottleneck_backward_cuda_workspace,
@@ -89,16 +104,16 @@ void bottleneck_forward_out(Tensor y, OptionalTensor z, OptionalTensor stats, Te
                             Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight,
                             OptionalTensor norm_bias, OptionalTensor scale, OptionalTensor seed,
                             double scale_value, double norm_eps, double dropout, int64_t activation,
-                            bool add_x) {
+                            int64_t compute_dtype, int64_t out_dtype, bool add_x) {
   BottleneckForward args;
   Marshal m(x, args.rows);
-  marshal(m, args, x, down_weight, up_weight,
+  marshal(m, args, x, x, down_weight, up_weight,
           {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation});
-  m.rows(args.residual, add_x ? OptionalTensor(x) : residual, true, "residual");
-  m.rows(args.y, y, false, "y");
+           activation, compute_dtype, out_dtype});
+  m.rows(args.residual, add_x ? OptionalTensor(x) : residual, args.out_dtype, true, "residual");
+  m.rows(args.y, y, args.out_dtype, false, "y");
   m.finish();
-  args.z = m.saved(z, args.bottleneck, x.scalar_type(), "z");
+  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
   args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
   run(args, x);
 }
@@ -107,16 +122,16 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
     Tensor x, OptionalTensor residual, Tensor down_weight, OptionalTensor down_bias,
     Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
     OptionalTensor scale, OptionalTensor seed, double scale_value, double norm_eps, double dropout,
-    int64_t activation, bool add_x, bool save) {
-  ScalarType type = x.scalar_type();
+    int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x, bool save) {
+  ScalarType type = scalar_type(dtype_of(compute_dtype));
   int64_t d = x.size(-1), m = d ? x.numel() / d : 0, r = down_weight.size(0);
-  Tensor y = fresh_output(x);
+  Tensor y = fresh_output(x, scalar_type(dtype_of(out_dtype)));
   Tensor z = save && !on_cuda(x) ? empty(x, {m, r}, type) : empty(x, {0}, type);
   Tensor stats =
       save && norm_weight ? empty(x, {m, 2}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
   bottleneck_forward_out(y, z, stats, x, residual, down_weight, down_bias, up_weight, up_bias,
                          norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-                         activation, add_x);
+                         activation, compute_dtype, out_dtype, add_x);
   return {y, z, stats};
 }
 
@@ -128,17 +143,18 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
                              OptionalTensor down_bias, Tensor up_weight, OptionalTensor up_bias,
                              OptionalTensor norm_weight, OptionalTensor norm_bias,
                              OptionalTensor scale, OptionalTensor seed, double scale_value,
-                             double norm_eps, double dropout, int64_t activation, bool add_x) {
+                             double norm_eps, double dropout, int64_t activation,
+                             int64_t compute_dtype, int64_t out_dtype, bool add_x) {
   BottleneckBackward args;
-  Marshal m(x, args.rows);
-  marshal(m, args, x, down_weight, up_weight,
+  Marshal m(dy, args.rows);
+  marshal(m, args, dy, x, down_weight, up_weight,
           {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation});
-  m.rows(args.dy, dy, true, "dy");
-  if (dx && dx->numel() == x.numel()) m.rows(args.dx, dx, false, "dx");
+           activation, compute_dtype, out_dtype});
+  m.rows(args.dy, dy, args.out_dtype, true, "dy");
+  m.rows(args.dx, dx, args.x_dtype, false, "dx");
   m.finish();
   args.add_dy = add_x;
-  args.z = m.saved(z, args.bottleneck, x.scalar_type(), "z");
+  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
   args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
   STD_TORCH_CHECK(args.z || on_cuda(x) || !args.count(),
                   "z: expected [M, r], as saved by the forward");
@@ -159,23 +175,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottl
     Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight, OptionalTensor down_bias,
     Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
     OptionalTensor scale, OptionalTensor seed, double scale_value, double norm_eps, double dropout,
-    int64_t activation, bool add_x, int64_t needs) {
-  auto gradient = [&](int bit, const OptionalTensor& like) {
-    if (like && (needs >> bit & 1))
-      return empty(x, like->sizes().data(), like->dim(), like->scalar_type());
-    return empty(x, {0}, x.scalar_type());
+    int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x, int64_t needs) {
+  auto wanted = [&](int bit, const OptionalTensor& like) -> OptionalTensor {
+    if (!like || !(needs >> bit & 1)) return {};
+    return empty(x, like->sizes().data(), like->dim(), like->scalar_type());
   };
-  Tensor dx = needs & 1 ? fresh_output(x) : empty(x, {0}, x.scalar_type());
-  Tensor d_down_weight = gradient(1, down_weight), d_down_bias = gradient(2, down_bias);
-  Tensor d_up_weight = gradient(3, up_weight), d_up_bias = gradient(4, up_bias);
-  Tensor d_norm_weight = gradient(5, norm_weight), d_norm_bias = gradient(6, norm_bias);
-  Tensor d_scale = gradient(7, scale);
+  OptionalTensor dx;
+  if (needs & 1) dx = fresh_output(dy, x.scalar_type());
+  OptionalTensor d_down_weight = wanted(1, down_weight), d_down_bias = wanted(2, down_bias);
+  OptionalTensor d_up_weight = wanted(3, up_weight), d_up_bias = wanted(4, up_bias);
+  OptionalTensor d_norm_weight = wanted(5, norm_weight), d_norm_bias = wanted(6, norm_bias);
+  OptionalTensor d_scale = wanted(7, scale);
   bottleneck_backward_out(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias, d_norm_weight,
                           d_norm_bias, d_scale, dy, x, z, stats, down_weight, down_bias, up_weight,
                           up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps,
-                          dropout, activation, add_x);
-  return {dx,        d_down_weight, d_down_bias, d_up_weight,
-          d_up_bias, d_norm_weight, d_norm_bias, d_scale};
+                          dropout, activation, compute_dtype, out_dtype, add_x);
+  auto result = [&](const OptionalTensor& t) { return t ? *t : empty(x, {0}, x.scalar_type()); };
+  return {result(dx),        result(d_down_weight), result(d_down_bias), result(d_up_weight),
+          result(d_up_bias), result(d_norm_weight), result(d_norm_bias), result(d_scale)};
 }
 
 }  // namespace

@@ -21,6 +21,17 @@ Dtype dtype_of(const Tensor& t) {
                                         : Dtype::float16;
 }
 
+Dtype dtype_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= 2, "expected a code of float32, bfloat16 or float16");
+  return Dtype(code);
+}
+
+ScalarType scalar_type(Dtype dtype) {
+  return dtype == Dtype::float32    ? ScalarType::Float
+         : dtype == Dtype::bfloat16 ? ScalarType::BFloat16
+                                    : ScalarType::Half;
+}
+
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
@@ -69,8 +80,8 @@ void prepare_pages([[maybe_unused]] const Tensor& fresh) {
 
 }  // namespace
 
-Tensor fresh_output(const Tensor& x) {
-  Tensor y = empty(x, x.sizes().data(), x.dim(), x.scalar_type());
+Tensor fresh_output(const Tensor& like, ScalarType type) {
+  Tensor y = empty(like, like.sizes().data(), like.dim(), type);
   prepare_pages(y);
   return y;
 }
@@ -83,24 +94,24 @@ void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, co
 }
 
 void Marshal::gradient(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
-  if (!t || (t->numel() == 0 && numel != 0)) return;
+  if (!t) return;
   STD_TORCH_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
   fill(p, *t, t->mutable_data_ptr(), numel, name);
 }
 
 const int64_t* Marshal::seed(const OptionalTensor& t) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(same_device(*t, x_) && t->scalar_type() == ScalarType::Long &&
+  STD_TORCH_CHECK(same_device(*t, like_) && t->scalar_type() == ScalarType::Long &&
                       t->is_contiguous() && t->numel() == 2,
                   "seed: expected a contiguous int64 tensor [2] on x's device");
   return (const int64_t*)t->const_data_ptr();
 }
 
-void Marshal::rows(Rows& rows, const OptionalTensor& t, bool input, const char* name) {
+void Marshal::rows(Rows& rows, const OptionalTensor& t, Dtype dtype, bool input, const char* name) {
   if (!t) return;
   Tensor view = *t;
-  STD_TORCH_CHECK(same_device(view, x_) && view.scalar_type() == x_.scalar_type(), name,
-                  ": expected a tensor of x's dtype on x's device");
+  STD_TORCH_CHECK(same_device(view, like_) && view.scalar_type() == scalar_type(dtype), name,
+                  ": expected a tensor of another dtype, or on x's device");
   if (view.dim() > 0 && view.size(-1) > 1 && view.stride(-1) != 1) {
     STD_TORCH_CHECK(input, name, ": expected a tensor whose last dimension has stride 1");
     view = torch::stable::contiguous(view);
@@ -109,8 +120,7 @@ void Marshal::rows(Rows& rows, const OptionalTensor& t, bool input, const char* 
 }
 
 void Marshal::finish() {
-  const Tensor& x = views_[0].tensor;
-  auto shape = x.sizes();
+  auto shape = like_.sizes();
   for (View& v : views_) {
     auto sizes = v.tensor.sizes();
     bool same = sizes.size() == shape.size();
@@ -128,14 +138,14 @@ void Marshal::finish() {
 
 void* Marshal::saved(const OptionalTensor& t, int64_t columns, ScalarType type, const char* name) {
   if (!t || (t->numel() == 0 && columns * count() != 0)) return nullptr;
-  STD_TORCH_CHECK(same_device(*t, x_) && t->is_contiguous() && t->scalar_type() == type &&
+  STD_TORCH_CHECK(same_device(*t, like_) && t->is_contiguous() && t->scalar_type() == type &&
                       t->numel() == columns * count(),
                   name, ": expected a contiguous tensor [M, ", columns, "] on x's device");
   return t->mutable_data_ptr();
 }
 
 void Marshal::fill(Parameter& p, const Tensor& t, void* data, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(same_device(t, x_) && t.numel() == numel, name, ": expected a tensor with ",
+  STD_TORCH_CHECK(same_device(t, like_) && t.numel() == numel, name, ": expected a tensor with ",
                   numel, " elements on x's device");
   p = {data, dtype_of(t)};
 }

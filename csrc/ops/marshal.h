@@ -18,38 +18,40 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& t);
+Dtype dtype_of(int64_t code);
+ScalarType scalar_type(Dtype dtype);
 bool same_device(const Tensor& a, const Tensor& b);
 
 // Uninitialised and contiguous, on the device of `like`.
 Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
-// An uninitialised result of x's shape and dtype.
-Tensor fresh_output(const Tensor& x);
+// An uninitialised result of the shape of `like`.
+Tensor fresh_output(const Tensor& like, ScalarType type);
 
 // The arguments of one call as the kernels want them. Copies made on the way live as long as this
 // does.
 class Marshal {
  public:
-  // Sets `shape`, the sizes of up to three row dimensions of x [..., D], in finish().
-  Marshal(const Tensor& x, int64_t (&shape)[3]) : x_(x), shape_(shape) {}
+  // Sets `shape`, the sizes of up to three row dimensions of `like` [..., D], in finish().
+  Marshal(const Tensor& like, int64_t (&shape)[3]) : like_(like), shape_(shape) {}
 
   void parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name);
 
-  // An absent or empty tensor is a gradient nobody wants.
+  // An absent tensor is a gradient nobody wants.
   void gradient(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name);
 
   // [2]: the key and the offset of the Philox stream, or null.
   const int64_t* seed(const OptionalTensor& t);
 
-  // Tensors of x's shape, x itself first. `input` ones are copied if the kernels cannot read them
-  // in place.
-  void rows(Rows& rows, const OptionalTensor& t, bool input, const char* name);
+  // Tensors of the shape of `like`. `input` ones are copied if the kernels cannot read them in
+  // place.
+  void rows(Rows& rows, const OptionalTensor& t, Dtype dtype, bool input, const char* name);
 
   // Merges the row dimensions that are one in every tensor.
   void finish();
 
-  // After finish(): one row [columns] for each of x, contiguous; null if absent or empty.
+  // After finish(): one row [columns] for each of `like`, contiguous; null if absent or empty.
   void* saved(const OptionalTensor& t, int64_t columns, ScalarType type, const char* name);
 
  private:
@@ -64,7 +66,7 @@ class Marshal {
   bool merge();
   int64_t count() const { return shape_[0] * shape_[1] * shape_[2]; }
 
-  const Tensor& x_;
+  const Tensor& like_;
   int64_t (&shape_)[3];
   std::vector<Tensor> kept_;
   std::vector<View> views_;

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import PARAMETERS, allocate_gradients, allocate_saved
+from fastadapters.ops.bottleneck import DTYPES, PARAMETERS, allocate_gradients, allocate_saved
 from fastadapters.reference.philox import dropout_threshold
 
 from ..launch import (
@@ -114,6 +114,8 @@ def bottleneck_forward_out(
     norm_eps: float,
     dropout: float,
     activation: int,
+    compute_dtype: int,
+    out_dtype: int,
     add_x: bool,
 ) -> None:
     """``fastadapters::bottleneck_forward_out``: fills y, and stats where given; z is not used."""
@@ -182,6 +184,8 @@ def bottleneck_backward_out(
     norm_eps: float,
     dropout: float,
     activation: int,
+    compute_dtype: int,
+    out_dtype: int,
     add_x: bool,
 ) -> None:
     """``fastadapters::bottleneck_backward_out``: fills what is not None; z is not used."""
@@ -321,8 +325,9 @@ def bottleneck_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastadapters::bottleneck_forward``."""
     *inputs, save = rest
-    y = x.new_empty(x.shape)
-    z, stats = allocate_saved(x, inputs[0], inputs[4], save)
+    compute_dtype, out_dtype, _ = inputs[-3:]
+    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    z, stats = allocate_saved(x, inputs[0], inputs[4], compute_dtype, save)
     bottleneck_forward_out(y, None, stats if stats.numel() else None, x, residual, *inputs)
     return y, z, stats
 
@@ -332,7 +337,7 @@ def bottleneck_backward(
 ) -> tuple[Tensor, ...]:
     """``fastadapters::bottleneck_backward``."""
     *inputs, needs = rest
-    gradients = allocate_gradients(x, inputs[: len(PARAMETERS)], needs)
+    gradients = allocate_gradients(dy, x, inputs[: len(PARAMETERS)], needs)
     wanted = (g if needs >> i & 1 else None for i, g in enumerate(gradients))
     bottleneck_backward_out(*wanted, dy, x, z, stats, *inputs)
     return gradients

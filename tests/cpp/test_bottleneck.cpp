@@ -42,7 +42,7 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
   Array z(dtype, {1, 1, m}, r, 0), stats(Dtype::float32, {1, 1, m}, 2, 0);
 
   Bottleneck p;
-  p.dtype = dtype;
+  p.dtype = p.x_dtype = p.out_dtype = dtype;
   std::copy(c.rows, c.rows + 3, p.rows);
   p.dim = d;
   p.bottleneck = r;

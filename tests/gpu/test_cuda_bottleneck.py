@@ -182,7 +182,23 @@ def test_traffic(d: int, arch: int, simulated: Any) -> None:
     x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
     down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
     biases = torch.zeros(r, dtype=BF16), torch.zeros(d, dtype=BF16)
-    weights = (down, biases[0], up, biases[1], None, None, None, None, 0.5, 1e-5, 0.0, 1, True)
+    weights = (
+        down,
+        biases[0],
+        up,
+        biases[1],
+        None,
+        None,
+        None,
+        None,
+        0.5,
+        1e-5,
+        0.0,
+        1,
+        1,
+        1,
+        True,
+    )
     with device.simulate(arch) as run:
         y, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)

@@ -20,6 +20,8 @@ import pytest
 import torch
 from compile_checks import PROCESSORS, Resources, cubin_resources, occupancy
 
+from fastadapters.ops.bottleneck import DTYPE_CODES
+
 TABLE = Path(__file__).parents[2] / "docs" / "cuda-resources.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TESTED = (80, 90, 100, 120)  # 86 and 89 have the code of 80, and less shared memory
@@ -74,9 +76,9 @@ def shared(arch: int, dim: int) -> dict[Kernel, int]:
         dtype = torch.float32 if element == "tf32" else getattr(torch, element)
         torch.set_float32_matmul_precision("high" if element == "tf32" else "highest")
         for width in (32, 64):
-            x = torch.zeros(64, dim, dtype=dtype)
+            x, codes = torch.zeros(64, dim, dtype=dtype), (DTYPE_CODES[dtype],) * 2
             down, up = x.new_zeros(width, dim), x.new_zeros(dim, width)
-            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, True)
+            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes, True)
             with device.simulate(arch) as run:
                 _, z, stats = ops.bottleneck_forward(x, None, *rest, True)
                 ops.bottleneck_backward(x, x, z, stats, *rest, 0b1011)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from compile_checks import Resources, occupancy, triton_resources
 
+from fastadapters.ops.bottleneck import DTYPE_CODES
+
 triton = pytest.importorskip("triton")
 
 TABLE = Path(__file__).parents[2] / "docs" / "triton-resources.md"
@@ -52,7 +54,7 @@ def training_step(dtype: torch.dtype, r: int, options: str) -> None:
     if not full:
         parameters[4:] = [None] * 3
     seed = torch.empty(2, dtype=torch.int64) if full else None
-    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, True)
+    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, *(DTYPE_CODES[dtype],) * 2, True)
     _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
     kernels.bottleneck_backward(x, x, z, stats, *rest, 255)
 
