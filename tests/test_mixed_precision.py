@@ -10,7 +10,9 @@ from torch import Tensor
 from fastadapters import backends, functional
 
 BACKENDS = [
-    name for name, problem in backends.status().items() if problem is None and name != "reference"
+    name
+    for name, problem in backends.status().items()
+    if problem is None and (name == "eager" or name in backends.MIXED)
 ]
 HALF = [torch.bfloat16, torch.float16]
 

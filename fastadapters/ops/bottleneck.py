@@ -92,6 +92,15 @@ def allocate_gradients(
     return dx, *(allocate(i, like) for i, like in enumerate(parameters, 1))
 
 
+def asked_for(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor | None], needs: int
+) -> list[Tensor | None]:
+    """What `allocate_gradients` gave, with None in place of what is not to be computed."""
+    absent = (False, *(p is None for p in parameters))
+    pairs = enumerate(zip(gradients, absent, strict=True))
+    return [g if needs >> i & 1 and not gone else None for i, (g, gone) in pairs]
+
+
 def _fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .bottleneck import (
     PARAMETERS,
     allocate_gradients,
     allocate_saved,
+    asked_for,
     declare,
 )
 
@@ -85,7 +86,8 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
     def backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         saved, inputs, needs = rest[:4], rest[4:], rest[-1]
         gradients = _allocate_backward(dy, x, *rest)
-        dx, *others = (g if needs >> i & 1 else None for i, g in enumerate(gradients))
+        first, second = _sides(inputs)
+        dx, *others = asked_for(gradients, (*first[:_N], *second[:_N]), needs)
         split, sides = _inputs_of_sides(inputs)
         parts = zip(_halves(dx, split), _halves(dy, split), _halves(x, split), strict=True)
         for i, ((dx_part, dy_part, x_part), side) in enumerate(zip(parts, sides, strict=True)):

@@ -8,7 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import DTYPES, PARAMETERS, allocate_gradients, allocate_saved
+from fastadapters.ops.bottleneck import (
+    DTYPES,
+    PARAMETERS,
+    allocate_gradients,
+    allocate_saved,
+    asked_for,
+)
 from fastadapters.reference.philox import dropout_threshold
 
 from ..launch import (
@@ -337,7 +343,8 @@ def bottleneck_backward(
 ) -> tuple[Tensor, ...]:
     """``fastadapters::bottleneck_backward``."""
     *inputs, needs = rest
-    gradients = allocate_gradients(dy, x, inputs[: len(PARAMETERS)], needs)
-    wanted = (g if needs >> i & 1 else None for i, g in enumerate(gradients))
+    parameters = inputs[: len(PARAMETERS)]
+    gradients = allocate_gradients(dy, x, parameters, needs)
+    wanted = asked_for(gradients, parameters, needs)
     bottleneck_backward_out(*wanted, dy, x, z, stats, *inputs)
     return gradients
