@@ -104,6 +104,8 @@ def _why_not(name: str, op: str, x: Tensor, out: torch.dtype | None) -> str | No
             return f"it takes float32, bfloat16 and float16, not {dtype}"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation need plain PyTorch"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records plain PyTorch"
     return unavailable(name)
 
 

@@ -18,7 +18,7 @@ from ..checks import (
 )
 from ..ops.bottleneck import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
-from .layers import like_an_op, why_all_called, why_called
+from .layers import as_leaf, like_an_op, why_all_called, why_called
 
 INITS = ("lora", "houlsby", "bert")
 LAYERNORMS = (None, "in", "out")
@@ -166,6 +166,9 @@ class BottleneckAdapter(nn.Module):
         residual = self.residual_for(x, residual, add_residual)
         reason = self.why_called(x, residual)
         if reason is not None:
+            leaf: Tensor | None = as_leaf(self, x, residual, residual is not None)
+            if leaf is not None:
+                return leaf
             backends.call_layers("bottleneck", reason)
             return self._call_layers(x, residual)
         after = self.layernorm == "out"

@@ -7,11 +7,13 @@ inner layer act when that layer is called. So where there may be such a thing, i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import Proxy, Tracer
 from torch.nn.modules import module as registry
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -67,8 +69,21 @@ def why_all_called(**tensors: object) -> str | None:
         return "there are hooks on all modules: each layer's own forward is called"
     for name in tensors:
         t = tensors[name]
-        if type(t) not in _PARAMETERS and isinstance(t, Tensor):
+        if type(t) not in _PARAMETERS and isinstance(t, (Tensor, Proxy)):
             return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
+    return None
+
+
+def as_leaf(module: nn.Module, *args: Any) -> Any:
+    """A call of ``module`` as one node of the graph, where torch.fx traces a model around it.
+
+    None where it does not, or traces the module itself.
+    """
+    for arg in args:
+        for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+            tracer = t.tracer if isinstance(t, Proxy) else None
+            if isinstance(tracer, Tracer) and tracer.root is not module:
+                return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
     return None
 
 

@@ -14,7 +14,7 @@ from .. import backends, functional
 from ..checks import check_bias, check_choice, check_number, check_sizes
 from ..functional.multimodal import check_features, check_logits
 from ..reference.cross_modal_attention import MASKED, Bias, Layer, blended_logits
-from .layers import like_an_op, why_all_called, why_called
+from .layers import as_leaf, like_an_op, why_all_called, why_called
 
 _MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
 
@@ -185,6 +185,9 @@ class MultiModalAdapter(nn.Module):
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """text [C, D] (or one set per item [B, C, D]) and image [B, D] to [B, C, D] and [B, D]."""
+        leaf: tuple[Tensor, Tensor] | None = as_leaf(self, text, image)
+        if leaf is not None:
+            return leaf
         new_text, new_image = self._features(text, image)
         return new_text.contiguous(), new_image
 

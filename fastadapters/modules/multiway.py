@@ -13,7 +13,7 @@ from ..checks import check_choice, check_probability, check_residual, check_size
 from ..ops.bottleneck import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
-from .layers import like_an_op, why_all_called, why_called
+from .layers import as_leaf, like_an_op, why_all_called, why_called
 
 
 class MultiwayAdapter(nn.Module):
@@ -87,6 +87,9 @@ class MultiwayAdapter(nn.Module):
             y [B, T, D].
         """
         if not self._is_one_op(x, residual):
+            leaf: Tensor | None = as_leaf(self, x, split, residual, add_residual)
+            if leaf is not None:
+                return leaf
             return self._call_adapters(x, split, residual, add_residual)
         first, second = self._adapters()
         residual = first.residual_for(x, residual, add_residual)
@@ -204,6 +207,9 @@ class AlignmentEnhancer(nn.Module):
         residual = x if self.residual else None
         reason = self._why_called(x)
         if reason is not None:
+            leaf: Tensor | None = as_leaf(self, x)
+            if leaf is not None:
+                return leaf
             backends.call_layers("bottleneck", reason)
             y = like_an_op(x, lambda: self._call_layers(x))
         else:

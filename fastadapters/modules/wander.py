@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from ..checks import check_activations, check_choice, check_sizes, check_tensor
-from .layers import like_an_op, why_all_called, why_called
+from .layers import as_leaf, like_an_op, why_all_called, why_called
 
 # How large the fused branch is at first, next to inputs of unit variance.
 _INITIAL_STD = 0.01
@@ -118,6 +118,9 @@ class WanderAdapter(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """M tensors [B, T_m, D] to [B, T_o, D]; what is fused is added to the first T_o tokens."""
+        leaf: Tensor | None = as_leaf(self, inputs)
+        if leaf is not None:
+            return leaf
         if len(inputs) != len(self.seq_lens):
             raise ValueError(
                 f"inputs: expected M = {len(self.seq_lens)} tensors [B, T_m, D], got {len(inputs)}"
