@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from module_cases import (
     ACTIVATIONS,
     BACKENDS,
     D,
+    adaptformer,
     assert_same_results,
     randn,
     randomize,
@@ -154,3 +156,49 @@ def test_bottleneck_backends(options: dict[str, Any], dtype: torch.dtype, backen
     tensors, as_op = with_parameters(adapter, **tensors)
     rounded = {name: t.to(dtype) for name, t in tensors.items()}
     check_against_reference(as_op(adapter), rounded, "adapter", backend)
+
+
+@pytest.mark.parametrize("layernorm", [None, "in", "out"])
+@pytest.mark.parametrize("given", [False, True])
+def test_call_of_adaptformer(given: bool, layernorm: str | None) -> None:
+    """``adaptmlp(x, add_residual=False)`` of the parallel form, and all others."""
+    ours = BottleneckAdapter(D, 7, layernorm=layernorm, scale=0.1, init="bert")
+    published = adaptformer.Adapter(D, 7, 0.1, layernorm=layernorm)
+    published.load_state_dict(ours.state_dict())
+    x, residual = randn(3, 5, D), randn(3, 5, D, seed=1) if given else None
+    for add in (False, True):
+        got = ours(x, residual=residual, add_residual=add)
+        torch.testing.assert_close(got, published(x, residual=residual, add_residual=add))
+    by_default = ours(x, residual)
+    assert torch.equal(by_default, ours(x, residual, True))
+    ours.residual = False
+    assert torch.equal(ours(x, residual), ours(x, residual, given))
+
+
+@pytest.mark.parametrize("layernorm", [None, "in", "out"])
+@pytest.mark.parametrize("scale", [0.1, "learnable"])
+def test_optimizer_of_the_published_module_goes_on(
+    scale: float | str, layernorm: str | None
+) -> None:
+    """Parameters come in the published order, so that AdamW's moments are those of the same."""
+    published = adaptformer.Adapter(D, 7, scale, layernorm=layernorm)
+    ours = BottleneckAdapter(D, 7, scale=scale, layernorm=layernorm)
+    names = [name for name, _ in published.named_parameters()]
+    assert [name for name, _ in ours.named_parameters()] == names
+    assert [*ours.state_dict()] == [*published.state_dict()]
+
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            module(randn(9, D, seed=step)).square().mean().backward()
+            optimizer.step()
+
+    first = torch.optim.AdamW(published.parameters(), lr=0.01)
+    train(published, first, range(3))
+    ours.load_state_dict(published.state_dict())
+    second = torch.optim.AdamW(ours.parameters(), lr=0.01)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(published, first, range(3, 6))
+    train(ours, second, range(3, 6))
+    for name, p in published.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), p, rtol=1e-4, atol=1e-6)

@@ -28,16 +28,57 @@ pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 def enhanced(module: AlignmentEnhancer, x: Tensor) -> Tensor:
     """The block's branch, written out."""
     hidden = ACTIVATIONS[module.activation](x @ module.fc1.weight.T + module.fc1.bias)
+    if module.ffn_layernorm is not None:
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        hidden = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        hidden = hidden * module.ffn_layernorm.weight + module.ffn_layernorm.bias
     return hidden @ module.fc2.weight.T + module.fc2.bias
 
 
 @pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("subln", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_enhancer_is_its_formula(activation: str, backend: str) -> None:
-    module = sample("enhancer", torch.float64, activation=activation)
+def test_enhancer_is_its_formula(
+    activation: str, residual: bool, subln: bool, backend: str
+) -> None:
+    options = {"activation": activation, "residual": residual, "subln": subln}
+    module = sample("enhancer", torch.float64, **options)
     x = randn(3, 5, D, dtype=torch.float64)
     with fastadapters.backend(backend):
-        assert_exact(module(x), x + enhanced(module, x))
+        assert_exact(module(x), x * residual + enhanced(module, x))
+
+
+def test_subln_is_told_by_explain() -> None:
+    module = sample("enhancer", subln=True)
+    (decision,) = fastadapters.explain(module, randn(3, 5, D))
+    assert (decision.backend, decision.op) == ("layers", "bottleneck")
+    assert "LayerNorm between the projections" in decision.reason
+
+
+@pytest.mark.parametrize("subln", [False, True])
+def test_dropout_drops_the_output(subln: bool) -> None:
+    """As published: an element of what fc2 gives is 0 or scaled; x is not touched."""
+    p = 0.25
+    module = sample("enhancer", torch.float64, dropout=p, subln=subln)
+    x = randn(8, 5, D, dtype=torch.float64)
+    branch = module(x) - x
+    dropped = branch == 0
+    assert 0.15 < dropped.double().mean() < 0.35
+    assert_exact(branch[~dropped] + 1, enhanced(module, x)[~dropped] / (1 - p) + 1)
+    assert_exact(module.eval()(x), x + enhanced(module, x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("subln", [False, True])
+def test_fp32_parameters_under_bf16(subln: bool, autocast: bool) -> None:
+    """bf16 activations give bf16; under autocast the fp32 stream stays."""
+    module = sample("enhancer", subln=subln)
+    x = randn(3, 5, D, dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = module(x)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.float(), module(x.float()), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fastadapters
-from fastadapters import BottleneckAdapter, MultiModalAdapter, WanderAdapter
+from fastadapters import (
+    AlignmentEnhancer,
+    BottleneckAdapter,
+    MultiModalAdapter,
+    WanderAdapter,
+)
 
 FILES = sorted(Path(__file__).parent.joinpath("golden").glob("*.npz"))
 Outputs = list[Tensor]
@@ -28,6 +34,13 @@ def bottleneck(meta: dict[str, Any], params: dict[str, Tensor]) -> nn.Module:
         layernorm=None if meta["layernorm"] == "none" else meta["layernorm"],
         residual=meta["residual"] == "self",
         dtype=torch.float64,
+    )
+
+
+def enhancer(meta: dict[str, Any], params: dict[str, Tensor]) -> nn.Module:
+    hidden, d = params["fc1.weight"].shape
+    return AlignmentEnhancer(
+        d, hidden, activation=meta["activation"], subln=meta["subln"], dtype=torch.float64
     )
 
 
@@ -85,17 +98,18 @@ CASES = [
     (path, build, run)
     for path in FILES
     for prefix, build, runs in (
-        ("mwa", bottleneck, [run_bottleneck]),
+        ("mwa_enhancer", enhancer, [run_bottleneck]),
+        ("mwa_[ino]", bottleneck, [run_bottleneck]),
         ("mma", multimodal, [run_multimodal, run_multimodal_shared]),
         ("wander", wander, [run_wander]),
     )
     for run in runs
-    if path.name.startswith(prefix)
+    if re.match(prefix, path.name)
 ]
 
 
 def test_every_file_is_used() -> None:
-    assert len(FILES) == 8
+    assert len(FILES) == 10
     assert {path for path, _, _ in CASES} == set(FILES)
 
 

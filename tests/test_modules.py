@@ -274,3 +274,26 @@ def test_meta_tensors(kind: str) -> None:
     tensors = [t.to("meta") for t in inputs(kind)]
     expected = call(sample(kind), inputs(kind))
     assert [t.shape for t in call(module, tensors)] == [t.shape for t in expected]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("multimodal", {"mask": "additive"}),
+        ("enhancer", {"drop_path": 1.0}),
+    ],
+)
+def test_outputs_are_the_callers(kind: str, options: dict[str, Any]) -> None:
+    """CLIP users divide features in place by their length: no output is a view that tells."""
+    module, tensors = sample(kind, **options), inputs(kind)
+    before = [t.clone() for t in tensors]
+    with torch.no_grad():
+        for f in call(module, tensors):
+            expected = f / f.norm(dim=-1, keepdim=True)
+            f /= f.norm(dim=-1, keepdim=True)
+            assert torch.equal(f, expected)
+    assert_equal(tensors, before)
+    for f in call(module, [t.requires_grad_() for t in tensors]):
+        f *= 2
+        f.sum().backward(retain_graph=True)

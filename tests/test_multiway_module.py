@@ -10,6 +10,7 @@ from against_reference import check_against_reference
 from module_cases import (
     BACKENDS,
     D,
+    adaptformer,
     assert_same_results,
     randn,
     randomize,
@@ -92,3 +93,54 @@ def test_modalities_name_the_adapters() -> None:
     x = randn(3, T, D)
     assert torch.equal(module(x, -1), module.adaptmlp_image(x))
     assert torch.equal(module(x, 0), module.adaptmlp_audio(x))
+
+
+@pytest.mark.parametrize("split", [-1, 0, 4])
+@pytest.mark.parametrize("layernorm", [None, "out"])
+def test_add_residual(layernorm: str | None, split: int) -> None:
+    module = MultiwayAdapter(D, 7, layernorm=layernorm)
+    randomize(module)
+    x, residual = randn(3, T, D), randn(3, T, D, seed=1)
+    branch = module(x, split, add_residual=False)
+    torch.testing.assert_close(module(x, split), x + branch)
+    torch.testing.assert_close(module(x, split, residual), residual + branch)
+    torch.testing.assert_close(module(x, split, residual, add_residual=False), branch)
+
+
+def test_adapters_are_found_by_name() -> None:
+    """Shared by both modalities, removed and put back, beside another submodule."""
+    x = randn(3, T, D)
+    module = MultiwayAdapter(D, 7)
+    randomize(module)
+    expected = module(x, 4)
+
+    first = module.adaptmlp_vision
+    del module.adaptmlp_vision
+    module.adaptmlp_vision = first
+    assert torch.equal(module(x, 4), expected)
+
+    module.probe = nn.Linear(D, 2)
+    module.add_module("0", nn.Identity())
+    assert torch.equal(module(x, 4), expected)
+
+    module.adaptmlp_text = first
+    torch.testing.assert_close(module(x, 4), first(x))
+    module(x, 4).sum().backward()
+    got = {name: p.grad.clone() for name, p in first.named_parameters()}
+    first.zero_grad()
+    first(x).sum().backward()
+    for name, p in first.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_published_checkpoint_has_the_names_crossed() -> None:
+    """Its layer calls ``adaptmlp_text`` on images (split -1), ``adaptmlp_vision`` on texts (0)."""
+    layer = nn.ModuleDict(
+        {f"adaptmlp_{name}": adaptformer.Adapter(D, 7, 0.1) for name in ("text", "vision")}
+    )
+    randomize(layer)
+    module = MultiwayAdapter(D, 7, modalities=("text", "vision"), scale=0.1, residual=False)
+    module.load_state_dict(layer.state_dict())
+    x = randn(3, T, D)
+    for split, name in ((-1, "adaptmlp_text"), (0, "adaptmlp_vision")):
+        torch.testing.assert_close(module(x, split), layer[name](x, add_residual=False))

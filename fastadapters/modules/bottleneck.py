@@ -18,7 +18,7 @@ from ..checks import (
 )
 from ..ops.bottleneck import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
-from .layers import as_leaf, like_an_op, why_all_called, why_called
+from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 INITS = ("lora", "houlsby", "bert")
 LAYERNORMS = (None, "in", "out")
@@ -41,7 +41,9 @@ class BottleneckAdapter(nn.Module):
         bias: whether the projections have biases.
         init: "lora" (Kaiming-uniform down, zero up), "houlsby" (truncated normal of standard
             deviation 0.01) or "bert" (normal, 0.02); biases are zero. Only "lora" starts as the
-            identity.
+            identity. Hugging Face's ``post_init`` leaves these values alone; ``from_pretrained``
+            builds models without values, so there ``_init_weights`` has to call
+            `reset_parameters` of an adapter, which changes nothing that was loaded.
         device, dtype: of the parameters.
 
     Shapes: x [..., D], residual like x, result [..., D] in the dtype of x (or of autocast).
@@ -110,6 +112,7 @@ class BottleneckAdapter(nn.Module):
             self.adapter_layer_norm_before.reset_parameters()
         if isinstance(self.scale, Tensor):
             nn.init.ones_(self.scale)
+        keep_initial_values(self)
 
     def parameters_of(self) -> functional.BottleneckParameters:
         """What the functional form takes, LayerNorm included if it comes first."""

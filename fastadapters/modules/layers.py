@@ -102,3 +102,14 @@ def like_an_op(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         return branch()
     with torch.autocast(x.device.type, x.dtype):
         return branch().to(x.dtype)
+
+
+def keep_initial_values(module: nn.Module) -> None:
+    """Let no Hugging Face model around ``module`` draw its layers' initial values again.
+
+    `PreTrainedModel.post_init` initializes every Linear but those that carry this mark. On the meta
+    device there are no values yet.
+    """
+    for layer in module.modules():
+        if layer is not module and not any(p.is_meta for p in layer.parameters()):
+            layer.__dict__["_is_hf_initialized"] = True

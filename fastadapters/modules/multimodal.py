@@ -14,7 +14,7 @@ from .. import backends, functional
 from ..checks import check_bias, check_choice, check_number, check_sizes
 from ..functional.multimodal import check_features, check_logits
 from ..reference.cross_modal_attention import MASKED, Bias, Layer, blended_logits
-from .layers import as_leaf, like_an_op, why_all_called, why_called
+from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 _MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
 
@@ -117,6 +117,7 @@ class MultiModalAdapter(nn.Module):
         # Holds its four parameters under the published names; see `_why_called`.
         self.mha = nn.MultiheadAttention(attn_dim, num_heads, device=device, dtype=dtype)
         self.upsampler = build("upsample", upsample, ("linear", "mlp"), attn_dim, dim)
+        keep_initial_values(self)
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters again, as `torch.nn.Linear` and `MultiheadAttention` do."""
@@ -124,6 +125,7 @@ class MultiModalAdapter(nn.Module):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
         self.mha._reset_parameters()
+        keep_initial_values(self)
 
     def _why_called(self, text: Tensor, image: Tensor) -> str | None:
         """Why the layers must be called; None where the op does all that they do."""

@@ -13,7 +13,7 @@ from ..checks import check_choice, check_probability, check_residual, check_size
 from ..ops.bottleneck import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
-from .layers import as_leaf, like_an_op, why_all_called, why_called
+from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 
 class MultiwayAdapter(nn.Module):
@@ -187,6 +187,7 @@ class AlignmentEnhancer(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.ffn_layernorm = nn.LayerNorm(hidden_dim, device=device, dtype=dtype) if subln else None
+        keep_initial_values(self)
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters again, as `torch.nn.Linear` does."""
@@ -194,6 +195,7 @@ class AlignmentEnhancer(nn.Module):
         self.fc2.reset_parameters()
         if self.ffn_layernorm is not None:
             self.ffn_layernorm.reset_parameters()
+        keep_initial_values(self)
 
     def _why_called(self, x: Tensor) -> str | None:
         """Why the layers must be called on x; None where the op does all that they do."""

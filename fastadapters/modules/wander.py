@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from ..checks import check_activations, check_choice, check_sizes, check_tensor
-from .layers import as_leaf, like_an_op, why_all_called, why_called
+from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 # How large the fused branch is at first, next to inputs of unit variance.
 _INITIAL_STD = 0.01
@@ -115,6 +115,7 @@ class WanderAdapter(nn.Module):
             share = (_INITIAL_STD / products**0.5) ** (1 / len(self.seq_lens))
             nn.init.normal_(feature_factor, std=bottleneck**-0.5)
             nn.init.normal_(time_factor, std=share * (n_tokens * ranks) ** -0.5)
+        keep_initial_values(self)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """M tensors [B, T_m, D] to [B, T_o, D]; what is fused is added to the first T_o tokens."""
