@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu sanitize sanitize-device bench bench-full wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-seeds sanitize sanitize-device bench bench-full wheel wheel-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
@@ -61,6 +61,14 @@ test-main: setup hooks
 
 test-gpu: setup
 	pytest -n 2 tests/gpu
+
+# Two at a time, each quiet unless it fails.
+test-seeds: setup ## The drawn samples under 30 seeds on each instruction set of this CPU, in 15 minutes
+	isas=$$(python -m fastadapters.info | sed -n 's/^ *cpu isas here *//p') && test -n "$$isas" && \
+	for isa in $$isas; do for seed in $$(seq 30); do echo $$isa $$seed; done; done | \
+	  OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'log=$$(FASTADAPTERS_CPU_ISA=$$0 pytest -m hypothesis \
+	    --hypothesis-profile=seeds --hypothesis-seed=$$1 --ignore tests/gpu tests 2>&1) && \
+	    echo "$$0, seed $$1: passed" || { echo "$$0, seed $$1: $$log"; exit 1; }'
 
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
 	for kind in address,undefined thread; do \

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import numbers
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What torch.compile and torch.export put in the place of an int and of a float.
+_INTEGERS = (int, torch.SymInt)
+_SYMBOLIC = (torch.SymFloat, torch.SymInt)
 
 
 def check_tensor(
@@ -51,22 +58,56 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 def check_sizes(**sizes: Any) -> None:
     """Every size must be an integer of at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-        if size < 1:
+        if check_integer(name, size) < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
-def check_number(name: str, value: object, or_else: str = "") -> None:
-    """``value`` must be a number."""
-    if not isinstance(value, (int, float)):
+def check_integer(name: str, value: Any) -> Any:
+    """``value`` must be an integer, of NumPy's or a tensor of one element perhaps; as an int."""
+    if isinstance(value, _INTEGERS) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any, or_else: str = "") -> Any:
+    """``value`` must be a real number, of NumPy's or a 0-dim tensor perhaps; as a float."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected a number, got a tensor that requires grad")
+        if value.dtype != torch.bool:
+            return float(value)
+    if isinstance(value, _SYMBOLIC):
+        return value
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
+    return float(value)
 
 
-def check_probability(name: str, p: float) -> None:
-    """``p`` must be a probability."""
+def check_probability(name: str, value: Any) -> Any:
+    """``value`` must be a probability; as a float."""
+    p = value if isinstance(value, float) else check_number(name, value)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+    return p
+
+
+def check_eps(name: str, value: Any) -> Any:
+    """``value`` must be a finite number, not negative; as a float."""
+    eps = value if isinstance(value, float) else check_number(name, value)
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {eps}")
+    return eps
+
+
+def check_flag(name: str, value: object) -> None:
+    """``value`` must be True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_bias(name: str, bias: Any) -> None:
@@ -74,7 +115,7 @@ def check_bias(name: str, bias: Any) -> None:
     rows = bias if isinstance(bias, Sequence) else ()
     if len(rows) != 2 or any(not isinstance(r, Sequence) or len(r) != 2 for r in rows):
         raise ValueError(f"{name}: expected 2 x 2 numbers, got {bias!r}")
-    if not all(isinstance(b, (int, float)) and b < math.inf for r in rows for b in r):
+    if not all(check_number(name, b) < math.inf for r in rows for b in r):
         raise ValueError(f"{name}: expected finite numbers or -inf, got {bias!r}")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,16 @@ from . import __version__, backends
 
 # Variables that change what runs or how fast, beside all FASTADAPTERS_*.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def _processor() -> str:
+    """The CPU's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
 
 
 def _triton() -> str:
@@ -78,6 +89,7 @@ def report() -> str:
         ("fastadapters", __version__),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("processor", _processor()),
         ("triton", _triton()),
         ("cuda", _cuda()),
     )

@@ -42,8 +42,10 @@ def check_against_reference(op: Op, tensors: Tensors, name: str, backend: str = 
     for key, t in tensors.items():
         assert torch.equal(t, before[key]), f"{name}: {key} was written to"
 
+    dtype = next(iter(tensors.values())).dtype
+
     def pair(draw: int) -> tuple[Tensors, Tensors]:
-        moved = {key: last_bit(t, draw) for key, t in tensors.items()}
+        moved = {key: last_bit(t, draw, dtype) for key, t in tensors.items()}
         gold = run(op, {key: t.double() for key, t in moved.items()}, "reference")
         return gold, run(op, moved, "reference")
 

@@ -206,15 +206,24 @@ def run(
 
 
 def reference_pair(
-    case: Case, tensors: dict[str, Tensor], **kwargs: Any
+    case: Case,
+    tensors: dict[str, Tensor],
+    again: Callable[[int], dict[str, Tensor]] | None = None,
+    **kwargs: Any,
 ) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """(gold, base) of a draw: the reference in float64 and in the compute dtype, as `compare`'s."""
+    """(gold, base) of a draw: the reference in float64 and in the compute dtype, as `compare`'s.
+
+    ``again(draw)``: other samples like ``tensors``; by default these, moved in the last bit.
+    """
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        moved = {name: last_bit(t, draw) for name, t in tensors.items()}
+        if draw == 0 or again is None:
+            drawn = {name: last_bit(t, draw, case.dtype) for name, t in tensors.items()}
+        else:
+            drawn = again(draw)
         kept = case.mixed  # nothing is rounded before it is read
-        rounded = {name: (t if kept else t.to(case.dtype)).double() for name, t in moved.items()}
-        return run(case, rounded, "reference", **kwargs), run(case, moved, "reference", **kwargs)
+        rounded = {name: (t if kept else t.to(case.dtype)).double() for name, t in drawn.items()}
+        return run(case, rounded, "reference", **kwargs), run(case, drawn, "reference", **kwargs)
 
     return pair
 
@@ -226,7 +235,8 @@ def check_backend(
     tensors = inputs(case, seed, device)
     before = {name: t.clone() for name, t in tensors.items()}
     out = run(case, tensors, backend)
-    check_all(out, reference_pair(case, tensors), str(case))
+    pair = reference_pair(case, tensors, again=lambda draw: inputs(case, seed + draw, device))
+    check_all(out, pair, str(case))
     for name, t in tensors.items():
         assert torch.equal(t, before[name]), f"{case}: {name} was written to"
     return out

@@ -77,7 +77,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(case=cases, seed=st.integers(0, 2**16))
 def test_any_combination(case: Case, seed: int) -> None:
     for name in BACKENDS:

@@ -157,7 +157,7 @@ def test_shared_results_are_views() -> None:
     assert text.data_ptr() == tensors["image_v"].data_ptr()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.tuples(
         st.integers(1, 9),

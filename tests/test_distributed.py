@@ -77,7 +77,7 @@ def test_two_processes_train_like_one(kind: str, backend: str, tmp_path: Path) -
     batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(1))
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        moved = last_bit(batches, draw)
+        moved = last_bit(batches, draw, batches.dtype)
         with fastadapters.backend("reference"):
             gold = train(build().double(), moved.double())
             return named(gold), named(train(build(), moved))

@@ -57,7 +57,7 @@ def reference_pair(tensors: list[Tensor], *arguments: Any) -> Any:
     """(gold, base) of a draw for `compare.check_all`: two bottlenecks of the reference."""
 
     def pair(draw: int) -> list[dict[str, Tensor]]:
-        moved = [last_bit(t, draw) for t in tensors]
+        moved = [last_bit(t, draw, tensors[0].dtype) for t in tensors]
         return [
             named(run(ts, *arguments, "reference", op=False))
             for ts in ([t.double() for t in moved], moved)

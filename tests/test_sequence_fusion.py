@@ -115,7 +115,7 @@ def test_activations(activation: str) -> None:
     check_float64(lambda t: fuse(t, activation=activation), sample(rank=2), activation)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     batch=st.integers(0, 3),

@@ -140,7 +140,7 @@ def check_like_reference(module: nn.Module, x: Tensor, got: list[Tensor]) -> Non
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         base = copy.deepcopy(module)
         for p in base.parameters():
-            p.data = last_bit(p.data, draw)
+            p.data = last_bit(p.data, draw, torch.float32)
         gold = copy.deepcopy(base).double()
         with fastadapters.backend("reference"):
             return named(gradients(gold, x.double(), gold)), named(gradients(base, x, base))
@@ -202,7 +202,7 @@ def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
 
     def rounded(draw: int) -> nn.Module:
         for p in (module := Adapter()).parameters():
-            p.data = last_bit(p.data.to(autocast), draw).float()
+            p.data = last_bit(p.data.to(autocast), draw, autocast).float()
         return module
 
     def under(backend: str, module: nn.Module) -> dict[str, Tensor]:
