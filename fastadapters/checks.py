@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,17 +62,17 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
-def check_integer(name: str, value: Any) -> Any:
+def check_integer(name: str, value: Any) -> int:
     """``value`` must be an integer, of NumPy's or a tensor of one element perhaps; as an int."""
     if isinstance(value, _INTEGERS) and not isinstance(value, bool):
-        return value
+        return cast(int, value)
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         with contextlib.suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
-def check_number(name: str, value: Any, or_else: str = "") -> Any:
+def check_number(name: str, value: Any, or_else: str = "") -> float:
     """``value`` must be a real number, of NumPy's or a 0-dim tensor perhaps; as a float."""
     if isinstance(value, float):
         return value
@@ -82,13 +82,13 @@ def check_number(name: str, value: Any, or_else: str = "") -> Any:
         if value.dtype != torch.bool:
             return float(value)
     if isinstance(value, _SYMBOLIC):
-        return value
+        return cast(float, value)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
     return float(value)
 
 
-def check_probability(name: str, value: Any) -> Any:
+def check_probability(name: str, value: Any) -> float:
     """``value`` must be a probability; as a float."""
     p = value if isinstance(value, float) else check_number(name, value)
     if not 0.0 <= p <= 1.0:
@@ -96,7 +96,7 @@ def check_probability(name: str, value: Any) -> Any:
     return p
 
 
-def check_eps(name: str, value: Any) -> Any:
+def check_eps(name: str, value: Any) -> float:
     """``value`` must be a finite number, not negative; as a float."""
     eps = value if isinstance(value, float) else check_number(name, value)
     if not 0.0 <= eps < math.inf:
