@@ -228,10 +228,12 @@ def reference_pair(
             drawn["cotangent"] = drawn["cotangent"] * factor
         kept = case.mixed  # nothing is rounded before it is read
         rounded = {name: (t if kept else t.to(case.dtype)).double() for name, t in drawn.items()}
-        pair = [run(case, ts, "reference", **kwargs) for ts in (rounded, drawn)]
+        results = [run(case, ts, "reference", **kwargs) for ts in (rounded, drawn)]
         if draw:
-            pair = [{k: t if k == "y" else t.double() / factor for k, t in r.items()} for r in pair]
-        return pair[0], pair[1]
+            results = [
+                {k: t if k == "y" else t.double() / factor for k, t in r.items()} for r in results
+            ]
+        return results[0], results[1]
 
     return pair
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import bottleneck, multiway
+from . import bottleneck, flops, multiway
 
 _compiled = bottleneck.define("fastadapters")
 multiway.define(_compiled, ("CPU", "CUDA"))
@@ -21,6 +21,8 @@ bottleneck.define_allow_tf32(_compiled)
 _triton = bottleneck.define("fastadapters_triton")
 multiway.define(_triton, ("CompositeExplicitAutograd",))
 bottleneck.implement_lazily(_triton, "fastadapters.kernels.bottleneck")
+
+flops.register("fastadapters", "fastadapters_triton")
 
 # The namespace that each fused backend's kernels are in.
 NAMESPACES: dict[str, Any] = {

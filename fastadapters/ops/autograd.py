@@ -1,8 +1,9 @@
 """Autograd formulas of the ops, in two forms.
 
-Registered with the dispatcher they serve whatever traces: torch.compile, torch.export, opcheck. But
-the dispatcher walks through the schema on every such call, which for some twenty arguments costs
-0.1 ms. So an eager call goes through a `torch.autograd.Function` made of the same two functions.
+Registered with the dispatcher they serve whatever traces: torch.compile, torch.export,
+torch.jit.trace, opcheck. But the dispatcher walks through the schema on every such call, which for
+some twenty arguments costs 0.1 ms. So an eager call goes through a `torch.autograd.Function` made
+of the same two functions.
 """
 
 from __future__ import annotations
@@ -16,17 +17,47 @@ from torch import Tensor
 _functions: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}
 
 
+# Given which inputs need a gradient, the input tensors and the outputs: what the gradient op reads
+# of all it takes (x, the other outputs, the other tensors but the residual).
+Reads = Callable[[tuple[bool, ...], Sequence[Any], Sequence[Tensor]], Sequence[bool]]
+
+
 def _save(
-    ctx: Any, tensors: Sequence[Any], options: Sequence[Any], outputs: Sequence[Tensor]
+    ctx: Any,
+    tensors: Sequence[Any],
+    options: Sequence[Any],
+    outputs: Sequence[Tensor],
+    reads: Reads,
 ) -> None:
+    """Save what is read, and of the rest the place, the shape and the dtype."""
     ctx.options = options[:-1]
-    ctx.save_for_backward(tensors[0], *outputs[1:], *tensors[2:])
+    candidates = [tensors[0], *outputs[1:], *tensors[2:]]
+    absent = []
+    for i, read in enumerate(reads(ctx.needs_input_grad[: len(tensors)], tensors, outputs)):
+        t = candidates[i]
+        if not read and t is not None:
+            absent.append((i, t.shape, t.dtype))
+            candidates[i] = None
+    ctx.absent = absent
+    ctx.save_for_backward(*candidates)
+
+
+def _saved(ctx: Any, dy: Tensor) -> Sequence[Any]:
+    """What `_save` was given; what is not read is uninitialised, and x empty on the CPU."""
+    if not ctx.absent:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    saved = list(ctx.saved_tensors)
+    for i, shape, dtype in ctx.absent:
+        empty = i == 0 and dy.device.type == "cpu" and dy.numel() > 0
+        saved[i] = dy.new_empty((0,) if empty else shape, dtype=dtype)
+    return saved
 
 
 def register(
     library: torch.library.Library,
     name: str,
     backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+    reads: Reads,
 ) -> None:
     """Differentiate the first output of op ``name`` of ``library``, and its gradient not at all.
 
@@ -37,6 +68,7 @@ def register(
     Args:
         backward: (ctx, gradient of the first output) to a gradient or None per tensor; it calls
             `gradients`.
+        reads: what to save for the gradients that are needed.
     """
     qualified = f"{library.ns}::{name}"
     op = getattr(getattr(torch.ops, library.ns), name).default
@@ -47,7 +79,7 @@ def register(
             raise RuntimeError(f"{qualified}: save=True is needed for gradients")
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs[:n], inputs[n:], output)
+        _save(ctx, inputs[:n], inputs[n:], output, reads)
 
     def traced_backward(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         inputs = len(ctx.needs_input_grad)
@@ -66,7 +98,7 @@ def register(
         *tensors, options = inputs
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(*tensors, *options)
-        _save(ctx, tensors, options, outputs)
+        _save(ctx, tensors, options, outputs, reads)
         y: Tensor = outputs[0]
         return y
 
@@ -93,7 +125,7 @@ def gradients(
     needs = sum([1 << i for i, want in enumerate(wanted) if want])
     if not needs:
         return (None,) * len(wanted)
-    inputs = (dy, *ctx.saved_tensors, *ctx.options, needs)
+    inputs = (dy, *_saved(ctx, dy), *ctx.options, needs)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         outputs = op(*inputs)
     else:
@@ -104,7 +136,7 @@ def gradients(
 
 def call(op: torch._ops.OpOverload, tensors: Sequence[Any], options: tuple[Any, ...]) -> Tensor:
     """The first output of the op for these inputs; options end with whether to save."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         y: Tensor = op(*tensors, *options)[0]
     elif options[-1]:
         y = _functions[op](*tensors, options)

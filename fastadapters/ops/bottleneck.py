@@ -7,6 +7,7 @@ exist with or without the compiled library, which only adds kernels to them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -101,6 +102,43 @@ def asked_for(
     return [g if needs >> i & 1 and not gone else None for i, (g, gone) in pairs]
 
 
+@functools.cache
+def reads_of_adapter(
+    needs: tuple[bool, ...], norm: bool, saved_z: bool
+) -> tuple[tuple[bool, bool, bool], tuple[bool, ...]]:
+    """Whether a gradient reads x, z and stats, and whether each of the parameters and the seed.
+
+    Args:
+        needs: whether x and each of `PARAMETERS` need a gradient.
+        norm: whether LayerNorm precedes.
+        saved_z: whether the forward saved z, which otherwise is computed again.
+    """
+    x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = needs
+    d_normed = x or norm_weight or norm_bias
+    d_z = d_normed or down_weight or down_bias
+    z = d_z or up_weight or scale
+    again = z and not saved_z
+    values = down_weight or norm_weight or (norm and x) or again
+    parameters = (
+        d_normed or again,
+        again,
+        d_z or scale,
+        scale,
+        x or down_weight or again,
+        down_weight or again,
+        d_z or up_weight or up_bias,
+    )
+    return (values, z, norm and values), (*parameters, z)
+
+
+def _reads(
+    needs: tuple[bool, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[bool]:
+    norm = tensors[2 + PARAMETERS.index("norm_weight")] is not None
+    of_x, of_parameters = reads_of_adapter((needs[0], *needs[2:-1]), norm, outputs[1].dim() == 2)
+    return *of_x, *of_parameters
+
+
 def _fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +207,7 @@ def define(namespace: str) -> torch.library.Library:
 
     for name in SCHEMAS:
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
-    autograd.register(library, "bottleneck_forward", backward)
+    autograd.register(library, "bottleneck_forward", backward, _reads)
     return library
 
 

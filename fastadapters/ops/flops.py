@@ -40,7 +40,7 @@ def _gradients(rows: int, d: int, r: int, needs: int, has_z: bool) -> int:
 
 def _bottleneck_forward(a: Mapping[str, Any]) -> int:
     r, d = a["down_weight"].shape
-    return 4 * math.prod(a["x"].shape[:-1]) * d * r
+    return 4 * int(math.prod(a["x"].shape[:-1])) * int(d * r)
 
 
 def _bottleneck_backward(a: Mapping[str, Any]) -> int:

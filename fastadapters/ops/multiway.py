@@ -21,13 +21,14 @@ from .bottleneck import (
     allocate_saved,
     asked_for,
     declare,
+    reads_of_adapter,
 )
 
 _N = len(PARAMETERS)
 _SIDES = ("_first", "_second")
 _SIDE = _N + 1  # parameters, seed
 _TENSORS = ", ".join(map(declare, _SIDES))
-_OPTIONS = f"int split, {', '.join(f'float scale_value{side}' for side in _SIDES)}, {OPTIONS}"
+_OPTIONS = f"SymInt split, {', '.join(f'float scale_value{side}' for side in _SIDES)}, {OPTIONS}"
 _SAVED = ", ".join(f"Tensor z{side}, Tensor stats{side}" for side in _SIDES)
 _GRADIENTS = ", ".join(f"Tensor d_{name}{side}" for side in _SIDES for name in PARAMETERS)
 
@@ -69,6 +70,23 @@ def _allocate_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return allocate_gradients(dy, x, (*first[:_N], *second[:_N]), rest[-1])
 
 
+def _reads(
+    needs: tuple[bool, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[bool]:
+    values = False
+    saved: list[bool] = []
+    parameters: list[bool] = []
+    for i, side in enumerate(_sides(tensors[2:])):
+        needs_of_side = needs[2 + i * _SIDE :][:_N]
+        (of_x, *of_saved), of_parameters = reads_of_adapter(
+            (needs[0], *needs_of_side), side[4] is not None, outputs[1 + 2 * i].dim() == 2
+        )
+        values |= of_x
+        saved += of_saved
+        parameters += of_parameters
+    return values, *saved, *parameters
+
+
 def define(library: torch.library.Library, keys: Sequence[str]) -> None:
     """Declare the ops in ``library``, made of its ``bottleneck_*_out`` kernels for ``keys``."""
     namespace = library.ns
@@ -89,7 +107,8 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
         first, second = _sides(inputs)
         dx, *others = asked_for(gradients, (*first[:_N], *second[:_N]), needs)
         split, sides = _inputs_of_sides(inputs)
-        parts = zip(_halves(dx, split), _halves(dy, split), _halves(x, split), strict=True)
+        halves_of_x = (x, x) if x.dim() == 1 else _halves(x, split)  # empty where nothing reads it
+        parts = zip(_halves(dx, split), _halves(dy, split), halves_of_x, strict=True)
         for i, ((dx_part, dy_part, x_part), side) in enumerate(zip(parts, sides, strict=True)):
             others_part, saved_part = others[i * _N : (i + 1) * _N], saved[2 * i : 2 * i + 2]
             ops.bottleneck_backward_out(dx_part, *others_part, dy_part, x_part, *saved_part, *side)
@@ -111,4 +130,4 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
         for key in keys:
             library.impl(name, kernel, key)
-    autograd.register(library, "multiway_forward", autograd_backward)
+    autograd.register(library, "multiway_forward", autograd_backward, _reads)
