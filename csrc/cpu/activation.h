@@ -8,9 +8,8 @@ namespace {
 
 // Minimax polynomials; the relative error of each function is below 2 ulp.
 
+// 0 where the result would be subnormal.
 inline Vec exp(Vec x) {
-  x = x < -87.0f ? broadcast(-87.0f) : x;
-  x = x > 88.0f ? broadcast(88.0f) : x;
   Vec shifted = x * 1.44269504f + 0x1.8p23f;  // the integer part lands in the low mantissa bits
   Vec n = shifted - 0x1.8p23f;
   Vec f = x - n * 0.693145752f - n * 1.42860677e-6f;
@@ -21,7 +20,9 @@ inline Vec exp(Vec x) {
   p = p * f + 5.00000017e-1f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  return (Vec)((Word)p + ((Word)shifted << 23));
+  p = (Vec)((Word)p + ((Word)shifted << 23));
+  p = x < -87.33f ? Vec{} : p;
+  return x > 88.72f ? broadcast(__builtin_inff()) : p;
 }
 
 inline Vec erf(Vec x) {
@@ -60,15 +61,18 @@ inline Activated gated(Vec z, Vec t, Vec dt) {
 inline Activated activate(Activation activation, Vec z) {
   switch (activation) {
     case Activation::relu:
-      return {z < 0 ? Vec{} : z, z > 0 ? broadcast(1) : Vec{}};
+      return {z <= 0 ? Vec{} : z, z <= 0 ? Vec{} : broadcast(1)};
     case Activation::gelu: {
       Vec phi = 0.398942280f * exp(-0.5f * z * z);
       Vec cdf = 0.5f + 0.5f * erf(0.707106781f * z);
       return {z * cdf, cdf + z * phi};
     }
     case Activation::gelu_tanh: {
-      Vec s = z * z;
-      return gated(z, z * (1.59576912f + 0.0713548162f * s), 1.59576912f + 0.214064449f * s);
+      Vec near = z < -16  ? broadcast(-16)
+                 : z > 16 ? broadcast(16)
+                          : z;  // the gate is 0 or 1 beyond
+      Vec s = near * near;
+      return gated(z, near * (1.59576912f + 0.0713548162f * s), 1.59576912f + 0.214064449f * s);
     }
     case Activation::silu:
       return gated(z, z, broadcast(1));
@@ -77,6 +81,12 @@ inline Activated activate(Activation activation, Vec z) {
     default:
       return {z, broadcast(1)};
   }
+}
+
+// The gradient by z from the one by the value. relu selects: what it stops may be infinite.
+inline Vec backpropagate(Activation activation, Vec z, const Activated& at_z, Vec gradient) {
+  if (activation == Activation::relu) return z <= 0 ? Vec{} : gradient;
+  return gradient * at_z.derivative;
 }
 
 }  // namespace

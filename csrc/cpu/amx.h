@@ -67,7 +67,7 @@ struct AmxGemm {
   }
 
   template <int wide, class Epilogue>
-  static inline void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
+  static inline void product(bool, int64_t rows, int64_t words, const Store* a, int64_t lda,
                              const float* b, const Epilogue& epilogue) {
     alignas(64) float c[kBlock * wide * 16];
     with_height(rows, [&](auto tall) {
@@ -83,7 +83,7 @@ struct AmxGemm {
   }
 
   template <int wide>
-  static inline void accumulate(int64_t rows, int64_t words, const Store* a, int64_t lda,
+  static inline void accumulate(bool, int64_t rows, int64_t words, const Store* a, int64_t lda,
                                 const float* b, float* c, int64_t ldc) {
     with_height(rows, [&](auto tall) {
       tile_fence();

@@ -21,32 +21,79 @@ struct Gemm {
 
   struct Session {};
 
-  // A step along k is a word, or two words for folded columns.
-  template <int vectors, class Step = AnyWord>
+  // A step along k is a word, or two words for folded columns. Rows of A may lie at any address.
+  template <int vectors, class Step = int32_t>
   static FASTADAPTERS_INLINE void run(int64_t steps, const Store* a, int64_t lda, const float* b,
                                       Vec (&c)[kRows][vectors]) {
-    using Splat = std::conditional_t<sizeof(Step) == 4, Int, Long>;
-    const Step* row[kRows];
-    for (int i = 0; i < kRows; ++i, a += lda) row[i] = (const Step*)a;
+    const char* row[kRows];
+    for (int i = 0; i < kRows; ++i, a += lda) row[i] = (const char*)a;
     for (int64_t k = 0; k < steps; ++k, b += vectors * kLanes) {
       Vec bk[vectors];
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        Vec aik = (Vec)(Splat{} + row[i][k]);
+        Vec aik = splat<Step>(row[i] + k * sizeof(Step));
 #pragma GCC unroll 8
         for (int j = 0; j < vectors; ++j) c[i][j] = Unit::multiply_add(aik, bk[j], c[i][j]);
       }
     }
   }
 
+  // One row at a time: what would be the rows of a block are chains of every kRows-th step.
+  template <int vectors, class Step = int32_t>
+  static __attribute__((noinline)) void run_few(int64_t rows, int64_t steps, const Store* a,
+                                                int64_t lda, const float* b,
+                                                Vec (&c)[kRows][vectors]) {
+    for (int64_t row = 0; row < rows; ++row, a += lda) {
+      Vec part[kRows][vectors] = {};
+      for (int64_t k = 0; k < steps; k += kRows)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+          if (k + i < steps) {
+            Vec ak = splat<Step>((const char*)a + (k + i) * sizeof(Step));
+#pragma GCC unroll 8
+            for (int j = 0; j < vectors; ++j)
+              part[i][j] = Unit::multiply_add(ak, read<Vec>(b + ((k + i) * vectors + j) * kLanes),
+                                              part[i][j]);
+          }
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+#pragma GCC unroll 4
+        for (int half = kRows / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+          for (int i = 0; i < half; ++i) part[i][j] += part[i + half][j];
+        c[row][j] = part[0][j];
+      }
+    }
+  }
+
+  // The product of a block; rows from `rows` on are anything.
+  template <int vectors, class Step = int32_t>
+  static FASTADAPTERS_INLINE void block(bool few, int64_t rows, int64_t steps, const Store* a,
+                                        int64_t lda, const float* b, Vec (&c)[kRows][vectors]) {
+    if (few) {
+      Vec in_memory[kRows][vectors] = {};
+      run_few<vectors, Step>(rows, steps, a, lda, b, in_memory);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) c[i][j] = in_memory[i][j];
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
+      run<vectors, Step>(steps, a, lda, b, c);
+    }
+  }
+
   // epilogue(i, j, values) for each of the first `rows` rows i and each vector j of the product.
   template <int vectors, class Epilogue>
-  static FASTADAPTERS_INLINE void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
-                                          const float* b, const Epilogue& epilogue) {
-    Vec c[kRows][vectors] = {};
-    run<vectors>(words, a, lda, b, c);
+  static FASTADAPTERS_INLINE void product(bool few, int64_t rows, int64_t words, const Store* a,
+                                          int64_t lda, const float* b, const Epilogue& epilogue) {
+    Vec c[kRows][vectors];
+    block<vectors>(few, rows, words, a, lda, b, c);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
       if (i < rows)
@@ -57,10 +104,10 @@ struct Gemm {
   // C [kBlock, vectors * kLanes] += the product, summed apart first: over many calls the rounding
   // errors grow with their number, not with the number of terms.
   template <int vectors>
-  static FASTADAPTERS_INLINE void accumulate(int64_t, int64_t words, const Store* a, int64_t lda,
-                                             const float* b, float* c, int64_t ldc) {
-    Vec sum[kRows][vectors] = {};
-    run<vectors>(words, a, lda, b, sum);
+  static FASTADAPTERS_INLINE void accumulate(bool few, int64_t rows, int64_t words, const Store* a,
+                                             int64_t lda, const float* b, float* c, int64_t ldc) {
+    Vec sum[kRows][vectors];
+    block<vectors>(few, least(rows, kRows), words, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -71,10 +118,10 @@ struct Gemm {
   }
 
   // The same for a folded panel.
-  static inline void accumulate_folded(int64_t words, const Store* a, int64_t lda, const float* b,
-                                       float* c, int64_t ldc) {
-    Vec sum[kRows][1] = {};
-    run<1, AnyTwoWords>(words / 2, a, lda, b, sum);
+  static inline void accumulate_folded(bool few, int64_t rows, int64_t words, const Store* a,
+                                       int64_t lda, const float* b, float* c, int64_t ldc) {
+    Vec sum[kRows][1];
+    block<1, int64_t>(few, least(rows, kRows), words / 2, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       float* to = c + i * ldc;
@@ -120,25 +167,37 @@ inline void with_vectors(int64_t vectors, const F& f) {
     return vectors == 2 ? f(std::integral_constant<int, 2>()) : f(std::integral_constant<int, 3>());
 }
 
-// C [m, n] += A [m, k] B [k, n] for a long k, cut into chains: rounding errors grow with their
-// length, and a chain of B stays in the first-level cache. A narrow B is folded. Writes whole
+// How a call sums along k. Rounding errors grow with the length of a chain of additions; a chain
+// over a long k also has to leave its part of B in the first-level cache. Few rows are cheap beside
+// the packing of the weights, so that there sums are as short as those of a dot product.
+struct Chains {
+  bool few;        // rows are multiplied one at a time
+  int64_t length;  // in words
+  Chains(int64_t rows, int64_t block)
+      : few(rows < block),
+        length(rows < block ? 16 * block
+               : rows <= 64 ? 64
+                            : 256) {}
+};
+
+// C [m, n] += A [m, k] B [k, n] for a long k, cut into chains. A narrow B is folded. Writes whole
 // blocks of rows.
 template <class G>
-inline void multiply_long(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
-                          const float* b, Panels<G> n, float* c, int64_t ldc) {
-  constexpr int64_t chain = 256;
-  for (int64_t k = 0; k < words; k += chain)
+inline void multiply_long(Chains chains, int64_t m, int64_t words, const typename G::Store* a,
+                          int64_t lda, const float* b, Panels<G> n, float* c, int64_t ldc) {
+  for (int64_t k = 0; k < words; k += chains.length)
     for (int64_t i = 0; i < m; i += G::kBlock)
       for (int64_t p = 0; p < n.count; ++p) {
-        int64_t column = n.first(p) * kLanes, length = least(chain, words - k);
+        int64_t column = n.first(p) * kLanes, length = least(chains.length, words - k);
         const auto* block = a + i * lda + k * G::Unit::kPerWord;
         if constexpr (G::kFolds)
           if (n.narrow) {
-            G::accumulate_folded(length, block, lda, b + k / 2 * kLanes, c + i * ldc, ldc);
+            G::accumulate_folded(chains.few, m - i, length, block, lda, b + k / 2 * kLanes,
+                                 c + i * ldc, ldc);
             continue;
           }
         with_vectors<G>(n.size(p), [&](auto vectors) {
-          G::template accumulate<vectors>(m - i, length, block, lda,
+          G::template accumulate<vectors>(chains.few, m - i, length, block, lda,
                                           b + words * column + k * vectors * kLanes,
                                           c + i * ldc + column, ldc);
         });
@@ -148,8 +207,8 @@ inline void multiply_long(int64_t m, int64_t words, const typename G::Store* a, 
 // epilogue(row, column, values) for every vector of A [m, k] B [k, n] for a short k;
 // prepare(row, column) for the first of each row of a block before it is computed.
 template <class G, class Prepare, class Epilogue>
-inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
-                     const float* b, Panels<G> n, const Prepare& prepare,
+inline void multiply(Chains chains, int64_t m, int64_t words, const typename G::Store* a,
+                     int64_t lda, const float* b, Panels<G> n, const Prepare& prepare,
                      const Epilogue& epilogue) {
   for (int64_t i = 0; i < m; i += G::kBlock)
     for (int64_t p = 0; p < n.count; ++p) {
@@ -157,7 +216,7 @@ inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64
       for (int64_t row = i; row < least(m, i + G::kBlock); ++row) prepare(row, column);
       with_vectors<G>(n.size(p), [&](auto vectors) {
         G::template product<vectors>(
-            m - i, words, a + i * lda, lda, b + words * column,
+            chains.few, m - i, words, a + i * lda, lda, b + words * column,
             [&](int64_t row, int64_t j, Vec v) { epilogue(i + row, column + j * kLanes, v); });
       });
     }

@@ -75,7 +75,8 @@ template <class G, int vectors>
 inline void pack_tile(const typename G::Store* x, int64_t ld, int64_t m, int64_t d, int64_t first,
                       int64_t words, float* b, double* sums) {
   constexpr int per_word = G::Unit::kPerWord;
-  Vec total[vectors] = {};
+  constexpr int64_t chain = 8;  // words of a column that are summed apart
+  Vec total[vectors] = {}, part[vectors] = {};
   auto row = [&](int64_t k, auto columns) {
     const auto* row = x + k * per_word * ld + first;
     const auto* next = k * per_word + 1 < m ? row + ld : nullptr;
@@ -84,15 +85,23 @@ inline void pack_tile(const typename G::Store* x, int64_t ld, int64_t m, int64_t
       Vec v = G::Unit::interleave(row + j * kLanes, next ? next + j * kLanes : nullptr,
                                   columns - j * kLanes);
       store(b + (k * vectors + j) * kLanes, v);
-      total[j] = G::Unit::multiply_add(G::Unit::one(), v, total[j]);
+      part[j] = G::Unit::multiply_add(G::Unit::one(), v, part[j]);
     }
   };
   int64_t filled = divide_up(m, per_word);
-  if (d - first >= vectors * kLanes)
-    for (int64_t k = 0; k < filled; ++k)
-      row(k, std::integral_constant<int64_t, vectors * kLanes>());
-  else
-    for (int64_t k = 0; k < filled; ++k) row(k, d - first);
+  for (int64_t begin = 0; begin < filled; begin += chain) {
+    int64_t end = least(begin + chain, filled);
+    if (d - first >= vectors * kLanes)
+      for (int64_t k = begin; k < end; ++k)
+        row(k, std::integral_constant<int64_t, vectors * kLanes>());
+    else
+      for (int64_t k = begin; k < end; ++k) row(k, d - first);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      total[j] += part[j];
+      part[j] = Vec{};
+    }
+  }
   std::memset(b + filled * vectors * kLanes, 0, (words - filled) * vectors * sizeof(Vec));
   for (int j = 0; sums && j < vectors; ++j)
     for (int lane = 0; lane < kLanes; ++lane) sums[first + j * kLanes + lane] += total[j][lane];

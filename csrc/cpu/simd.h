@@ -168,10 +168,20 @@ inline Vec round_to(Vec v) {
   return widen((const T*)nullptr, narrow((const T*)nullptr, v));
 }
 
+// v with the lanes from n on as 0, whatever they held; n may exceed the vector.
+inline Vec first_lanes(Vec v, int64_t n) {
+  if (n >= kLanes) return v;
+  alignas(Vec) float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  return load(lanes, n);
+}
+
 inline float sum(Vec v) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
-  return total;
+  float lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // Brings n values into cache level 4 - locality. Harmless beyond the end of a tensor.

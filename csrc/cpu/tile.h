@@ -126,6 +126,7 @@ struct Sizes {
   Panels<G> wide, thin;        // of d and of r columns
   int64_t d_words, r_words;    // d and r as k
   int64_t d_stride, r_stride;  // of a padded row, in values of G::Store
+  Chains chains;
   int64_t tile_rows;
 
   static int64_t words(int64_t n) { return round_up(divide_up(n, G::Unit::kPerWord), G::kDepth); }
@@ -139,7 +140,8 @@ struct Sizes {
         d_words(words(d)),
         r_words(words(r)),
         d_stride(stride(d)),
-        r_stride(stride(r)) {
+        r_stride(stride(r)),
+        chains(m, G::kRows) {
     int64_t fitting = kTileBytes / greatest(d_stride * int64_t(sizeof(typename G::Store)), 1);
     tile_rows = greatest(least(fitting, kTileRows) / G::kBlock, 1) * G::kBlock;
   }
@@ -197,17 +199,32 @@ inline Operand<G> operand(const T* x, int64_t ld, int64_t m, const Sizes<G>& siz
   return {copy, sizes.d_stride};
 }
 
+// The sum of f(j) over the vectors of d columns, as four chains of additions.
+template <class F>
+FASTADAPTERS_INLINE Vec sum_columns(int64_t d, const F& f) {
+  Vec part[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= d; j += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) part[i] += f(j + i * kLanes);
+  for (; j < d; j += kLanes) part[0] += f(j);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Mean and reciprocal standard deviation of a row. What rounding left out of the mean is found and
+// added: the mean of a constant row is its value.
 template <class T>
 inline void row_statistics(const T* x, int64_t d, float eps, float* stats) {
-  Vec total = {}, squares = {};
-  for (int64_t j = 0; j < d; j += kLanes) total += load(x + j, d - j);
-  float mean = sum(total) / d;
-  for (int64_t j = 0; j < d; j += kLanes) {
-    Vec v = load(x + j, d - j) - mean;
-    squares += j + kLanes <= d ? v * v : load((float*)&v, d - j) * v;
-  }
+  auto value = [&](int64_t j) { return load(x + j, d - j); };
+  float rough = sum(sum_columns(d, value)) / d;
+  auto centred = [&](int64_t j) { return first_lanes(value(j) - rough, d - j); };
+  float mean = rough + sum(sum_columns(d, centred)) / d;
+  auto square = [&](int64_t j) {
+    Vec v = first_lanes(value(j) - mean, d - j);
+    return v * v;
+  };
   stats[0] = mean;
-  stats[1] = 1 / std::sqrt(sum(squares) / d + eps);
+  stats[1] = 1 / std::sqrt(sum(sum_columns(d, square)) / d + eps);
 }
 
 // A parameter [n] as fp32 rounded to T, padded to whole vectors; `absent` where it is not given.

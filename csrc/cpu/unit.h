@@ -8,8 +8,12 @@
 namespace fastadapters::cpu {
 namespace {
 
-typedef int32_t AnyWord __attribute__((may_alias, aligned(1)));
-typedef int64_t AnyTwoWords __attribute__((may_alias, aligned(1)));
+// A word, or two, at any address in every lane.
+template <class Step>
+inline Vec splat(const char* p) {
+  using Lanes = std::conditional_t<sizeof(Step) == 4, Int, Long>;
+  return (Vec)(Lanes{} + read<Step>(p));
+}
 
 struct Single {
   using Store = float;

@@ -1,7 +1,7 @@
 // Backward: x, dy and z are read once, dx is written once.
 //
 //     dh = dy (s Wu)              dz = dh * mask * activation'(z)
-//     dx = dz Wd (+ dy)           through the norm: rstd * (dz Wd - mean - xhat * mean(xhat * .))
+//     dx = dz Wd (+ dy)           through the norm: rstd * (v - mean(v) - xhat * mean(xhat * v))
 //     g1 = dz^T x   [r, D]        -> dWd, and with Wd the norm's gradients
 //     g2 = h^T dy   [r, D]        -> dWu^T, and with Wu the scale's
 #pragma once
@@ -28,7 +28,6 @@ struct BackwardShared {
   int64_t g_rows;
   float *up, *down;                                              // packed weights
   float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
-  float* down_sum;                                               // of each row of gamma Wd
   float *g1, *g2;                                                // [tasks, panels of g_rows]
   double *dy_sum, *dz_sum;                                       // [tasks, D], [tasks, r]
   double* scale_sum;                                             // [panels]
@@ -41,7 +40,6 @@ struct BackwardShared {
         scale(c.take<float>(s.wide.columns())),
         norm_weight(c.take<float>(s.wide.columns(), needs.norm)),
         norm_bias(c.take<float>(s.wide.columns(), needs.norm)),
-        down_sum(c.take<float>(s.thin.columns(), needs.norm)),
         g1(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g1)),
         g2(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g2)),
         dy_sum(c.take<double>(tasks * s.wide.columns())),
@@ -53,8 +51,9 @@ template <class G>
 struct BackwardTask {
   int64_t k_stride;  // of a row of the transposed tiles, in words
   typename G::Store *x, *dy, *dz;
-  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask, *norm;
-  BackwardTask(Carver& c, const Sizes<G>& s)
+  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask;
+  float* normal;  // a block of the gradient by xhat
+  BackwardTask(Carver& c, const Sizes<G>& s, const Needs& needs)
       : k_stride(round_up(s.words(s.tile_rows), kLanes)),
         x(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
         dy(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
@@ -65,7 +64,7 @@ struct BackwardTask {
         dz_transposed(c.take<float>(s.thin.columns() * k_stride)),
         panel(c.take<float>(k_stride * G::kPanel * kLanes)),
         mask(c.take<float>(s.thin.columns() + 4)),
-        norm(c.take<float>(2 * s.tile_rows)) {}
+        normal(c.take<float>(G::kBlock * s.wide.columns(), needs.norm && needs.dx)) {}
 };
 
 // g [r, D] += A^T X for a tile, A^T given as words along m; adds the columns' sums of X to `sums`.
@@ -81,7 +80,7 @@ inline void accumulate(const Sizes<G>& sizes, int64_t m, const float* transposed
       if (g)
         for (int64_t i = 0; i < g_rows; i += G::kBlock)
           G::template accumulate<vectors>(
-              g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
+              false, g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
               k_stride * G::Unit::kPerWord, panel, g + g_rows * first + i * vectors * kLanes,
               vectors * kLanes);
     });
@@ -114,21 +113,25 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
     Vec norm_weight = needs.norm ? read<Vec>(shared.norm_weight + j) : broadcast(1);
     Vec norm_bias = needs.norm ? read<Vec>(shared.norm_bias + j) : Vec{};
     Vec d_norm_weight = {}, d_norm_bias = {};
-    if (needs.g1 || p.d_norm_bias.data)
-      for (int64_t c = 0; c < r; ++c) {
+    for (int64_t begin = 0; (needs.g1 || p.d_norm_bias.data) && begin < r; begin += 8) {
+      Vec weight_part = {}, bias_part = {};
+      for (int64_t c = begin; c < least(begin + 8, r); ++c) {
         float dz_sum = float(shared.dz_sum[c]);
         Vec g = needs.g1 ? read<Vec>(g1 + c * width + v) : Vec{};
         if (p.d_down_weight.data)
           write(p.d_down_weight, c * d + j, g * norm_weight + dz_sum * norm_bias, n);
         if (needs.norm) {
-          d_norm_weight += down(c, j) * g;
-          d_norm_bias += down(c, j) * dz_sum;
+          weight_part += down(c, j) * g;
+          bias_part += down(c, j) * dz_sum;
         }
       }
+      d_norm_weight += weight_part;
+      d_norm_bias += bias_part;
+    }
     if (p.d_norm_weight.data) write(p.d_norm_weight, j, d_norm_weight, n);
     if (p.d_norm_bias.data) write(p.d_norm_bias, j, d_norm_bias, n);
 
-    float up_dot[kLanes] = {};  // of each row of g2^T with that of Wu
+    Vec up_dot[kLanes] = {};  // of each row of g2^T with that of Wu
     if (needs.g2)
       for (int64_t c = 0; c < r; c += kLanes) {
         Vec block[kLanes];
@@ -138,13 +141,13 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
         for (int64_t i = 0; i < least(kLanes, n); ++i) {
           if (p.d_up_weight.data)
             write(p.d_up_weight, (j + i) * r + c, block[i] * shared.scale[j + i], r - c);
-          if (p.d_scale.data) up_dot[i] += sum(block[i] * up(j + i, c));
+          if (p.d_scale.data) up_dot[i] += block[i] * up(j + i, c);
         }
       }
     Vec total = {}, d_scale = {};
     for (int64_t i = 0; i < least(kLanes, n); ++i) {
       total[i] = float(dy_sum[v + i]);
-      d_scale[i] = up_dot[i] + total[i] * shared.up_bias[j + i];
+      d_scale[i] = sum(up_dot[i]) + total[i] * shared.up_bias[j + i];
       shared.scale_sum[panel] += d_scale[i];
     }
     if (p.d_up_bias.data) write(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
@@ -152,15 +155,15 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
   }
 }
 
-// Folds the norm's shift into the down projection's bias, which gains Wd beta.
-template <class T>
-inline void add_norm_bias(const Weight<T>& down, const float* norm_bias, float* down_bias) {
-  for (int64_t c = 0; c < down.rows; ++c) {
-    Vec total = {};
-    for (int64_t j = 0; j < down.columns; j += kLanes)
-      total += down(c, j) * read<Vec>(norm_bias + j);
-    down_bias[c] += sum(total);
-  }
+// write(j, dx) for a row of d columns, of the gradient v by xhat and of xhat.
+template <class Store, class F>
+FASTADAPTERS_INLINE void through_norm(int64_t d, const float* v, const Store* xhat, float rstd,
+                                      const F& write) {
+  float mean = sum(sum_columns(d, [&](int64_t j) { return load(v + j, d - j); })) / d;
+  auto product = [&](int64_t j) { return load(v + j, d - j) * load(xhat + j, d - j); };
+  float slope = sum(sum_columns(d, product)) / d;
+  for (int64_t j = 0; j < d; j += kLanes)
+    write(j, (read<Vec>(v + j) - mean - slope * load(xhat + j)) * rstd);
 }
 
 template <class G, class T>
@@ -179,18 +182,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   if (needs.norm) {
     expand<T>(p.norm_weight, sizes.d, 1, shared.norm_weight);
     expand<T>(p.norm_bias, sizes.d, 0, shared.norm_bias);
-    add_norm_bias(down, shared.norm_bias, shared.down_bias);
     down.column_scale = shared.norm_weight;
-    // Of the very values that the product takes, so that the mean taken off dx is that of dx.
-    for (int64_t c = 0; c < z_columns; ++c) {
-      Vec total = {};
-      for (int64_t j = 0; j < sizes.d; j += kLanes) {
-        typename G::Store rounded[kLanes];
-        store(rounded, down(c, j));
-        total += load(rounded);
-      }
-      shared.down_sum[c] = sum(total);
-    }
   }
   if (needs.dz) {
     for (int64_t i = 0; i < sizes.thin.count; ++i)
@@ -204,7 +196,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   bool stream = needs.dx && streams<T>(p.dx, p);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
-    auto task = carve<BackwardTask<G>>(task_scratch(), sizes);
+    auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs);
     auto clear = [t](auto* part, int64_t n) {
       if (part) std::memset(part += t * n, 0, n * sizeof(*part));
       return part;
@@ -226,58 +218,61 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
 
       if (needs.dz) {
         std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-        multiply_long<G>(m, sizes.d_words, dy.data, dy.ld, shared.up, sizes.thin, task.dh,
-                         z_columns);
+        multiply_long<G>(sizes.chains, m, sizes.d_words, dy.data, dy.ld, shared.up, sizes.thin,
+                         task.dh, z_columns);
       }
       bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
       for (int64_t i = 0; i < m; ++i) {
         if (p.seed) dropout_row(p, row + i, task.mask);
-        Vec mean = {}, slope = {};
         for (int64_t c = 0; c < z_columns; c += kLanes) {
           Vec z = load((const T*)p.z + (row + i) * sizes.r + c, sizes.r - c);
-          auto [h, derivative] = activate(p.activation, z);
-          if (p.seed) {
-            h *= read<Vec>(task.mask + c);
-            derivative *= read<Vec>(task.mask + c);
-          }
-          store(task.h + i * z_columns + c, h);
+          Activated a = activate(p.activation, z);
+          Vec mask = p.seed ? read<Vec>(task.mask + c) : broadcast(1);
+          store(task.h + i * z_columns + c, first_lanes(a.value * mask, sizes.r - c));
           if (!needs.dz) continue;
-          Vec dz = read<Vec>(task.dh + i * z_columns + c) * derivative;
+          Vec dh = read<Vec>(task.dh + i * z_columns + c) * mask;
+          Vec dz = first_lanes(backpropagate(p.activation, z, a, dh), sizes.r - c);
           store(task.dh + i * z_columns + c, dz);
           store(task.dz + i * sizes.r_stride + c, dz);
-          if (needs.norm) {
-            mean += load(task.dz + i * sizes.r_stride + c) * read<Vec>(shared.down_sum + c);
-            slope += dz * (z - read<Vec>(shared.down_bias + c));
-          }
         }
         for (int64_t c = z_columns; c < sizes.r_stride; c += kLanes)
           store(task.dz + i * sizes.r_stride + c, Vec{});
-        task.norm[2 * i] = -sum(mean) / sizes.d;
-        task.norm[2 * i + 1] = -sum(slope) / sizes.d;
       }
-      for (int64_t c = 0; dz_total && c < z_columns; c += kLanes) {
-        Vec total = {};
-        for (int64_t i = 0; i < m; ++i) total += read<Vec>(task.dh + i * z_columns + c);
-        for (int lane = 0; lane < kLanes; ++lane) dz_sum[c + lane] += total[lane];
-      }
+      for (int64_t c = 0; dz_total && c < z_columns; c += kLanes)
+        for (int64_t begin = 0; begin < m; begin += 8) {
+          Vec total = {};
+          for (int64_t i = begin; i < least(begin + 8, m); ++i)
+            total += read<Vec>(task.dh + i * z_columns + c);
+          for (int lane = 0; lane < kLanes; ++lane) dz_sum[c + lane] += total[lane];
+        }
 
       if (needs.dx) {
         Output<T> dx{row_pointer<T>(p.dx, p.rows, row), p.dx.strides[2], sizes.d, stream};
-        multiply<G>(
-            m, sizes.r_words, task.dz, sizes.r_stride, shared.down, sizes.wide,
-            [&](int64_t i, int64_t j) {
-              dx.prefetch(i, j, G::kPanel * kLanes);
-              prefetch_columns<0, 2>(dy_rows + (i + m) * p.dy.strides[2] + j, G::kPanel * kLanes);
-              prefetch_columns<0, 2>(x_rows + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
-            },
-            [&](int64_t i, int64_t j, Vec v) {
-              int64_t n = sizes.d - j;
-              if (needs.norm)
-                v = (v + task.norm[2 * i] + task.norm[2 * i + 1] * load(x.data + i * x.ld + j)) *
-                    stats[2 * i + 1];
-              if (p.add_dy) v += load(dy_rows + i * p.dy.strides[2] + j, n);
-              dx.write(i, j, v);
-            });
+        auto finish = [&](int64_t i, int64_t j, Vec v) {
+          if (p.add_dy) v += load(dy_rows + i * p.dy.strides[2] + j, sizes.d - j);
+          dx.write(i, j, v);
+        };
+        for (int64_t first = 0; first < m; first += G::kBlock) {
+          int64_t rows = least(m - first, G::kBlock);
+          multiply<G>(
+              sizes.chains, rows, sizes.r_words, task.dz + first * sizes.r_stride, sizes.r_stride,
+              shared.down, sizes.wide,
+              [&](int64_t i, int64_t j) {
+                i += first;
+                dx.prefetch(i, j, G::kPanel * kLanes);
+                prefetch_columns<0, 2>(dy_rows + (i + m) * p.dy.strides[2] + j, G::kPanel * kLanes);
+                prefetch_columns<0, 2>(x_rows + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
+              },
+              [&](int64_t i, int64_t j, Vec v) {
+                if (needs.norm)
+                  store(task.normal + i * columns + j, v);
+                else
+                  finish(first + i, j, v);
+              });
+          for (int64_t i = first; needs.norm && i < first + rows; ++i)
+            through_norm(sizes.d, task.normal + (i - first) * columns, x.data + i * x.ld,
+                         stats[2 * i + 1], [&](int64_t j, Vec v) { finish(i, j, v); });
+        }
       }
       if (needs.g1) {
         pack_transposed<G>(task.dh, m, z_columns, task.dz_transposed, task.k_stride);

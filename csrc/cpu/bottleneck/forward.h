@@ -82,7 +82,8 @@ void forward(const BottleneckForward& p, const Threads& threads) {
           x, p.x.strides[2], m, sizes, task.x,
           norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{});
       std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-      multiply_long<G>(m, sizes.d_words, a.data, a.ld, shared.down, sizes.thin, task.z, z_columns);
+      multiply_long<G>(sizes.chains, m, sizes.d_words, a.data, a.ld, shared.down, sizes.thin,
+                       task.z, z_columns);
 
       for (int64_t i = 0; i < m; ++i) {
         if (p.seed) dropout_row(p, row + i, task.mask);
@@ -93,6 +94,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
             if (p.z) store((T*)p.z + (row + i) * sizes.r + c, z, sizes.r - c);
             h = activate(p.activation, z).value;
             if (p.seed) h *= read<Vec>(task.mask + c);
+            h = first_lanes(h, sizes.r - c);
           }
           store(task.h + i * sizes.r_stride + c, h);
         }
@@ -101,7 +103,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
       const T* residual = p.residual.data ? row_pointer<T>(p.residual, p.rows, row) : nullptr;
       Output<T> y{row_pointer<T>(p.y, p.rows, row), p.y.strides[2], sizes.d, stream};
       multiply<G>(
-          m, sizes.r_words, task.h, sizes.r_stride, shared.up, sizes.wide,
+          sizes.chains, m, sizes.r_words, task.h, sizes.r_stride, shared.up, sizes.wide,
           [&](int64_t i, int64_t j) {
             y.prefetch(i, j, G::kPanel * kLanes);
             prefetch_columns<0, 2>(x + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
