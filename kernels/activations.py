@@ -34,7 +34,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == IDENTITY:
         return z
     elif ACTIVATION == RELU:
-        return tl.maximum(z, 0.0)
+        return tl.where(z <= 0.0, 0.0, z)  # a NaN stays
     elif ACTIVATION == GELU:
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     else:
@@ -43,15 +43,19 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_gradient(z, ACTIVATION: tl.constexpr):
+def activation_backward(dh, z, ACTIVATION: tl.constexpr):
+    """dh act'(z); relu selects, so that an infinite dh is dropped where z <= 0."""
     if ACTIVATION == IDENTITY:
-        return tl.full(z.shape, 1.0, tl.float32)
+        return dh
     elif ACTIVATION == RELU:
-        return tl.where(z > 0.0, 1.0, 0.0)
+        return tl.where(z <= 0.0, 0.0, dh)
     elif ACTIVATION == GELU:
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+        return dh * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)
     else:
-        g, slope = gate(z, ACTIVATION)
+        g, _ = gate(z, ACTIVATION)
         s = tl.sigmoid(g)
-        return s + z * slope * s * (1.0 - s)
+        # Further out s (1 - s) is 0, and a slope too large for fp32 would make it NaN.
+        near = tl.minimum(tl.maximum(z, -128.0), 128.0)
+        _, slope = gate(near, ACTIVATION)
+        return dh * (s + near * slope * s * (1.0 - s))

@@ -52,7 +52,7 @@ def _tuned(kernel: Any) -> Any:
         triton.Config({"BLOCK_M": m, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
         for m, d, warps, stages in tiles
     ]
-    return triton.autotune(configs, key=["D", "R"], cache_results=True)(kernel)
+    return triton.autotune(configs, key=["D", "R", "DTYPE"], cache_results=True)(kernel)
 
 
 def launch(kernel: Any, grid: Any, tile: Callable[[], Tile], *args: Any, **meta: Any) -> None:

@@ -13,7 +13,9 @@ def contract(
     x,
     offsets,
     in_rows,
-    shift,
+    mean,
+    rstd,
+    norm_weight,
     weight,
     weight_stride_r,
     weight_stride_d,
@@ -21,32 +23,34 @@ def contract(
     units,
     D,
     r,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(x - shift) (W gain)^T [BLOCK_M, BLOCK_R] over the rows of x; shift and gain may be None.
+    """x (W gain)^T [BLOCK_M, BLOCK_R] over the rows of x, with a mean of x normalised; no offsets.
 
-    The gain goes to W, not to x, so that x passes from its asynchronous copies straight to the
-    tensor cores.
+    Both factors are rounded to DTYPE. The gain goes to W, not to x, so that an x of DTYPE passes
+    from its asynchronous copies straight to the tensor cores. LayerNorm takes the mean off first:
+    a row that is nearly constant has nothing left of it in the product to cancel.
     """
-    dtype: tl.constexpr = x.dtype.element_ty
     product = tl.zeros([in_rows.shape[0], units.shape[0]], tl.float32)
     for k in range(0, D, BLOCK_D):
         cols = k + tl.arange(0, BLOCK_D)
         inside = cols < D
         whole = in_rows[:, None] & inside[None, :]
         a = tl.load(x + offsets[:, None] + cols[None, :], mask=whole, other=0.0)
-        if shift is not None:
-            a -= shift[:, None]
+        if mean is not None:
+            g = load_vector(norm_weight, cols, inside, x.dtype.element_ty)
+            a = (a.to(tl.float32) - mean[:, None]) * rstd[:, None] * g[None, :]
         w = tl.load(
             weight + units[:, None] * weight_stride_r + cols[None, :] * weight_stride_d,
             mask=(units[:, None] < r) & inside[None, :],
             other=0.0,
-        ).to(dtype)
+        ).to(DTYPE)
         if gain is not None:
-            g = load_vector(gain, cols, inside, dtype)
-            w = (w.to(tl.float32) * g[None, :]).to(dtype)
-        product = tl.dot(a, tl.trans(w), product, input_precision=PRECISION)
+            g = load_vector(gain, cols, inside, DTYPE)
+            w = (w.to(tl.float32) * g[None, :]).to(DTYPE)
+        product = tl.dot(a.to(DTYPE), tl.trans(w), product, input_precision=PRECISION)
     return product
 
 
@@ -103,19 +107,19 @@ def transposed_product(
     stride2,
     SUM: tl.constexpr,
     ROW_DIMS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """a^T b [BLOCK_D, BLOCK_R] and with SUM the sums of a [BLOCK_D], over rows begin ... end - 1.
 
-    With stats, b is multiplied by a row's rstd, and an fp32 a is taken less its mean. The sum is a
-    product with ones: to take a from its buffer a second time, into registers, would race with the
-    asynchronous products on Hopper (Triton 3.7 keeps one buffer too few for such a load).
+    a is rounded to DTYPE, with stats after it was normalised (without gain and offset). The sum is
+    a product with ones: to take a from its buffer a second time, into registers, would race with
+    the asynchronous products on Hopper (Triton 3.7 keeps one buffer too few for such a load).
     """
-    dtype: tl.constexpr = a.dtype.element_ty
     product = tl.zeros([cols.shape[0], units.shape[0]], tl.float32)
-    ones = tl.full([BLOCK_M, 16], 1.0, dtype)
+    ones = tl.full([BLOCK_M, 16], 1.0, DTYPE)
     total = tl.zeros([cols.shape[0], 16], tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -126,17 +130,16 @@ def transposed_product(
             mask=in_rows[:, None] & (cols < D)[None, :],
             other=0.0,
         )
+        if stats is not None:
+            mean, rstd = load_stats(stats, rows, in_rows)
+            a_tile = (a_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
+        a_tile = a_tile.to(DTYPE)
         if b is not None:
             b_tile = tl.load(
                 b + rows.to(tl.int64)[:, None] * R + units[None, :],
                 mask=in_rows[:, None],
                 other=0.0,
             )
-            if stats is not None:
-                mean, rstd = load_stats(stats, rows, in_rows)
-                b_tile = (b_tile.to(tl.float32) * rstd[:, None]).to(dtype)
-                if dtype == tl.float32:
-                    a_tile -= mean[:, None]
             product = tl.dot(tl.trans(a_tile), b_tile, product, input_precision=PRECISION)
         if SUM:
             total = tl.dot(tl.trans(a_tile), ones, total, input_precision=PRECISION)

@@ -44,7 +44,10 @@ def sum_of_products(a, b, axis: tl.constexpr):
 
 @triton.jit
 def moments(x, offsets, in_rows, D, BLOCK_D: tl.constexpr):
-    """Mean and variance of rows, from sums about the mean of their first block: no cancellation."""
+    """Mean and variance of rows, from sums about the mean of their first block: no cancellation.
+
+    That mean is taken about the first element: it is exact where a row is constant.
+    """
     shift = tl.zeros([in_rows.shape[0]], tl.float32)
     total = tl.zeros([in_rows.shape[0], BLOCK_D], tl.float32)
     squares = tl.zeros([in_rows.shape[0], BLOCK_D], tl.float32)
@@ -55,7 +58,9 @@ def moments(x, offsets, in_rows, D, BLOCK_D: tl.constexpr):
         a = tl.load(x + offsets[:, None] + cols[None, :], mask=whole, other=0.0)
         a = a.to(tl.float32)
         if k == 0:
-            shift = tl.sum(a, 1) / tl.minimum(D, BLOCK_D)
+            first = tl.sum(tl.where(cols[None, :] == 0, a, 0.0), 1)
+            about = tl.where(inside[None, :], a - first[:, None], 0.0)
+            shift = first + tl.sum(about, 1) / tl.minimum(D, BLOCK_D)
         a = tl.where(inside[None, :], a - shift[:, None], 0.0)
         total += a
         squares += a * a

@@ -15,7 +15,7 @@ import bottleneck_cases
 import pytest
 import test_multiway
 import torch
-from bottleneck_cases import Case, option_cases, shape_cases
+from bottleneck_cases import Case, mixed_cases, option_cases, shape_cases
 from compare import check_all, named
 
 from fastadapters import backends
@@ -40,7 +40,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the backend take CPU tensors, and cut them into few programs, as suits it."""
     from fastadapters.kernels.bottleneck import tiles
 
-    monkeypatch.setattr(backends, "_why_not", lambda name, op, x: None)
+    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
     monkeypatch.setattr(tiles, "tile", lambda *key: tiles.Tile(64, 128, 4, 1))
     monkeypatch.setattr(tiles, "REDUCE_BLOCK_D", 128)
     monkeypatch.setattr(tiles, "NORM_BLOCK_R", 16)
@@ -50,6 +50,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [
     *option_cases(dtype=torch.float32),
     *option_cases(dtype=torch.float16),
+    *mixed_cases(torch.float16),
     *(replace(case, activation="silu") for case in shape_cases(dtype=torch.float32)),
     Case(rows=(70,), d=100, r=300, activation="gelu", norm="both", dropout=0.3),
     Case(rows=(100,), d=40, r=300, dtype=torch.float16, activation="gelu", scale="channel"),

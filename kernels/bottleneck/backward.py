@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import activate, activation_gradient
+from ..activations import activate, activation_backward
 from ..dropout import survivors
 from ..products import contract, expand
 from ..rows import load_stats, load_vector, row_offsets, sum_of_products
@@ -48,6 +48,7 @@ def backward_kernel(
     CHANNEL_SCALE: tl.constexpr,
     ADD_X: tl.constexpr,
     ROW_DIMS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -55,7 +56,6 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None."""
-    dtype: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
@@ -67,31 +67,32 @@ def backward_kernel(
         along_ones = tl.zeros([BLOCK_M], tl.float32)
         along_x = tl.zeros([BLOCK_M], tl.float32)
 
-    dz = tl.zeros([BLOCK_M, BLOCK_R], dtype)
+    dz = tl.zeros([BLOCK_M, BLOCK_R], DTYPE)
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
         tile = rows.to(tl.int64)[:, None] * R + units[None, :]
         if dx is not None or dz_out is not None:
             gain = scale if CHANNEL_SCALE else None
             dh = contract(
-                dy, dy_rows, in_rows, None, up_weight, 1, r, gain, units, D, r, PRECISION, BLOCK_D
-            )
+                dy, dy_rows, in_rows, None, None, None, up_weight, 1, r, gain, units, D, r,
+                DTYPE, PRECISION, BLOCK_D,
+            )  # fmt: skip
             if scale is None:
                 dh *= scale_value
             elif not CHANNEL_SCALE:
-                dh *= tl.load(scale).to(dtype).to(tl.float32)
+                dh *= tl.load(scale).to(DTYPE).to(tl.float32)
         z, centred = pre_activation(
             x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
-            units, D, r, R, PRECISION, BLOCK_D,
+            units, D, r, R, DTYPE, PRECISION, BLOCK_D,
         )  # fmt: skip
-        keep = 1.0
+        kept = (units < r)[None, :]  # beyond r z or dh is NaN where x or dy is infinite
         if seed is not None:
-            keep = tl.where(survivors(seed, rows, first, r, threshold, BLOCK_R), keep_scale, 0.0)
+            kept &= survivors(seed, rows, first, r, threshold, BLOCK_R)
         if h_out is not None:
-            h = activate(z, ACTIVATION) * keep
-            tl.store(h_out + tile, h.to(dtype), mask=in_rows[:, None])
+            h = tl.where(kept, activate(z, ACTIVATION) * keep_scale, 0.0)
+            tl.store(h_out + tile, h.to(DTYPE), mask=in_rows[:, None])
         if dx is not None or dz_out is not None:
-            dz = (dh * activation_gradient(z, ACTIVATION) * keep).to(dtype)
+            dz = tl.where(kept, activation_backward(dh, z, ACTIVATION) * keep_scale, 0.0).to(DTYPE)
             if dz_out is not None:
                 tl.store(dz_out + tile, dz, mask=in_rows[:, None])
             if norm_weight is not None:
@@ -99,7 +100,7 @@ def backward_kernel(
                 # of g gamma and of g gamma (x - mean) rstd: they are dz . (Wd gamma) and dz . z
                 # without its offsets, which spares a pass over D.
                 wide = dz.to(tl.float32)
-                gain = tl.load(norm_products + R + units)
+                gain = tl.load(norm_products + units)
                 along_ones += sum_of_products(wide, gain[None, :], 1)
                 along_x += sum_of_products(wide, centred, 1)
 
@@ -112,7 +113,7 @@ def backward_kernel(
             inside = cols < D
             whole = in_rows[:, None] & inside[None, :]
             if ADD_X:
-                kept = tl.load(dy + dy_rows[:, None] + cols[None, :], mask=whole, other=0.0)
+                added = tl.load(dy + dy_rows[:, None] + cols[None, :], mask=whole, other=0.0)
             if norm_weight is not None:
                 a = tl.load(x + x_rows[:, None] + cols[None, :], mask=whole, other=0.0)
             out = expand(
@@ -120,9 +121,9 @@ def backward_kernel(
             )
             if norm_weight is not None:
                 normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
-                out *= load_vector(norm_weight, cols, inside, dtype)[None, :]
+                out *= load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
                 out -= (along_ones[:, None] + normed * along_x[:, None]) / D
                 out *= rstd[:, None]
             if ADD_X:
-                out += kept.to(tl.float32)
-            tl.store(dx + dx_rows[:, None] + cols[None, :], out.to(dtype), mask=whole)
+                out += added.to(tl.float32)
+            tl.store(dx + dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=whole)

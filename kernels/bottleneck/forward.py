@@ -48,13 +48,13 @@ def forward_kernel(
     ACTIVATION: tl.constexpr,
     CHANNEL_SCALE: tl.constexpr,
     ROW_DIMS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    dtype: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
@@ -68,18 +68,19 @@ def forward_kernel(
             tl.store(pair, mean, mask=in_rows)
             tl.store(pair + 1, rstd, mask=in_rows)
 
-    h = tl.zeros([BLOCK_M, BLOCK_R], dtype)
+    h = tl.zeros([BLOCK_M, BLOCK_R], DTYPE)
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
         z, _ = pre_activation(
             x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
-            units, D, r, R, PRECISION, BLOCK_D,
+            units, D, r, R, DTYPE, PRECISION, BLOCK_D,
         )  # fmt: skip
         active = activate(z, ACTIVATION)
+        kept = (units < r)[None, :]  # beyond r z is NaN where x is infinite
         if seed is not None:
-            keep = survivors(seed, rows, first, r, threshold, BLOCK_R)
-            active = tl.where(keep, active * keep_scale, 0.0)
-        h = active.to(dtype)
+            kept &= survivors(seed, rows, first, r, threshold, BLOCK_R)
+            active *= keep_scale
+        h = tl.where(kept, active, 0.0).to(DTYPE)
         if R > BLOCK_R:
             tl.store(
                 hidden + rows.to(tl.int64)[:, None] * R + units[None, :], h, mask=in_rows[:, None]
@@ -89,7 +90,7 @@ def forward_kernel(
 
     s = scale_value
     if scale is not None and not CHANNEL_SCALE:
-        s = tl.load(scale).to(dtype).to(tl.float32)
+        s = tl.load(scale).to(DTYPE).to(tl.float32)
     y_rows = row_offsets(rows, n1, n2, y_stride0, y_stride1, y_stride2, ROW_DIMS)
     if residual is not None:
         residual_rows = row_offsets(
@@ -100,16 +101,18 @@ def forward_kernel(
         inside = cols < D
         whole = in_rows[:, None] & inside[None, :]
         if residual is not None:
-            kept = tl.load(residual + residual_rows[:, None] + cols[None, :], mask=whole, other=0.0)
+            added = tl.load(
+                residual + residual_rows[:, None] + cols[None, :], mask=whole, other=0.0
+            )
         out = expand(
             h, hidden, rows, in_rows, up_weight, 1, r, cols, inside, r, R, PRECISION, BLOCK_R
         )
         if up_bias is not None:
-            out += load_vector(up_bias, cols, inside, dtype)[None, :]
+            out += load_vector(up_bias, cols, inside, DTYPE)[None, :]
         if CHANNEL_SCALE:
-            out *= load_vector(scale, cols, inside, dtype)[None, :]
+            out *= load_vector(scale, cols, inside, DTYPE)[None, :]
         else:
             out *= s
         if residual is not None:
-            out += kept.to(tl.float32)
-        tl.store(y + y_rows[:, None] + cols[None, :], out.to(dtype), mask=whole)
+            out += added.to(tl.float32)
+        tl.store(y + y_rows[:, None] + cols[None, :], out.to(y.dtype.element_ty), mask=whole)

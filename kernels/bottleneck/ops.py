@@ -39,7 +39,9 @@ class Problem(NamedTuple):
     """What every launch of one call shares."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the products
+    x_dtype: torch.dtype
+    wide: bool  # whether x or y is in fp32
     m: int
     d: int
     r: int
@@ -53,20 +55,25 @@ class Problem(NamedTuple):
         """Run ``kernel`` on a grid that may depend on BLOCK_M and BLOCK_D."""
 
         def tile() -> Tile:
-            key = kernel.__name__, self.d, self.block_r, self.dtype, architecture()
+            key = kernel.__name__, self.d, self.block_r, self.dtype, self.wide, architecture()
             return tiles.tile(*key)
 
-        meta |= {"PRECISION": self.precision, "R": self.padded_r, "BLOCK_R": self.block_r}
+        meta |= {"DTYPE": triton_dtype(self.dtype), "PRECISION": self.precision}
+        meta |= {"R": self.padded_r, "BLOCK_R": self.block_r}
         launch(kernel, grid, tile, *args, **meta)
 
 
-def _problem(x: Tensor, down_weight: Tensor, dropout: float) -> Problem:
-    d, r = x.shape[-1], down_weight.shape[0]
-    block_r = min(max(16, triton.next_power_of_2(r)), tiles.max_block_r(x.dtype))
+def _problem(
+    rows: Tensor, x_dtype: torch.dtype, down_weight: Tensor, dropout: float, dtype: torch.dtype
+) -> Problem:
+    d, r = rows.shape[-1], down_weight.shape[0]
+    block_r = min(max(16, triton.next_power_of_2(r)), tiles.max_block_r(dtype))
     return Problem(
-        x.device,
-        x.dtype,
-        x.numel() // d,
+        rows.device,
+        dtype,
+        x_dtype,
+        torch.float32 in (x_dtype, rows.dtype),
+        rows.numel() // d,
         d,
         r,
         block_r,
@@ -82,7 +89,7 @@ def _norm_products(
 ) -> Tensor | None:
     if norm_weight is None:
         return None
-    products = torch.empty(3, p.padded_r, dtype=torch.float32, device=p.device)
+    products = torch.empty(2, p.padded_r, dtype=torch.float32, device=p.device)
     norm_kernel[(p.padded_r // tiles.NORM_BLOCK_R,)](
         products,
         down_weight,
@@ -91,6 +98,7 @@ def _norm_products(
         p.d,
         p.r,
         DTYPE=triton_dtype(p.dtype),
+        X_DTYPE=triton_dtype(p.x_dtype),
         R=p.padded_r,
         BLOCK_R=tiles.NORM_BLOCK_R,
         BLOCK_D=tiles.NORM_BLOCK_D,
@@ -127,7 +135,7 @@ def bottleneck_forward_out(
     """``fastadapters::bottleneck_forward_out``: fills y, and stats where given; z is not used."""
     if x.numel() == 0:
         return
-    p = _problem(x, down_weight, dropout)
+    p = _problem(y, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
     if add_x:
         residual = x
     down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
@@ -142,7 +150,7 @@ def bottleneck_forward_out(
             residual,
             y,
             stats,
-            x.new_empty(p.m, p.padded_r) if p.padded_r > p.block_r else None,
+            x.new_empty(p.m, p.padded_r, dtype=p.dtype) if p.padded_r > p.block_r else None,
             down_weight,
             down_bias,
             up_weight,
@@ -204,12 +212,14 @@ def bottleneck_backward_out(
         d_norm_bias,
         d_scale,
     )
-    if x.numel() == 0:
+    if dy.numel() == 0:
         for gradient in parameter_gradients:
             if gradient is not None:
                 gradient.zero_()
         return
-    p = _problem(x, down_weight, dropout)
+    p = _problem(dy, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
+    if x.numel() == 0:  # not needed, where all that is wanted are sums of dy
+        x = dy
     if dy.stride(-1) != 1 or dy.dim() > 4:
         dy = dy.contiguous()
     if norm_weight is None:
@@ -223,16 +233,16 @@ def bottleneck_backward_out(
     needs_down_sum = (
         d_down_bias is not None
         or d_norm_bias is not None
-        or (norm_weight is not None and needs_down_product)
+        or (norm_bias is not None and d_down_weight is not None)
     )
     needs_up_product = d_up_weight is not None or d_scale is not None
     needs_up_sum = d_up_bias is not None or (d_scale is not None and up_bias is not None)
     needs_dz = needs_down_product or needs_down_sum
     dz = h = None
     if needs_dz or (dx is not None and p.padded_r > p.block_r):
-        dz = x.new_empty(p.m, p.padded_r)
+        dz = x.new_empty(p.m, p.padded_r, dtype=p.dtype)
     if needs_up_product:
-        h = x.new_empty(p.m, p.padded_r)
+        h = x.new_empty(p.m, p.padded_r, dtype=p.dtype)
 
     with guard(p.device):
         if dx is not None or dz is not None or h is not None:
@@ -279,7 +289,7 @@ def bottleneck_backward_out(
 
         partials = (
             partial(needs_down_product, p.d, p.padded_r),
-            partial(needs_down_sum, 2, p.padded_r),
+            partial(needs_down_sum, p.padded_r),
             partial(needs_up_product, p.d, p.padded_r),
             partial(needs_up_sum, p.d),
         )
@@ -317,6 +327,7 @@ def bottleneck_backward_out(
             p.d,
             p.r,
             DTYPE=triton_dtype(p.dtype),
+            X_DTYPE=triton_dtype(p.x_dtype),
             CHANNEL_SCALE=channel_scale,
             R=p.padded_r,
             BLOCK_R=p.block_r,

@@ -47,7 +47,7 @@ def max_block_r(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 128
 
 
-def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, arch: str) -> Tile:
+def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, arch: str) -> Tile:
     """The tile of a kernel, by its name, for x [M, d] on ``arch`` ("sm_90", "gfx942"); not by M."""
     if dtype == torch.float32:
         tiles = FLOAT32_TILES

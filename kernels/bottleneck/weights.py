@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..products import transposed_product
-from ..rows import load_stats, load_vector, sum_of_products
+from ..rows import load_vector, sum_of_products
 
 
 @triton.jit(do_not_specialize=["M", "n1", "n2", "rows_per_split"])
@@ -32,6 +32,7 @@ def weights_kernel(
     x_stride2,
     rows_per_split,
     ROW_DIMS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -40,10 +41,9 @@ def weights_kernel(
 ):
     """Sums over one range of rows, each where its pointer [splits, ...] is not None.
 
-    One half of the programs forms x^T b [D, R], with b = rstd dz (dz without norm), and the sums of
-    dz and of mean b [2, R]; the other half dy^T h [D, R] and the sum of dy [D].
+    One half of the programs forms x^T dz [D, R], of a normalised x where there are stats, and the
+    sum of dz [R]; the other half dy^T h [D, R] and the sum of dy [D].
     """
-    dtype: tl.constexpr = x.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
     units = tl.program_id(1) // 2 * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -55,28 +55,22 @@ def weights_kernel(
         if down_product is not None:
             product, _ = transposed_product(
                 x, dz, stats, begin, end, cols, D, units, n1, n2, x_stride0, x_stride1, x_stride2,
-                False, ROW_DIMS, PRECISION, R, BLOCK_M,
+                False, ROW_DIMS, DTYPE, PRECISION, R, BLOCK_M,
             )  # fmt: skip
             tl.store(down_product + place, product, mask=inside[:, None])
         if down_sum is not None and tl.program_id(0) == 0:
             dz_total = tl.zeros([BLOCK_R], tl.float32)
-            mean_total = tl.zeros([BLOCK_R], tl.float32)
             for start in range(begin, end, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)
                 in_rows = rows < end
                 tile = rows.to(tl.int64)[:, None] * R + units[None, :]
-                b = tl.load(dz + tile, mask=in_rows[:, None], other=0.0).to(tl.float32)
-                dz_total += tl.sum(b, 0)
-                if stats is not None:
-                    mean, rstd = load_stats(stats, rows, in_rows)
-                    b = (b * rstd[:, None]).to(dtype).to(tl.float32)
-                    mean_total += sum_of_products(b, mean[:, None], 0)
-            tl.store(down_sum + split * 2 * R + units, dz_total)
-            tl.store(down_sum + (split * 2 + 1) * R + units, mean_total)
+                b = tl.load(dz + tile, mask=in_rows[:, None], other=0.0)
+                dz_total += tl.sum(b.to(tl.float32), 0)
+            tl.store(down_sum + split * R + units, dz_total)
     elif up_product is not None or up_sum is not None:
         product, total = transposed_product(
             dy, h, None, begin, end, cols, D, units, n1, n2, dy_stride0, dy_stride1, dy_stride2,
-            up_sum is not None, ROW_DIMS, PRECISION, R, BLOCK_M,
+            up_sum is not None, ROW_DIMS, DTYPE, PRECISION, R, BLOCK_M,
         )  # fmt: skip
         if up_product is not None:
             tl.store(up_product + place, product, mask=inside[:, None])
@@ -108,6 +102,7 @@ def reduce_kernel(
     D,
     r,
     DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
     CHANNEL_SCALE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -123,7 +118,7 @@ def reduce_kernel(
     inside = cols < D
     gain = tl.full([BLOCK_D], 1.0, tl.float32)
     if norm_weight is not None:
-        gain = load_vector(norm_weight, cols, inside, DTYPE)
+        gain = load_vector(norm_weight, cols, inside, X_DTYPE)
     s = tl.full([BLOCK_D], 1.0, tl.float32) * scale_value
     if scale is not None:
         s = load_vector(scale, cols if CHANNEL_SCALE else cols * 0, inside, DTYPE)
@@ -138,10 +133,8 @@ def reduce_kernel(
         straight = cols[:, None] * r + units[None, :]
         if down_sum is not None:
             dz_total = tl.zeros([BLOCK_R], tl.float32)
-            mean_total = tl.zeros([BLOCK_R], tl.float32)
             for i in range(splits):
-                dz_total += tl.load(down_sum + 2 * i * R + units)
-                mean_total += tl.load(down_sum + (2 * i + 1) * R + units)
+                dz_total += tl.load(down_sum + i * R + units)
             if d_down_bias is not None and tl.program_id(0) == 0:
                 tl.store(d_down_bias + units, dz_total, mask=units < r)
         if d_norm_weight is not None or d_norm_bias is not None:
@@ -153,14 +146,12 @@ def reduce_kernel(
             for i in range(splits):
                 partial = down_product + tl.cast(i, tl.int64) * D * R
                 product += tl.load(partial + place, mask=inside[:, None], other=0.0)
-            if norm_weight is not None and not (DTYPE == tl.float32):  # noqa: SIM201, SIM300
-                product -= mean_total[None, :]
             if d_norm_weight is not None:
                 gain_gradient += sum_of_products(w, product, 1)
             if d_down_weight is not None:
                 out = product * gain[:, None]
                 if norm_bias is not None:
-                    offset = load_vector(norm_bias, cols, inside, DTYPE)
+                    offset = load_vector(norm_bias, cols, inside, X_DTYPE)
                     out += offset[:, None] * dz_total[None, :]
                 tl.store(d_down_weight + transposed, out, mask=whole)
         if up_product is not None:

@@ -26,13 +26,14 @@ SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), s
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
 PRODUCTS = ("forward_kernel", "backward_kernel", "weights_kernel")
 EVERYTHING, PLAIN = "every option", "plain"
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 class Compiled(NamedTuple):
-    """One kernel: dtype of x, largest r that shares its code, options, launch options, result."""
+    """One kernel: dtypes, largest r that shares its code, options, launch options, result."""
 
     kernel: str
-    dtype: str
+    dtypes: str
     r: int
     options: str
     meta: dict[str, Any]
@@ -43,20 +44,49 @@ class Compiled(NamedTuple):
         return int(self.meta.get("num_warps", 4)) * 32
 
 
-def training_step(dtype: torch.dtype, r: int, options: str) -> None:
+class Step(NamedTuple):
+    """A training step: dtypes of x, of the products and of y, r, options."""
+
+    x: torch.dtype
+    compute: torch.dtype
+    y: torch.dtype
+    r: int
+    options: str
+
+    @property
+    def dtypes(self) -> str:
+        """As in "bfloat16", or of x, products and y."""
+        names = [str(t).removeprefix("torch.") for t in (self.x, self.compute, self.y)]
+        return names[0] if len({*names}) == 1 else " ".join(names)
+
+
+def steps(arch: str) -> list[Step]:
+    """What compiles to every tile, and with other instructions."""
+    found = [Step(BF16, BF16, BF16, r, EVERYTHING) for r in (32, 64, 128)]
+    found += [Step(FP32, BF16, FP32, r, EVERYTHING) for r in (32, 64, 128)]
+    found += [Step(*dtypes, 128, EVERYTHING) for dtypes in ((FP32, BF16, BF16), (BF16, BF16, FP32))]
+    found.append(Step(FP32, FP32, FP32, 64, EVERYTHING))
+    if arch in ("sm_80", "sm_90"):
+        found += [Step(t, BF16, t, 64, PLAIN) for t in (BF16, FP32)]
+    return found
+
+
+def training_step(step: Step) -> None:
     """Launch every kernel: with each option there is and fp32 parameters, or with biases alone."""
     from fastadapters.kernels import bottleneck as kernels
 
-    d, m, full = 768, 256, options == EVERYTHING
-    x = torch.empty(m, d, dtype=dtype)
+    d, m, r, full = 768, 256, step.r, step.options == EVERYTHING
+    x, dy = (torch.empty(m, d, dtype=dtype) for dtype in (step.x, step.y))
     shapes = [(r, d), (r,), (d, r), (d,), (d,), (d,), (d,)]
-    parameters: list[Any] = [torch.empty(s, dtype=torch.float32 if full else dtype) for s in shapes]
+    parameters: list[Any] = [torch.empty(s, dtype=FP32 if full else step.compute) for s in shapes]
     if not full:
         parameters[4:] = [None] * 3
     seed = torch.empty(2, dtype=torch.int64) if full else None
-    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, *(DTYPE_CODES[dtype],) * 2, True)
-    _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
-    kernels.bottleneck_backward(x, x, z, stats, *rest, 255)
+    codes = DTYPE_CODES[step.compute], DTYPE_CODES[step.y]
+    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, *codes, step.x == step.y)
+    residual = None if step.x == step.y else dy
+    _, z, stats = kernels.bottleneck_forward(x, residual, *rest, True)
+    kernels.bottleneck_backward(dy, x, z, stats, *rest, 255)
 
 
 def compile_for(arch: str) -> list[Compiled]:
@@ -98,18 +128,14 @@ def compile_for(arch: str) -> list[Compiled]:
         kernel = launch(self, *args, grid=grid, warmup=True, **meta)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            key = (self.__name__, str(dtype).removeprefix("torch."), r, options)
+            key = (self.__name__, step.dtypes, step.r, step.options)
             results.append(Compiled(*key, meta, triton_resources(kernel)))
         return kernel
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    steps = [(torch.bfloat16, r, EVERYTHING) for r in (32, 64, 128)]
-    steps.append((torch.float32, 64, EVERYTHING))
-    if arch in ("sm_80", "sm_90"):
-        steps.append((torch.bfloat16, 64, PLAIN))
-    for dtype, r, options in steps:
-        training_step(dtype, r, options)
+    for step in steps(arch):
+        training_step(step)
     return results
 
 
@@ -129,7 +155,7 @@ def lines(arch: str, kernels: list[Compiled]) -> list[str]:
             fit = (str(o.blocks), o.limit)
         block = f"{c.meta.get('BLOCK_M', '')} x {c.meta['BLOCK_D']}"
         cells = (
-            arch, c.kernel.removesuffix("_kernel"), c.dtype, c.r, c.options, block,
+            arch, c.kernel.removesuffix("_kernel"), c.dtypes, c.r, c.options, block,
             c.threads // 32, c.meta.get("num_stages", ""), r.registers, r.shared, *fit,
         )  # fmt: skip
         found.append(f"| {' | '.join(map(str, cells))} |")
@@ -165,7 +191,7 @@ def test_tiles_fit(arch: str) -> None:
         # AMD's scalar registers spill into lanes of vector registers: no memory, so `stack` tells.
         assert r.stack == 0 and (r.spills == 0 or arch == "gfx942"), c
         assert r.shared <= SHARED[arch], c
-        on_matrix_cores = c.dtype == "bfloat16" or arch == "gfx942"
+        on_matrix_cores = c.dtypes != "float32" or arch == "gfx942"
         if c.kernel in PRODUCTS:
             assert (MATRIX[arch] in r.matrix) == on_matrix_cores, c
     text = TABLE.read_text()
