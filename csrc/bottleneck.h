@@ -13,17 +13,17 @@ struct Bottleneck {
   // `dtype` is that of the products, z and h. x, and what has the dtype of the result (residual, y,
   // dy), have the same or are in fp32; dx has x's.
   Dtype dtype = Dtype::float32, x_dtype = Dtype::float32, out_dtype = Dtype::float32;
-  int64_t rows[3] = {1, 1, 0};   // M = rows[0] * rows[1] * rows[2]
-  int64_t dim = 0;               // D
-  int64_t bottleneck = 0;        // r
-  Rows x;  // in backward absent where nothing asked for needs its values
-  Parameter down_weight;  // [r, D]
-  Parameter down_bias;    // [r]
-  Parameter up_weight;    // [D, r]
-  Parameter up_bias;      // [D]
-  Parameter norm_weight;  // [D]; LayerNorm in front iff present
-  Parameter norm_bias;    // [D]
-  Parameter scale;        // [1] or [D]; scale_value if absent
+  int64_t rows[3] = {1, 1, 0};  // M = rows[0] * rows[1] * rows[2]
+  int64_t dim = 0;              // D
+  int64_t bottleneck = 0;       // r
+  Rows x;                       // in backward absent where nothing asked for needs its values
+  Parameter down_weight;        // [r, D]
+  Parameter down_bias;          // [r]
+  Parameter up_weight;          // [D, r]
+  Parameter up_bias;            // [D]
+  Parameter norm_weight;        // [D]; LayerNorm in front iff present
+  Parameter norm_bias;          // [D]
+  Parameter scale;              // [1] or [D]; scale_value if absent
   bool channel_scale = false;
   float scale_value = 1;
   float norm_eps = 1e-5f;
@@ -52,6 +52,16 @@ struct BottleneckBackward : Bottleneck {
   Parameter d_norm_weight;
   Parameter d_norm_bias;
   Parameter d_scale;
+
+  // What the gradients asked for are made of.
+  bool needs_dz() const {
+    return dx.data || d_down_weight.data || d_down_bias.data || d_norm_weight.data ||
+           d_norm_bias.data;
+  }
+  bool needs_z() const { return needs_dz() || d_up_weight.data || d_scale.data; }
+  bool needs_x() const {
+    return d_down_weight.data || d_norm_weight.data || (norm_weight.data && dx.data);
+  }
 };
 
 }  // namespace fastadapters

@@ -35,6 +35,11 @@ py::array_t<uint32_t> philox(uint64_t key, uint64_t offset, uint64_t counter, in
   return out;
 }
 
+py::tuple choose_bfloat16(double avx512_bf16, double avx512) {
+  auto choice = fastadapters::cpu::choose_bfloat16(avx512_bf16, avx512);
+  return py::make_tuple(fastadapters::cpu::name(choice.isa), choice.reason);
+}
+
 py::dict build() {
   using namespace py::literals;
   return py::dict("compiler"_a = __VERSION__, "standard"_a = int64_t{__cplusplus},
@@ -47,6 +52,11 @@ PYBIND11_MODULE(_hooks, m) {
   m.doc() = "Test hooks of fastadapters";
   m.def("cpu_isas", &cpu_isas, "Instruction sets that run here, best first; amx is emulated");
   m.def("cpu_isa", &fastadapters_cpu_isa, "The instruction set in use");
+  m.def("cpu_isa_for", &fastadapters_cpu_isa_for,
+        "The one whose kernels run for a dtype, and why", py::arg("dtype"));
+  m.def("choose_bfloat16", &choose_bfloat16,
+        "What runs bf16, and why, by the multiply-adds per second of two instruction sets",
+        py::arg("avx512_bf16"), py::arg("avx512"));
   m.def("set_cpu_isa", &set_cpu_isa, "Use this instruction set from now on", py::arg("name"));
   m.def("philox", &philox, "Blocks [blocks, 4] of the Philox stream, from block `counter` on",
         py::arg("key"), py::arg("offset"), py::arg("counter"), py::arg("blocks"));

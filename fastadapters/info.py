@@ -56,9 +56,11 @@ def _library() -> Iterator[tuple[str, str]]:
             yield "note", note
     if backends.library_error is None:
         library = ctypes.CDLL(str(backends.LIBRARY))
-        library.fastadapters_cpu_isa.restype = ctypes.c_char_p
+        library.fastadapters_cpu_isa_for.restype = ctypes.c_char_p
         library.fastadapters_cpu_isas.restype = ctypes.c_char_p
-        yield "cpu isa", library.fastadapters_cpu_isa().decode()
+        for code, dtype in enumerate(backends.FUSED_DTYPES):
+            isa = library.fastadapters_cpu_isa_for(code).decode()
+            yield f"cpu isa, {str(dtype).removeprefix('torch.')}", isa
         yield "cpu isas here", library.fastadapters_cpu_isas().decode().replace(",", " ")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import hooks
 import hypothesis
 import pytest
 import torch
@@ -30,3 +32,12 @@ def seeded_on_one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kernels() -> Iterator[Any]:
+    """The ops of the test hooks; whatever instruction set a test chooses is put back."""
+    module = hooks.load()
+    before = module.cpu_isa()
+    yield getattr(torch.ops, hooks.NAMESPACE)
+    module.set_cpu_isa(before)

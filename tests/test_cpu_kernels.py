@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from bottleneck_cases import DTYPES, Case, inputs, option_cases, reference_pair, shape_cases
+from bottleneck_cases import (
+    Case,
+    inputs,
+    mixed_cases,
+    option_cases,
+    reference_pair,
+    shape_cases,
+)
 from compare import check_all
-from hooks import NAMESPACE, load
+from cpu_kernels import ISAS, OWN_KERNELS, call, check_kernels, choose
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
-
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-OWN_KERNELS = [
-    (isa, dtype)
-    for isa in ISAS
-    for dtype in ([torch.bfloat16] if isa in ("amx", "avx512_bf16") else DTYPES)
-]
-
-
-@pytest.fixture
-def kernels() -> Iterator[Any]:
-    """The ops of the hooks; whatever instruction set a test chooses is put back."""
-    hooks = load()
-    before = hooks.cpu_isa()
-    yield getattr(torch.ops, NAMESPACE)
-    hooks.set_cpu_isa(before)
-
-
-def choose(isa: str) -> None:
-    hooks = load()
-    if isa not in hooks.cpu_isas():
-        pytest.skip(f"this CPU has no {isa}")
-    hooks.set_cpu_isa(isa)
-
-
-def call(kernels: Any, case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``y`` and the gradient of every input, as `bottleneck_cases.run` gives them."""
-    torch.manual_seed(7)
-    seed = torch.randint(2**62, (2,)) if case.dropout > 0 else None
-    parameters = [tensors.get(name) for name in PARAMETERS]
-    codes = DTYPE_CODES[case.dtype], DTYPE_CODES[case.out_dtype]
-    options = (1e-5, case.dropout, ACTIVATION_CODES[case.activation], *codes, case.residual == "x")
-    scale_value = 0.6 if case.scale == "number" else 1.0
-    x, residual = tensors["x"], tensors.get("residual")
-    y, z, stats = kernels.bottleneck_forward(
-        x, residual, *parameters, seed, scale_value, *options, True
-    )
-    gradients = kernels.bottleneck_backward(
-        tensors["cotangent"], x, z, stats, *parameters, seed, scale_value, *options, 255
-    )
-    named = dict(zip(("x", *PARAMETERS), gradients, strict=True))
-    if residual is not None:
-        named["residual"] = tensors["cotangent"]
-    return {"y": y, **{f"d_{name}": g for name, g in named.items() if name in tensors}}
-
-
-def check_kernels(kernels: Any, case: Case) -> None:
-    tensors = inputs(case)
-    check_all(call(kernels, case, tensors), reference_pair(case, tensors), str(case))
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
 
 
 @pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
@@ -71,6 +28,17 @@ def test_options(isa: str, dtype: torch.dtype, kernels: Any) -> None:
     choose(isa)
     for case in option_cases(d=100, r=33, rows=(3, 50)):
         check_kernels(kernels, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [own for own in OWN_KERNELS if own[1] != torch.float32], ids=str
+)
+def test_mixed_precision(isa: str, dtype: torch.dtype, kernels: Any) -> None:
+    """Each combination of fp32 and 16 bit for x and y."""
+    choose(isa)
+    for rows in ((3, 50), (2, 1)):
+        for case in mixed_cases(dtype, d=100, r=33, rows=rows):
+            check_kernels(kernels, case)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
@@ -184,6 +152,36 @@ def test_unwanted_results_are_empty(kernels: Any) -> None:
             tensors["cotangent"], tensors["x"], z, stats, *parameters, *options, 1 << i
         )
         assert [g.numel() > 0 for g in gradients] == [i == j for j in range(8)]
+
+
+@pytest.mark.parametrize("norm", ["none", "both"])
+def test_x_and_z_where_they_are_needed(norm: str, kernels: Any) -> None:
+    """Each gradient alone, with what it is not made of left empty; what it is made of is missed."""
+    case = Case(norm=norm, scale="channel")
+    tensors = inputs(case)
+    expected = call(kernels, case, tensors)
+    parameters = [tensors.get(name) for name in PARAMETERS]
+    options = (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
+    x, dy = tensors["x"], tensors["cotangent"]
+    _, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
+    through_norm = {"x"} if norm != "none" else set()
+    of_x = {"down_weight", "norm_weight"} | through_norm
+    for i, name in enumerate(("x", *PARAMETERS)):
+        if name not in tensors:
+            continue
+        kept = (x if name in of_x else x.new_empty(0), z.new_empty(0) if name == "up_bias" else z)
+        out = kernels.bottleneck_backward(dy, *kept, stats, *parameters, *options, 1 << i)
+        assert torch.equal(out[i], expected[f"d_{name}"]), name
+        if name in of_x:
+            with pytest.raises(RuntimeError, match="x: expected its values"):
+                kernels.bottleneck_backward(
+                    dy, x.new_empty(0), z, stats, *parameters, *options, 1 << i
+                )
+        if name != "up_bias":
+            with pytest.raises(RuntimeError, match=r"z: expected \[M, r\]"):
+                kernels.bottleneck_backward(
+                    dy, x, z.new_empty(0), stats, *parameters, *options, 1 << i
+                )
 
 
 def test_memory_safety(kernels: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import fastadapters
@@ -54,6 +55,16 @@ def test_what_auto_runs_whatever_was_selected():
         assert info.report().partition("what auto runs")[2] == selected
     for op in backends.KERNELS:
         assert f"{op} on cpu" in selected
+
+
+@pytest.mark.skipif(backends.library_error is not None, reason="no library")
+def test_instruction_set_of_each_dtype():
+    lines = info.report().splitlines()
+    here = next(line for line in lines if "cpu isas here" in line).split()[3:]
+    for dtype in ("float32", "bfloat16", "float16"):
+        (line,) = (line for line in lines if f"cpu isa, {dtype} " in line)
+        name, _, reason = line.split(maxsplit=3)[3].partition(": ")
+        assert name in here and reason
 
 
 def test_variables_in_force(monkeypatch):

@@ -1,7 +1,9 @@
 // The instruction sets of the CPU backend. An op has a source file for each, which holds its
-// kernels. One set is chosen once per process: the best one this CPU runs, or the one named by
-// FASTADAPTERS_CPU_ISA.
+// kernels. Which one runs is decided once per process and dtype: the one FASTADAPTERS_CPU_ISA
+// names, or the fastest that this CPU has.
 #pragma once
+
+#include <string>
 
 #include "../tensors.h"
 
@@ -11,18 +13,25 @@ namespace fastadapters::cpu {
 enum class Isa { amx, avx512_bf16, avx512, avx2, portable };
 constexpr int kIsas = 5;
 
-// The one in use. Throws std::invalid_argument where the one asked for is unknown or not supported
-// here.
-Isa isa();
+// The one whose kernels run for `dtype`. Throws std::invalid_argument where the one asked for is
+// unknown or not supported here.
+Isa isa(Dtype dtype);
 
-// Of an op's kernels, by instruction set and dtype, those in use for `dtype`; where an entry is
-// null, the next set has it.
+// Of an op's kernels, by instruction set and dtype, those that run for `dtype`.
 template <class Kernels>
 const Kernels& choose(const Kernels* const (&kernels)[kIsas][3], Dtype dtype) {
-  int i = int(isa());
-  while (!kernels[i][int(dtype)]) ++i;
-  return *kernels[i][int(dtype)];
+  return *kernels[int(isa(dtype))][int(dtype)];
 }
+
+struct Choice {
+  Isa isa;
+  std::string reason;
+};
+// bf16 on a CPU that has both avx512_bf16 and avx512, from their multiply-adds per second: on some
+// CPUs the one instruction does twice the work of an fp32 multiply-add, on others half of it.
+Choice choose_bfloat16(double avx512_bf16, double avx512);
+
+const char* name(Isa isa);
 
 }  // namespace fastadapters::cpu
 
@@ -30,8 +39,10 @@ extern "C" {
 
 // Supported instruction sets, best first, separated by commas.
 __attribute__((visibility("default"))) const char* fastadapters_cpu_isas();
-// The one in use, or the reason why FASTADAPTERS_CPU_ISA cannot be met.
+// The best one, or the one named; or the reason why FASTADAPTERS_CPU_ISA cannot be met.
 __attribute__((visibility("default"))) const char* fastadapters_cpu_isa();
+// The one whose kernels run for a dtype (of enum Dtype), and why: "avx2: the best of this CPU".
+__attribute__((visibility("default"))) const char* fastadapters_cpu_isa_for(int32_t dtype);
 // Uses the named one from now on; false, and nothing changes, if it is not among the supported.
 __attribute__((visibility("default"))) bool fastadapters_set_cpu_isa(const char* name);
 }

@@ -77,45 +77,66 @@ inline void parallel(const Threads& threads, int64_t n, const F& f) {
     threads.run(n, [](int64_t i, void* context) { (*(const F*)context)(i); }, (void*)&f);
 }
 
-template <class T>
-inline T* row_pointer(const Rows& rows, const int64_t (&shape)[3], int64_t row) {
-  int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
-  int64_t outer = row / shape[2] / shape[1];
-  return (T*)rows.data + outer * rows.strides[0] + middle * rows.strides[1] +
-         inner * rows.strides[2];
-}
-
 // Whether an output is better written past the caches: it is larger than them, and the CPU has been
 // seen to gain (AMD does, Intel loses).
-template <class T>
-inline bool streams(const Rows& out, const Bottleneck& p) {
+inline bool streams(const Rows& out, Dtype dtype, int64_t m, int64_t d) {
 #if defined(__x86_64__)
   constexpr int64_t least_bytes = 32 << 20;
+  const int64_t size = dtype == Dtype::float32 ? 4 : 2;
   uintptr_t misaligned = (uintptr_t)out.data;
-  for (int64_t stride : out.strides) misaligned |= uintptr_t(stride) * sizeof(T);
-  return p.count() * p.dim * int64_t(sizeof(T)) >= least_bytes && misaligned % 64 == 0 &&
-         __builtin_cpu_is("amd");
+  for (int64_t stride : out.strides) misaligned |= uintptr_t(stride * size);
+  return m * d * size >= least_bytes && misaligned % 64 == 0 && __builtin_cpu_is("amd");
 #else
   return false;
 #endif
 }
 
-// A tile of y or dx.
+// A tile of rows of one stride, where the caller has them: in the dtype T of the products, or in
+// fp32.
 template <class T>
-struct Output {
-  T* data;
-  int64_t ld, d;
-  bool stream;
+struct Tile {
+  void* data = nullptr;
+  int64_t ld = 0, d = 0;
+  bool wide = true, stream = false;
 
-  void prefetch(int64_t i, int64_t j, int64_t n) const {
-    if (!stream) prefetch_columns<1, 3>(data + i * ld + j, n);
+  Tile() = default;
+  // From row `row` of `rows` on, whose row dimensions are `shape`.
+  Tile(const Rows& rows, Dtype dtype, const int64_t (&shape)[3], int64_t row, int64_t d,
+       bool stream = false)
+      : ld(rows.strides[2]), d(d), wide(dtype == Dtype::float32), stream(stream) {
+    if (!rows.data) return;
+    int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
+    int64_t outer = row / shape[2] / shape[1];
+    data = (char*)rows.data +
+           (outer * rows.strides[0] + middle * rows.strides[1] + inner * rows.strides[2]) *
+               (wide ? 4 : int64_t(sizeof(T)));
+  }
+
+  // f(a typed pointer to the first row)
+  template <class F>
+  FASTADAPTERS_INLINE auto typed(const F& f) const {
+    if constexpr (!std::is_same_v<T, float>)
+      if (!wide) return f((T*)data);
+    return f((float*)data);
+  }
+  FASTADAPTERS_INLINE Vec at(int64_t i, int64_t j) const {
+    return typed([&](auto* p) { return load(p + i * ld + j, d - j); });
   }
   FASTADAPTERS_INLINE void write(int64_t i, int64_t j, Vec v) const {
-    T* p = data + i * ld + j;
-    if (stream && d - j >= kLanes)
-      fastadapters::cpu::stream(p, v);
-    else
-      store(p, v, d - j);
+    typed([&](auto* p) {
+      p += i * ld + j;
+      if (stream && d - j >= kLanes)
+        fastadapters::cpu::stream(p, v);
+      else
+        store(p, v, d - j);
+    });
+  }
+  // n columns of what will be read, or written.
+  FASTADAPTERS_INLINE void expect(int64_t i, int64_t j, int64_t n) const {
+    if (data) typed([&](auto* p) { prefetch_columns<0, 2>(p + i * ld + j, n); });
+  }
+  FASTADAPTERS_INLINE void expect_write(int64_t i, int64_t j, int64_t n) const {
+    if (!stream) typed([&](auto* p) { prefetch_columns<1, 3>(p + i * ld + j, n); });
   }
 };
 

@@ -67,16 +67,18 @@ void run_cuda(const Op& args, const Tensor& x, int64_t (*workspace)(const Op*),
 }
 #endif
 
+#ifdef FASTADAPTERS_CUDA
 void check_supported(const Bottleneck& args) {
   STD_TORCH_CHECK(args.x_dtype == args.dtype && args.out_dtype == args.dtype,
                   "these kernels take one dtype for all");
   STD_TORCH_CHECK(args.x.data || !args.count(), "these kernels need x");
 }
+#endif
 
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
-  check_supported(args);
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
+    check_supported(args);
     return run_cuda(args, x, &fastadapters_bottleneck_forward_cuda_workspace,
                     &fastadapters_bottleneck_forward_cuda);
   }
@@ -87,9 +89,9 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 }
 
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
-  check_supported(args);
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
+    check_supported(args);
     return run_cuda(args, x, &fastadapters_bottleneck_backward_cuda_workspace,
                     &fastadapters_bottleneck_backward_cuda);
   }
@@ -156,10 +158,6 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
   args.add_dy = add_x;
   args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
   args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
-  STD_TORCH_CHECK(args.z || on_cuda(x) || !args.count(),
-                  "z: expected [M, r], as saved by the forward");
-  STD_TORCH_CHECK(args.stats || !norm_weight || !args.count(),
-                  "stats: expected [M, 2], as saved by the forward");
   int64_t d = args.dim, r = args.bottleneck;
   m.gradient(args.d_down_weight, d_down_weight, r * d, "d_down_weight");
   m.gradient(args.d_down_bias, d_down_bias, r, "d_down_bias");
@@ -168,6 +166,12 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
   m.gradient(args.d_norm_weight, d_norm_weight, d, "d_norm_weight");
   m.gradient(args.d_norm_bias, d_norm_bias, d, "d_norm_bias");
   m.gradient(args.d_scale, d_scale, args.channel_scale ? d : 1, "d_scale");
+  bool none = !args.count();
+  STD_TORCH_CHECK(none || args.x.data || !args.needs_x(), "x: expected its values");
+  STD_TORCH_CHECK(none || args.z || on_cuda(x) || !args.needs_z(),
+                  "z: expected [M, r], as saved by the forward");
+  STD_TORCH_CHECK(none || args.stats || !norm_weight || !args.needs_x(),
+                  "stats: expected [M, 2], as saved by the forward");
   run(args, x);
 }
 

@@ -25,7 +25,9 @@ struct Case {
   double dropout;
   int64_t gap = 0;                // between rows, in elements
   bool broadcast_dy = false;      // one row of dy for all, by strides of 0
-  bool float_parameters = false;  // float32 parameters whatever the dtype of x
+  bool float_parameters = false;  // float32 parameters whatever the dtype of the products
+  bool float_x = false;           // float32 x and dx
+  bool float_y = false;           // float32 y, dy and residual
 };
 
 constexpr auto kIdentity = Activation::identity;
@@ -81,6 +83,51 @@ const Case kCases[] = {
      0,
      true},
     {{1, 1, 40}, 31, 100, kIdentity, Residual::self, Scale::number, false, false, false, 1.0},
+    {{1, 3, 23},
+     96,
+     20,
+     kGelu,
+     Residual::self,
+     Scale::number,
+     true,
+     true,
+     true,
+     0.1,
+     0,
+     false,
+     true,
+     true,
+     true},
+    {{1, 1, 70},
+     65,
+     17,
+     kRelu,
+     Residual::none,
+     Scale::channel,
+     true,
+     false,
+     false,
+     0,
+     3,
+     true,
+     true,
+     true,
+     false},
+    {{1, 1, 3},
+     64,
+     16,
+     kSilu,
+     Residual::other,
+     Scale::learnable,
+     true,
+     true,
+     false,
+     0,
+     0,
+     false,
+     false,
+     false,
+     true},
 };
 
 double normal_cdf(double z) { return 0.5 * std::erfc(-z * std::sqrt(0.5)); }

@@ -19,8 +19,10 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
                         unsigned wanted) {
   const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, r = c.bottleneck;
   const Dtype own = c.float_parameters ? Dtype::float32 : dtype;
-  auto matrix = [&](const Values& values, bool broadcast = false) {
-    Array array(dtype, c.rows, d, c.gap, broadcast);
+  const Dtype x_dtype = c.float_x ? Dtype::float32 : dtype;
+  const Dtype out_dtype = c.float_y ? Dtype::float32 : dtype;
+  auto matrix = [&](Dtype stored, const Values& values, bool broadcast = false) {
+    Array array(stored, c.rows, d, c.gap, broadcast);
     if (!values.empty()) array.fill(values);
     return array;
   };
@@ -30,19 +32,22 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
     return array;
   };
   const int64_t scales = c.scale == Scale::channel ? d : 1;
-  Array x = matrix(in.x), residual = matrix(in.residual), dy = matrix(in.dy, c.broadcast_dy);
+  Array x = matrix(x_dtype, in.x), residual = matrix(out_dtype, in.residual);
+  Array dy = matrix(out_dtype, in.dy, c.broadcast_dy);
   Array down = parameter(r * d, in.down_weight), down_bias = parameter(r, in.down_bias);
   Array up = parameter(d * r, in.up_weight), up_bias = parameter(d, in.up_bias);
   Array norm = parameter(d, in.norm_weight), norm_bias = parameter(d, in.norm_bias);
   Array scale = parameter(scales, in.scale);
-  Array y = matrix({}), dx = matrix({}), d_down = parameter(r * d, {}),
-        d_down_bias = parameter(r, {});
+  Array y = matrix(out_dtype, {}), dx = matrix(x_dtype, {});
+  Array d_down = parameter(r * d, {}), d_down_bias = parameter(r, {});
   Array d_up = parameter(d * r, {}), d_up_bias = parameter(d, {}), d_norm = parameter(d, {});
   Array d_norm_bias = parameter(d, {}), d_scale = parameter(scales, {});
   Array z(dtype, {1, 1, m}, r, 0), stats(Dtype::float32, {1, 1, m}, 2, 0);
 
   Bottleneck p;
-  p.dtype = p.x_dtype = p.out_dtype = dtype;
+  p.dtype = dtype;
+  p.x_dtype = x_dtype;
+  p.out_dtype = out_dtype;
   std::copy(c.rows, c.rows + 3, p.rows);
   p.dim = d;
   p.bottleneck = r;
@@ -81,6 +86,8 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
                         &backward.d_scale};
   for (int i = 0; i < 7; ++i)
     if (wanted >> (i + 2) & 1) *slots[i] = gradients[i]->as_parameter();
+  if (!backward.needs_x()) backward.x = {};
+  if (!backward.needs_z()) backward.z = nullptr;
   cpu::bottleneck_backward(backward, threads);
 
   std::vector<Values> out = {y.read(), dx.read()};

@@ -13,14 +13,16 @@ namespace {
 
 // Which intermediate results the gradients asked for need.
 struct Needs {
-  bool norm, dx, g1, g2, dy_sum, dz;
+  bool norm, dx, g1, g2, dy_sum, dz, x, z;
   explicit Needs(const BottleneckBackward& p)
       : norm(p.norm_weight.data),
         dx(p.dx.data),
         g1(p.d_down_weight.data || p.d_norm_weight.data),
         g2(p.d_up_weight.data || p.d_scale.data),
         dy_sum(p.d_up_bias.data || p.d_scale.data),
-        dz(dx || g1 || p.d_down_bias.data || p.d_norm_bias.data) {}
+        dz(p.needs_dz()),
+        x(p.needs_x()),
+        z(p.needs_z()) {}
 };
 
 template <class G>
@@ -118,8 +120,9 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
       for (int64_t c = begin; c < least(begin + 8, r); ++c) {
         float dz_sum = float(shared.dz_sum[c]);
         Vec g = needs.g1 ? read<Vec>(g1 + c * width + v) : Vec{};
-        if (p.d_down_weight.data)
-          write(p.d_down_weight, c * d + j, g * norm_weight + dz_sum * norm_bias, n);
+        Vec by_normal = g * norm_weight;
+        if (p.norm_bias.data) by_normal += dz_sum * norm_bias;
+        if (p.d_down_weight.data) write(p.d_down_weight, c * d + j, by_normal, n);
         if (needs.norm) {
           weight_part += down(c, j) * g;
           bias_part += down(c, j) * dz_sum;
@@ -147,7 +150,8 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
     Vec total = {}, d_scale = {};
     for (int64_t i = 0; i < least(kLanes, n); ++i) {
       total[i] = float(dy_sum[v + i]);
-      d_scale[i] = sum(up_dot[i]) + total[i] * shared.up_bias[j + i];
+      d_scale[i] = sum(up_dot[i]);
+      if (p.up_bias.data) d_scale[i] += total[i] * shared.up_bias[j + i];
       shared.scale_sum[panel] += d_scale[i];
     }
     if (p.d_up_bias.data) write(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
@@ -180,8 +184,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   expand_scale<T>(p, shared.scale);
   up.row_scale = shared.scale;
   if (needs.norm) {
-    expand<T>(p.norm_weight, sizes.d, 1, shared.norm_weight);
-    expand<T>(p.norm_bias, sizes.d, 0, shared.norm_bias);
+    expand_norm<T>(p, shared.norm_weight, shared.norm_bias);
     down.column_scale = shared.norm_weight;
   }
   if (needs.dz) {
@@ -193,7 +196,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     for (int64_t i = 0; i < sizes.wide.count; ++i)
       pack_rows<G>(down, sizes.wide, i, sizes.r_words, shared.down);
 
-  bool stream = needs.dx && streams<T>(p.dx, p);
+  bool stream = needs.dx && streams(p.dx, p.x_dtype, sizes.m, sizes.d);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
     auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs);
@@ -208,27 +211,30 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     std::memset(task.mask, 0, z_columns * sizeof(float));
 
     sizes.tiles(p.rows, t, tasks, [&](int64_t row, int64_t m) {
-      const T* dy_rows = row_pointer<T>(p.dy, p.rows, row);
-      const float* stats = needs.norm ? p.stats + 2 * row : nullptr;
-      auto dy = operand<G>(dy_rows, p.dy.strides[2], m, sizes, task.dy);
-      const T* x_rows = row_pointer<T>(p.x, p.rows, row);
-      Operand<G> x{};
-      if (needs.g1 || (needs.norm && needs.dx))
-        x = operand<G>(x_rows, p.x.strides[2], m, sizes, task.x, Normalise{stats});
+      Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, row, sizes.d);
+      Tile<T> dy(p.dy, p.out_dtype, p.rows, row, sizes.d);
+      Tile<T> dx(p.dx, p.x_dtype, p.rows, row, sizes.d, stream);
+      const float* stats = needs.norm && needs.x ? p.stats + 2 * row : nullptr;
+      auto dy_operand =
+          dy.typed([&](auto* rows) { return operand<G>(rows, dy.ld, m, sizes, task.dy); });
+      Operand<G> xhat{};
+      if (needs.x)
+        xhat = x.typed(
+            [&](auto* rows) { return operand<G>(rows, x.ld, m, sizes, task.x, Normalise{stats}); });
 
       if (needs.dz) {
         std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-        multiply_long<G>(sizes.chains, m, sizes.d_words, dy.data, dy.ld, shared.up, sizes.thin,
-                         task.dh, z_columns);
+        multiply_long<G>(sizes.chains, m, sizes.d_words, dy_operand.data, dy_operand.ld, shared.up,
+                         sizes.thin, task.dh, z_columns);
       }
       bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
-      for (int64_t i = 0; i < m; ++i) {
+      for (int64_t i = 0; needs.z && i < m; ++i) {
         if (p.seed) dropout_row(p, row + i, task.mask);
         for (int64_t c = 0; c < z_columns; c += kLanes) {
           Vec z = load((const T*)p.z + (row + i) * sizes.r + c, sizes.r - c);
           Activated a = activate(p.activation, z);
           Vec mask = p.seed ? read<Vec>(task.mask + c) : broadcast(1);
-          store(task.h + i * z_columns + c, first_lanes(a.value * mask, sizes.r - c));
+          store(task.h + i * z_columns + c, a.value * mask);
           if (!needs.dz) continue;
           Vec dh = read<Vec>(task.dh + i * z_columns + c) * mask;
           Vec dz = first_lanes(backpropagate(p.activation, z, a, dh), sizes.r - c);
@@ -247,9 +253,8 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
         }
 
       if (needs.dx) {
-        Output<T> dx{row_pointer<T>(p.dx, p.rows, row), p.dx.strides[2], sizes.d, stream};
         auto finish = [&](int64_t i, int64_t j, Vec v) {
-          if (p.add_dy) v += load(dy_rows + i * p.dy.strides[2] + j, sizes.d - j);
+          if (p.add_dy) v += dy.at(i, j);
           dx.write(i, j, v);
         };
         for (int64_t first = 0; first < m; first += G::kBlock) {
@@ -259,9 +264,9 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
               shared.down, sizes.wide,
               [&](int64_t i, int64_t j) {
                 i += first;
-                dx.prefetch(i, j, G::kPanel * kLanes);
-                prefetch_columns<0, 2>(dy_rows + (i + m) * p.dy.strides[2] + j, G::kPanel * kLanes);
-                prefetch_columns<0, 2>(x_rows + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
+                dx.expect_write(i, j, G::kPanel * kLanes);
+                dy.expect(i + m, j, G::kPanel * kLanes);
+                x.expect(i + m, j, G::kPanel * kLanes);
               },
               [&](int64_t i, int64_t j, Vec v) {
                 if (needs.norm)
@@ -270,17 +275,18 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
                   finish(first + i, j, v);
               });
           for (int64_t i = first; needs.norm && i < first + rows; ++i)
-            through_norm(sizes.d, task.normal + (i - first) * columns, x.data + i * x.ld,
+            through_norm(sizes.d, task.normal + (i - first) * columns, xhat.data + i * xhat.ld,
                          stats[2 * i + 1], [&](int64_t j, Vec v) { finish(i, j, v); });
         }
       }
       if (needs.g1) {
         pack_transposed<G>(task.dh, m, z_columns, task.dz_transposed, task.k_stride);
-        accumulate<G>(sizes, m, task.dz_transposed, task.k_stride, x, task.panel, g1, nullptr);
+        accumulate<G>(sizes, m, task.dz_transposed, task.k_stride, xhat, task.panel, g1, nullptr);
       }
       if (needs.g2) pack_transposed<G>(task.h, m, z_columns, task.h_transposed, task.k_stride);
       if (needs.g2 || needs.dy_sum)
-        accumulate<G>(sizes, m, task.h_transposed, task.k_stride, dy, task.panel, g2, dy_sum);
+        accumulate<G>(sizes, m, task.h_transposed, task.k_stride, dy_operand, task.panel, g2,
+                      dy_sum);
     });
     if (stream) finish_streams();
   });

@@ -40,6 +40,17 @@ inline void expand_scale(const Bottleneck& p, float* scale) {
   expand<T>(p.channel_scale ? p.scale : Parameter{}, p.dim, value, scale);
 }
 
+// The norm's parameters have x's dtype.
+template <class T>
+inline void expand_norm(const Bottleneck& p, float* weight, float* bias) {
+  auto expand_as = [&](auto* type) {
+    using X = std::remove_pointer_t<decltype(type)>;
+    expand<X>(p.norm_weight, p.dim, 1, weight);
+    expand<X>(p.norm_bias, p.dim, 0, bias);
+  };
+  p.x_dtype == Dtype::float32 ? expand_as((float*)nullptr) : expand_as((T*)nullptr);
+}
+
 template <class G, class T>
 void forward(const BottleneckForward& p, const Threads& threads) {
   Sizes<G> sizes(p);
@@ -53,17 +64,14 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   expand_scale<T>(p, shared.scale);
   for (int64_t j = 0; j < sizes.d; j += kLanes)
     store(shared.up_bias + j, read<Vec>(shared.up_bias + j) * read<Vec>(shared.scale + j));
-  if (norm) {
-    expand<T>(p.norm_weight, sizes.d, 1, shared.norm_weight);
-    expand<T>(p.norm_bias, sizes.d, 0, shared.norm_bias);
-  }
+  if (norm) expand_norm<T>(p, shared.norm_weight, shared.norm_bias);
   for (int64_t i = 0; i < sizes.thin.count; ++i)
     pack_columns<G>(down, sizes.thin, i, sizes.d_words, shared.down);
   fold(sizes.thin, sizes.d_words, shared.down);
   for (int64_t i = 0; i < sizes.wide.count; ++i)
     pack_columns<G>(up, sizes.wide, i, sizes.r_words, shared.up);
 
-  bool stream = streams<T>(p.y, p);
+  bool stream = streams(p.y, p.out_dtype, sizes.m, sizes.d);
   int64_t tasks = sizes.tasks(threads.count, G::kBlock);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
@@ -72,15 +80,17 @@ void forward(const BottleneckForward& p, const Threads& threads) {
     std::memset(task.mask, 0, z_columns * sizeof(float));
 
     sizes.tiles(p.rows, t, tasks, [&](int64_t row, int64_t m) {
-      const T* x = row_pointer<T>(p.x, p.rows, row);
-      if (norm)
-        for (int64_t i = 0; i < m; ++i) {
-          row_statistics(x + i * p.x.strides[2], sizes.d, p.norm_eps, task.stats + 2 * i);
-          if (p.stats) std::memcpy(p.stats + 2 * (row + i), task.stats + 2 * i, 8);
-        }
-      auto a = operand<G>(
-          x, p.x.strides[2], m, sizes, task.x,
-          norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{});
+      Tile<T> x(p.x, p.x_dtype, p.rows, row, sizes.d);
+      Tile<T> residual(p.residual, p.out_dtype, p.rows, row, sizes.d);
+      Tile<T> y(p.y, p.out_dtype, p.rows, row, sizes.d, stream);
+      auto a = x.typed([&](auto* rows) {
+        for (int64_t i = 0; norm && i < m; ++i)
+          row_statistics(rows + i * x.ld, sizes.d, p.norm_eps, task.stats + 2 * i);
+        return operand<G>(
+            rows, x.ld, m, sizes, task.x,
+            norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{});
+      });
+      if (norm && p.stats) std::memcpy(p.stats + 2 * row, task.stats, 2 * m * sizeof(float));
       std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
       multiply_long<G>(sizes.chains, m, sizes.d_words, a.data, a.ld, shared.down, sizes.thin,
                        task.z, z_columns);
@@ -100,17 +110,15 @@ void forward(const BottleneckForward& p, const Threads& threads) {
         }
       }
 
-      const T* residual = p.residual.data ? row_pointer<T>(p.residual, p.rows, row) : nullptr;
-      Output<T> y{row_pointer<T>(p.y, p.rows, row), p.y.strides[2], sizes.d, stream};
       multiply<G>(
           sizes.chains, m, sizes.r_words, task.h, sizes.r_stride, shared.up, sizes.wide,
           [&](int64_t i, int64_t j) {
-            y.prefetch(i, j, G::kPanel * kLanes);
-            prefetch_columns<0, 2>(x + (i + m) * p.x.strides[2] + j, G::kPanel * kLanes);
+            y.expect_write(i, j, G::kPanel * kLanes);
+            x.expect(i + m, j, G::kPanel * kLanes);
           },
           [&](int64_t i, int64_t j, Vec v) {
             v = v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
-            if (residual) v += load(residual + i * p.residual.strides[2] + j, sizes.d - j);
+            if (residual.data) v += residual.at(i, j);
             y.write(i, j, v);
           });
     });
