@@ -84,7 +84,7 @@ def test_dtypes_of_autocast(backend: str) -> None:
                     y = functional.bottleneck(x, down, up, residual=residual, scale=scale)
                     expected = plain(x, residual, scale)
                     assert y.dtype == expected.dtype
-                    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+                    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
