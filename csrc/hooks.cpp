@@ -52,8 +52,8 @@ PYBIND11_MODULE(_hooks, m) {
   m.doc() = "Test hooks of fastadapters";
   m.def("cpu_isas", &cpu_isas, "Instruction sets that run here, best first; amx is emulated");
   m.def("cpu_isa", &fastadapters_cpu_isa, "The instruction set in use");
-  m.def("cpu_isa_for", &fastadapters_cpu_isa_for,
-        "The one whose kernels run for a dtype, and why", py::arg("dtype"));
+  m.def("cpu_isa_for", &fastadapters_cpu_isa_for, "The one whose kernels run for a dtype, and why",
+        py::arg("dtype"));
   m.def("choose_bfloat16", &choose_bfloat16,
         "What runs bf16, and why, by the multiply-adds per second of two instruction sets",
         py::arg("avx512_bf16"), py::arg("avx512"));
