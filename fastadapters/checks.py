@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import operator
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 # What torch.compile and torch.export put in the place of an int and of a float.
 _INTEGERS = (int, torch.SymInt)
@@ -83,7 +84,7 @@ def check_number(name: str, value: Any, or_else: str = "") -> float:
             return float(value)
     if isinstance(value, _SYMBOLIC):
         return cast(float, value)
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
     return float(value)
 
@@ -110,22 +111,26 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def check_bias(name: str, bias: Any) -> None:
-    """``bias`` must be 2 x 2 numbers, none of them infinity or nan; -inf is one."""
+def check_bias(name: str, bias: Any) -> tuple[tuple[float, ...], ...]:
+    """``bias`` must be 2 x 2 numbers, none of them infinity or nan; -inf is one. As floats."""
     rows = bias if isinstance(bias, Sequence) else ()
     if len(rows) != 2 or any(not isinstance(r, Sequence) or len(r) != 2 for r in rows):
         raise ValueError(f"{name}: expected 2 x 2 numbers, got {bias!r}")
-    if not all(check_number(name, b) < math.inf for r in rows for b in r):
+    numbers = tuple(tuple(check_number(name, b) for b in row) for row in rows)
+    if not all(b < math.inf for row in numbers for b in row):
         raise ValueError(f"{name}: expected finite numbers or -inf, got {bias!r}")
+    return numbers
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
     """``residual`` must be None, or shaped like ``x`` on its device."""
-    if residual is not None and residual is not x:
+    if residual is not None and residual is not x and not isinstance(x, Proxy):
         check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)
 
 
-def check_split(split: int, tokens: int) -> None:
-    """``split`` must be -1, or a number of leading tokens."""
-    if not -1 <= split <= tokens:
-        raise ValueError(f"split: expected -1 <= split <= T = {tokens}, got {split}")
+def check_split(split: Any, tokens: int) -> int:
+    """``split`` must be -1, or a number of leading tokens; as an int."""
+    leading = check_integer("split", split)
+    if not -1 <= leading <= tokens:
+        raise ValueError(f"split: expected -1 <= split <= T = {tokens}, got {leading}")
+    return leading

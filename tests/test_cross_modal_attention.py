@@ -150,11 +150,22 @@ def test_blocked_query_gives_zero(backend: str) -> None:
     assert all(not result.any() for result in alone.values())
 
 
-def test_shared_results_are_views() -> None:
-    tensors = attention_tensors(50, 1, 3, 2, 8, torch.float32)
-    text = functional.cross_modal_attention(**tensors, outputs="text")
-    assert text.shape == (3, 50, 2, 8)
-    assert text.data_ptr() == tensors["image_v"].data_ptr()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(50, 1, 3), (1, 1, 3), (1, 1, 1), (4, 2, 1), (4, 2, 3)])
+@pytest.mark.parametrize("bias", [*BIASES, ((0, -INF), (0, -INF)), ((-INF,) * 2,) * 2], ids=str)
+def test_results_may_be_written_to(sizes, bias, backend) -> None:
+    """No element shares its memory with another, or with an input."""
+    for per_item in (False, True):
+        tensors = attention_tensors(*sizes, 2, 8, torch.float32, per_item)
+        before = {name: t.clone() for name, t in tensors.items()}
+        with fastadapters.backend(backend):
+            outs = functional.cross_modal_attention(**tensors, bias=bias)
+        for out in outs:
+            expected = out / out.norm(dim=-1, keepdim=True)
+            out /= out.norm(dim=-1, keepdim=True)
+            assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+        for name, t in tensors.items():
+            assert torch.equal(t, before[name]), name
 
 
 @settings(max_examples=30)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends, eager, reference
 
@@ -42,7 +43,7 @@ def compute_and_out_dtype(
         out = torch.promote_types(out, residual.dtype)
     if autocast is not None:
         for scale in scales:
-            if isinstance(scale, Tensor):
+            if isinstance(scale, Tensor) and scale.dim() > 0:
                 out = torch.promote_types(out, scale.dtype)
     return compute, out
 
@@ -50,6 +51,19 @@ def compute_and_out_dtype(
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast on the device of ``x``, where there is such a thing."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def leaf(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What `torch.fx.symbolic_trace` gets for ``op``, whose x is a Proxy: a node that calls it."""
+    (tracer,) = {t.tracer for t in arguments.values() if isinstance(t, Proxy)}
+    return tracer.create_proxy("call_function", op, (), arguments)
+
+
+def owned(t: Tensor, alias: bool = False) -> Tensor:
+    """t with memory of its own for each element: a copy if it is expanded, or an ``alias``."""
+    if alias or any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)):
+        return t.clone(memory_format=torch.contiguous_format)
+    return t
 
 
 def readable(x: Tensor) -> Tensor:

@@ -6,15 +6,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
-from ..checks import check_choice, check_number, check_probability, check_residual, check_tensor
+from ..checks import (
+    check_choice,
+    check_eps,
+    check_flag,
+    check_number,
+    check_probability,
+    check_residual,
+    check_tensor,
+)
 from ..ops import NAMESPACES, autograd
 from ..ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
 from .arguments import (
     PLAIN,
     compute_and_out_dtype,
     draw_seed,
+    leaf,
     parameter,
     readable,
     saves,
@@ -28,13 +38,12 @@ def check_bottleneck(
     up_weight: Tensor,
     down_bias: Tensor | None,
     up_bias: Tensor | None,
-    activation: str,
     scale: float | Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    dropout: float,
-) -> None:
+    residual: Tensor | None,
+) -> float | Tensor:
+    """x, a residual and the `BottleneckParameters` must fit; the scale, a number as a float."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a floating-point tensor [..., D], got {kind}")
@@ -61,15 +70,22 @@ def check_bottleneck(
             raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
         check_tensor("norm_bias", norm_bias, "[D]", (d,), device)
     check_residual(residual, x)
-    if isinstance(scale, Tensor):
-        if scale.shape != (1,):
-            check_tensor("scale", scale, "[1] or [D]", (d,), device)
-        else:
-            check_tensor("scale", scale, "[1]", (1,), device)
+    if not isinstance(scale, Tensor) or (scale.dim() == 0 and not scale.is_floating_point()):
+        return check_number("scale", scale, " or a tensor")
+    if scale.shape in ((), (1,)):
+        check_tensor("scale", scale, "[1]", tuple(scale.shape), device)
     else:
-        check_number("scale", scale, " or a tensor")
+        check_tensor("scale", scale, "[1] or [D]", (d,), device)
+    return scale
+
+
+def check_options(
+    activation: str, norm_eps: float, dropout: float, training: bool
+) -> tuple[float, float]:
+    """The options must be what they are named; eps and dropout as floats."""
     check_choice("activation", activation, ACTIVATION_CODES)
-    check_probability("dropout", dropout)
+    check_flag("training", training)
+    return check_eps("norm_eps", norm_eps), check_probability("dropout", dropout)
 
 
 class BottleneckParameters(NamedTuple):
@@ -123,8 +139,10 @@ def storage(
 
 
 def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
-    """A scale as the kernels take it: a tensor or None, and what to use without one."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    """A scale as the kernels take it: [1], [D] or None, and what to use without one."""
+    if not isinstance(scale, Tensor):
+        return None, scale
+    return scale if scale.dim() else scale.reshape(1), 1.0
 
 
 def bottleneck(
@@ -159,12 +177,12 @@ def bottleneck(
         down_bias: bd [r] or None.
         up_bias: bu [D] or None.
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "quick_gelu" or "identity".
-        scale: a number, or a learnable tensor [1] or [D] (one per channel).
+        scale: a number, or a learnable tensor [], [1] or [D] (one per channel).
         residual: a tensor shaped like x, x itself (known by identity, free of cost), or None; of
             any floating dtype.
         norm_weight: [D]; LayerNorm precedes the down-projection iff it is given.
         norm_bias: [D] or None.
-        norm_eps: added to the variance.
+        norm_eps: added to the variance; finite, not negative.
         dropout: probability of dropping an element of h, where ``training``; the mask follows
             from a seed drawn from PyTorch's generator.
         training: whether dropout is active.
@@ -181,10 +199,12 @@ def bottleneck(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
     """
-    check_bottleneck(
-        x, down_weight, up_weight, down_bias, up_bias, activation, scale, residual,
-        norm_weight, norm_bias, dropout,
-    )  # fmt: skip
+    if isinstance(x, Proxy):
+        return leaf(bottleneck, locals())
+    scale = check_bottleneck(
+        x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, residual
+    )
+    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
     dtype, out = compute_and_out_dtype(x, residual, scale)
     name = backends.resolve("bottleneck", x, out)
     if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
 from ..checks import check_activations, check_bias, check_choice, check_number, check_tensor
 from ..reference.cross_modal_attention import MASKED, Bias
-from .arguments import PLAIN, compute_dtype, without_autocast
+from .arguments import PLAIN, compute_dtype, leaf, owned, without_autocast
+
+
+def _sees_one_key(bias: Sequence[float], keys: tuple[int, int]) -> bool:
+    """Whether these queries see a single key, whose value is the result: perhaps that very memory.
+
+    bias: what is added for text and for image keys; ``keys``: how many there are of each.
+    """
+    return [n for n, b in zip(keys, bias, strict=True) if b > -math.inf] == [1]
 
 
 def cross_modal_attention(
@@ -39,12 +51,13 @@ def cross_modal_attention(
 
     Returns:
         text_out [B, C, H, d], image_out [B, I, H, d], or the one asked for, in the compute dtype.
-        Where queries cannot differ (texts that see one image) it may be an expanded view.
 
     Raises:
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
     """
+    if isinstance(image_q, Proxy):
+        return leaf(cross_modal_attention, locals())
     check_activations("image_q", image_q, "[B, I, H, d]", 4)
     device = image_q.device
     n_items, *shared = image_q.shape
@@ -60,16 +73,22 @@ def cross_modal_attention(
     shape = (n_items,) * (text_q.dim() - 3) + (text_q.shape[-3], *shared[1:])
     for name, tensor in (("text_q", text_q), ("text_k", text_k), ("text_v", text_v)):
         check_tensor(name, tensor, symbols, shape, device)
-    check_bias("bias", bias)
+    bias = check_bias("bias", bias)
     check_choice("outputs", outputs, ("both", "text", "image"))
     if scale is not None:
-        check_number("scale", scale, " or None")
+        scale = check_number("scale", scale, " or None")
 
     dtype = compute_dtype(image_q)
     backend = PLAIN[backends.resolve("cross_modal_attention", image_q)]
     tensors = (t.to(dtype) for t in (text_q, text_k, text_v, image_q, image_k, image_v))
     with without_autocast(image_q):
-        out: Tensor | tuple[Tensor, Tensor] = backend.cross_modal_attention(
-            *tensors, bias=bias, scale=scale, outputs=outputs
+        out = backend.cross_modal_attention(*tensors, bias=bias, scale=scale, outputs=outputs)
+    outs = [
+        owned(t, alias=_sees_one_key(row, (text_q.shape[-3], image_q.shape[1])))
+        for t, row in zip(
+            out if outputs == "both" else (out,),
+            bias if outputs == "both" else (bias[outputs == "image"],),
+            strict=True,
         )
-    return out
+    ]
+    return (outs[0], outs[1]) if outputs == "both" else outs[0]

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
 from ..checks import (
     check_activations,
     check_bias,
     check_choice,
+    check_integer,
     check_ndim,
     check_number,
     check_tensor,
 )
 from ..ops.bottleneck import ACTIVATION_CODES
 from ..reference.cross_modal_attention import MASKED, Bias, Layer
-from .arguments import PLAIN, compute_dtype, without_autocast
+from .arguments import PLAIN, compute_dtype, leaf, owned, without_autocast
 
 
 def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
@@ -56,7 +58,8 @@ def _check_multimodal(
     num_heads: int,
     bias: Bias,
     down_activation: str,
-) -> None:
+) -> tuple[int, Bias]:
+    """All arguments must fit; the number of heads as an int, the bias as floats."""
     check_features(text, image)
     device, d = image.device, image.shape[1]
     check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
@@ -79,10 +82,11 @@ def _check_multimodal(
             shown = f"[{symbols[i + 1]}, {symbols[i]}]"
             check_tensor(f"{at} weight", weight, shown, (n_out, n_in), device)
             check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), device)
-    if num_heads < 1 or e % num_heads:
-        raise ValueError(f"num_heads: expected a divisor of E = {e}, got {num_heads}")
-    check_bias("bias", bias)
+    heads = check_integer("num_heads", num_heads)
+    if heads < 1 or e % heads:
+        raise ValueError(f"num_heads: expected a divisor of E = {e}, got {heads}")
     check_choice("down_activation", down_activation, ACTIVATION_CODES)
+    return heads, check_bias("bias", bias)
 
 
 def multimodal_features(
@@ -117,20 +121,24 @@ def multimodal_features(
     has its parameter's dtype.
 
     Returns:
-        text [B, C, D] (an expanded view where all texts get the same), image [B, D].
+        text [B, C, D], image [B, D].
 
     Raises:
         As `cross_modal_attention`.
     """
-    _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
+    if isinstance(image, Proxy):
+        return leaf(multimodal_features, locals())
+    num_heads, bias = _check_multimodal(
+        text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
+    )
     dtype = compute_dtype(image)
     backend = PLAIN[backends.resolve("cross_modal_attention", image)]
     with without_autocast(image):
-        features: tuple[Tensor, Tensor] = backend.multimodal_features(
+        new_text, new_image = backend.multimodal_features(
             text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
             _to(up, dtype), num_heads=num_heads, bias=bias, down_activation=down_activation,
         )  # fmt: skip
-    return features
+    return owned(new_text), owned(new_image)
 
 
 def multimodal_logits(
@@ -170,10 +178,17 @@ def multimodal_logits(
     Raises:
         As `cross_modal_attention`.
     """
-    _check_multimodal(text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation)
+    if isinstance(image, Proxy):
+        return leaf(multimodal_logits, locals())
+    num_heads, bias = _check_multimodal(
+        text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
+    )
     check_logits(text, logit_scale, adapt)
+    blend = check_number("blend", blend)
     if isinstance(logit_scale, Tensor):
         logit_scale = logit_scale.reshape(())
+    else:
+        logit_scale = check_number("logit_scale", logit_scale)
     dtype = compute_dtype(image)
     backend = PLAIN[backends.resolve("cross_modal_attention", image)]
     with without_autocast(image):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
 from ..checks import check_split
@@ -15,6 +16,7 @@ from .arguments import (
     PLAIN,
     compute_and_out_dtype,
     draw_seed,
+    leaf,
     parameter,
     readable,
     saves,
@@ -24,6 +26,7 @@ from .bottleneck import (
     BottleneckParameters,
     bottleneck,
     check_bottleneck,
+    check_options,
     plain_bottleneck,
     split_scale,
     storage,
@@ -58,13 +61,15 @@ def multiway_bottleneck(
     Raises:
         As `bottleneck`; ValueError if ``split`` is not in [-1, T].
     """
+    if isinstance(x, Proxy):
+        return leaf(multiway_bottleneck, locals())
     if not isinstance(x, Tensor) or x.dim() < 2:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise (ValueError if isinstance(x, Tensor) else TypeError)(
             f"x: expected a tensor [..., T, D], got {given}"
         )
     tokens = x.shape[-2]
-    check_split(split, tokens)
+    split = check_split(split, tokens)
     options: dict[str, Any] = {
         "activation": activation,
         "norm_eps": norm_eps,
@@ -74,11 +79,11 @@ def multiway_bottleneck(
     if split in (-1, 0, tokens):
         only = second if split == 0 else first
         return bottleneck(x, **only._asdict(), residual=residual, **options)
-    for side in (first, second):
-        check_bottleneck(
-            x, side.down_weight, side.up_weight, side.down_bias, side.up_bias, activation,
-            side.scale, residual, side.norm_weight, side.norm_bias, dropout,
-        )  # fmt: skip
+    first, second = (
+        side._replace(scale=check_bottleneck(x, *side, residual)) for side in (first, second)
+    )
+    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
+    options |= {"norm_eps": norm_eps, "dropout": dropout}
     dtype, out = compute_and_out_dtype(x, residual, first.scale, second.scale)
     name = backends.resolve("bottleneck", x, out)
     if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import backends
 from ..checks import check_activations, check_choice, check_ndim, check_tensor
 from ..ops.bottleneck import ACTIVATION_CODES
-from .arguments import PLAIN, compute_dtype, without_autocast
+from .arguments import PLAIN, compute_dtype, leaf, without_autocast
 
 
 def sequence_fusion(
@@ -47,6 +49,8 @@ def sequence_fusion(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
     """
+    if any(isinstance(x, Proxy) for x in inputs):
+        return cast(Tensor, leaf(sequence_fusion, locals()))
     modalities = len(inputs)
     if modalities == 0:
         raise ValueError("inputs: expected at least one tensor, got none")

@@ -119,13 +119,14 @@ def reads_of_adapter(
     z = d_z or up_weight or scale
     again = z and not saved_z
     values = down_weight or norm_weight or (norm and x) or again
+    through_norm = norm and (d_normed or down_weight)  # by z less what the biases have put in it
     parameters = (
         d_normed or again,
-        again,
+        through_norm or again,
         d_z or scale,
         scale,
-        x or down_weight or again,
-        down_weight or again,
+        through_norm or again,
+        through_norm or again,
         d_z or up_weight or up_bias,
     )
     return (values, z, norm and values), (*parameters, z)
