@@ -171,8 +171,8 @@ def test_compile_with_dropout_and_autocast(name: str) -> None:
     x = torch.randn(6, 32)
     with fastadapters.backend(name), torch.autocast("cpu", torch.bfloat16):
         y, *grads = gradients(module, x, compiled)
-    assert y.dtype == torch.bfloat16
-    assert all(g.dtype == torch.float32 for g in grads)
+    assert {t.dtype for t in (y, *grads)} == {torch.float32}  # of the residual
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -212,12 +212,12 @@ def test_autocast(name: str, autocast: torch.dtype, dtype: torch.dtype) -> None:
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         gold = rounded(draw).double()
         with fastadapters.backend("reference"):
-            exact = named(gradients(gold, x.to(autocast).double(), gold))
+            exact = named(gradients(gold, x.double(), gold))
         return exact, under("reference", rounded(draw))
 
     out = under(name, rounded(0))
     y, dx, *parameters = out.values()
-    assert (y.dtype, dx.dtype) == (autocast, dtype)
+    assert (y.dtype, dx.dtype) == (torch.float32, dtype)  # y: of the learnable scale
     assert {t.dtype for t in parameters} == {torch.float32}
     check_all(out, pair)
 

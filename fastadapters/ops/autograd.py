@@ -1,9 +1,8 @@
 """Autograd formulas of the ops, in two forms.
 
-Registered with the dispatcher they serve whatever traces: torch.compile, torch.export,
-torch.jit.trace, opcheck. But the dispatcher walks through the schema on every such call, which for
-some twenty arguments costs 0.1 ms. So an eager call goes through a `torch.autograd.Function` made
-of the same two functions.
+Registered with the dispatcher they serve whatever traces: torch.compile, torch.export, opcheck. But
+the dispatcher walks through the schema on every such call, which for some twenty arguments costs
+0.1 ms. So an eager call goes through a `torch.autograd.Function` made of the same two functions.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def gradients(
 
 def call(op: torch._ops.OpOverload, tensors: Sequence[Any], options: tuple[Any, ...]) -> Tensor:
     """The first output of the op for these inputs; options end with whether to save."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling():
         y: Tensor = op(*tensors, *options)[0]
     elif options[-1]:
         y = _functions[op](*tensors, options)
