@@ -42,12 +42,13 @@ def _save(
 
 
 def _saved(ctx: Any, dy: Tensor) -> Sequence[Any]:
-    """What `_save` was given; what is not read is uninitialised, so that it costs no pages."""
+    """What `_save` was given; what is not read is uninitialised, and x on the CPU empty."""
     if not ctx.absent:
         return ctx.saved_tensors  # type: ignore[no-any-return]
     saved = list(ctx.saved_tensors)
     for i, shape, dtype in ctx.absent:
-        saved[i] = dy.new_empty(shape, dtype=dtype)
+        empty = i == 0 and dy.device.type == "cpu" and dy.numel() > 0
+        saved[i] = dy.new_empty((0,) if empty else shape, dtype=dtype)
     return saved
 
 
