@@ -9,6 +9,7 @@ from .modules import (
     MultiwayAdapter,
     WanderAdapter,
 )
+from .pages import keep_pages
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "keep_pages",
 ]

@@ -2,12 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
 #include <cstring>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fastadapters::ops {
 
@@ -59,31 +54,8 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return empty(like, sizes.begin(), int64_t(sizes.size()), type);
 }
 
-namespace {
-
-// A large fresh output costs more in page faults than in stores: ask for huge pages.
-void prepare_pages([[maybe_unused]] const Tensor& fresh) {
-#if defined(__linux__)
-  static const bool wanted = [] {
-    const char* value = std::getenv("FASTADAPTERS_HUGEPAGES");
-    return !value || std::strcmp(value, "0") != 0;
-  }();
-  constexpr size_t least = 4 << 20, page = 4096;
-  size_t bytes = size_t(fresh.numel()) * fresh.element_size();
-  if (wanted && fresh.is_cpu() && bytes >= least) {
-    size_t begin = ((size_t)fresh.mutable_data_ptr() + page - 1) / page * page;
-    size_t end = ((size_t)fresh.mutable_data_ptr() + bytes) / page * page;
-    madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-  }
-#endif
-}
-
-}  // namespace
-
 Tensor fresh_output(const Tensor& like, ScalarType type) {
-  Tensor y = empty(like, like.sizes().data(), like.dim(), type);
-  prepare_pages(y);
-  return y;
+  return empty(like, like.sizes().data(), like.dim(), type);
 }
 
 void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
