@@ -8,6 +8,7 @@ Triton until a CUDA tensor or a user asks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+
+from .crossover import LIMITS, Limit
 
 NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 
@@ -32,6 +37,10 @@ MIXED: tuple[str, ...] = ("cpu", "triton")
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+# What the kernels may be given: tensors that are nothing else, what stands for such while PyTorch
+# traces, and what is no tensor.
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None), float, int))
 
 LIBRARY = Path(__file__).parent / "_C.abi3.so"
 
@@ -70,6 +79,38 @@ def has_kernel(op: str, key: str) -> bool:
     )
 
 
+def _cpu_isas() -> dict[torch.dtype, str]:
+    """The instruction set of the CPU kernels, for each dtype."""
+    if library_error is not None:
+        return {}
+    library = ctypes.CDLL(str(LIBRARY))
+    library.fastadapters_cpu_isa.restype = ctypes.c_char_p
+    isa = library.fastadapters_cpu_isa().decode()
+    only_bf16 = isa in ("amx", "avx512_bf16")
+    return {
+        dtype: "avx512" if only_bf16 and dtype != torch.bfloat16 else isa for dtype in FUSED_DTYPES
+    }
+
+
+CPU_ISAS = _cpu_isas()
+
+
+def architecture(device: torch.device, dtype: torch.dtype) -> str:
+    """The instruction set or the architecture that decides, such as avx2 or sm_90."""
+    if device.type == "cpu":
+        return CPU_ISAS[dtype]
+    if torch.version.hip:
+        return "amd"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def limit(op: str, device: torch.device, dtype: torch.dtype) -> Limit:
+    """Up to which sizes the kernels beat `eager`."""
+    found = LIMITS.get((op, device.type, architecture(device, dtype), dtype))
+    return LIMITS[op, device.type, "other", dtype] if found is None else found
+
+
 def unavailable(name: str) -> str | None:
     """Why backend ``name`` cannot run on this machine; None when it can."""
     if name in ("auto", "reference", "eager"):
@@ -93,15 +134,33 @@ def status() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES if name != "auto"}
 
 
-def _why_not(name: str, op: str, x: Tensor, out: torch.dtype | None) -> str | None:
-    """Why fused backend ``name`` cannot run ``op`` on a tensor like ``x``, with results ``out``."""
+class Problem(NamedTuple):
+    """What the choice of a backend depends on beside ``x``, for the ops that have kernels."""
+
+    d: int
+    r: int
+    compute: torch.dtype
+    out: torch.dtype
+    others: tuple[object, ...] = ()
+    """the other arguments, tensors among them"""
+
+
+def _all_plain(x: Tensor, problem: Problem) -> bool:
+    """Whether no argument is of a subclass: sharded, nested, quantized ..."""
+    return type(x) in _PLAIN and all(type(other) in _PLAIN for other in problem.others)
+
+
+def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | None:
+    """Why fused backend ``name`` cannot run ``op`` on ``x``."""
     if name not in KERNELS[op]:
         return f"it has no kernel for {op}"
     if x.device.type != _DEVICE[name]:
         return f"it runs on {_DEVICE[name]} tensors, not on {x.device.type}"
-    for dtype in (x.dtype, out or x.dtype):
+    for dtype in (x.dtype,) if problem is None else (x.dtype, problem.compute, problem.out):
         if dtype not in FUSED_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if problem is not None and not _all_plain(x, problem):
+        return "it reads plain tensors, not a subclass"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation need plain PyTorch"
     if torch._C._get_tracing_state() is not None:
@@ -109,27 +168,40 @@ def _why_not(name: str, op: str, x: Tensor, out: torch.dtype | None) -> str | No
     return unavailable(name)
 
 
-def resolve(op: str, x: Tensor, out: torch.dtype | None = None) -> str:
-    """The backend that runs ``op`` on a tensor like ``x``; RuntimeError if a chosen one cannot.
+def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:
+    """Why `eager` is faster than a kernel that can run."""
+    if problem is None:
+        return None
+    return limit(op, x.device, problem.compute).exceeded(problem.d, problem.r)
 
-    ``out``: the dtype of the result, where it may differ from that of ``x``.
-    """
+
+def chosen_by_name() -> bool:
+    """Whether the user named a backend, whose definition then holds to the mask of dropout."""
+    return _selected != "auto"
+
+
+def resolve(op: str, x: Tensor, problem: Problem | None = None) -> str:
+    """The backend that runs ``op`` on ``x``; RuntimeError if one chosen by name cannot."""
     name = _selected
     if name == "auto":
         reason = "fastest available"
         for name in (*KERNELS[op], "eager"):
-            problem = None if name == "eager" else _why_not(name, op, x, out)
-            if problem is None:
+            if name == "eager":
                 break
-            reason += f"; not {name}: {problem}"
+            why = _why_not(name, op, x, problem) or _why_slower(op, x, problem)
+            if why is None:
+                break
+            reason += f"; not {name}: {why}"
+        if name == "eager" and problem is not None and not _all_plain(x, problem):
+            name = "reference"  # each operation as published: what subclasses are known to take
     else:
         if name not in NAMES:
             raise ValueError(
                 f"FASTADAPTERS_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}"
             )
-        problem = None if name in ("reference", "eager") else _why_not(name, op, x, out)
-        if problem is not None:
-            raise RuntimeError(f"backend {name!r} cannot run {op}: {problem}")
+        why = None if name in ("reference", "eager") else _why_not(name, op, x, problem)
+        if why is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {op}: {why}")
         reason = "chosen by name"
     if _log is not None:
         _log.append(Decision(op, name, reason))

@@ -71,12 +71,21 @@ def _backends() -> Iterator[tuple[str, str]]:
 
 def _ops() -> Iterator[tuple[str, str]]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for op in backends.KERNELS:
+    for op, kernels in backends.KERNELS.items():
         for device in devices:
             x = torch.empty(0, device=device)
             with backends.backend("auto"):
                 (decision,) = backends.explain(backends.resolve, op, x)
-            yield f"{op} on {device}", f"{decision.backend}: {decision.reason}"
+            if decision.backend not in kernels:
+                yield f"{op} on {device}", f"{decision.backend}: {decision.reason}"
+                continue
+            for dtype in backends.FUSED_DTYPES:
+                width, weight, source = backends.limit(op, x.device, dtype)
+                yield (
+                    f"{op} on {device}, {str(dtype).removeprefix('torch.')}",
+                    f"{decision.backend} up to r = {width} and D * r = {weight}, then eager"
+                    f" ({backends.architecture(x.device, dtype)}; {source})",
+                )
 
 
 def _environment() -> Iterator[tuple[str, str]]:
@@ -104,7 +113,7 @@ def report() -> str:
     }
     lines = []
     for title, rows in sections.items():
-        lines += ["", title, *(f"  {key:<30}{value}" for key, value in rows)]
+        lines += ["", title, *(f"  {key:<32} {value}" for key, value in rows)]
     return "\n".join(lines[1:])
 
 

@@ -33,7 +33,7 @@ class _Mallinfo(ctypes.Structure):
 def _set() -> str | None:
     """Set malloc up; None, or why that cannot be or does not help."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(libc, "gnu_get_libc_version"):
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
         return "this is not glibc"
     if not all(libc.mallopt(*setting) for setting in _SETTINGS.values()):
         return "mallopt refused"

@@ -146,6 +146,116 @@ def test_environment_variable(value: str, first_call: str | None) -> None:
     assert done.stdout.splitlines() == [first_call or ", ".join(automatic), automatic.backend]
 
 
+def sized(d: int, r: int, dtype: torch.dtype = torch.float32, **more: Tensor) -> Tensor:
+    """A bottleneck of these sizes on two rows."""
+    x, down, up = (torch.ones(s, dtype=dtype) for s in ((2, d), (r, d), (d, r)))
+    return functional.bottleneck(x, down, up, **more)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", backends.FUSED_DTYPES, ids=str)
+def test_auto_knows_from_which_sizes_eager_is_faster(dtype: torch.dtype) -> None:
+    width, weight, _ = backends.limit("bottleneck", torch.device("cpu"), dtype)
+    with fastadapters.backend("auto"):
+        assert fastadapters.explain(sized, 8, min(width, weight // 8), dtype)[0].backend == "cpu"
+        (wide,) = fastadapters.explain(sized, 1, width + 1, dtype)
+        (large,) = fastadapters.explain(sized, weight + 1, 1, dtype)
+    assert wide.backend == large.backend == "eager"
+    assert f"not cpu: r = {width + 1}: products of this width are compute-bound; eager is " in (
+        wide.reason
+    )
+    assert f"eager is faster beyond D * r = {weight}" in large.reason
+    with fastadapters.backend("cpu"):
+        assert fastadapters.explain(sized, 1, width + 1, dtype)[0].backend == "cpu"
+
+
+@needs_library
+def test_auto_looks_at_the_wider_adapter_of_two() -> None:
+    width = backends.limit("bottleneck", torch.device("cpu"), torch.float32).width
+    module = MultiwayAdapter(8, 3)
+    module.text.down_proj = torch.nn.Linear(8, width + 1)
+    module.text.up_proj = torch.nn.Linear(width + 1, 8)
+    with fastadapters.backend("auto"):
+        (chosen,) = fastadapters.explain(module, torch.ones(2, 5, 8), split=2)
+    assert chosen.backend == "eager" and f"r = {width + 1}" in chosen.reason
+
+
+@pytest.mark.parametrize("arch", ["avx2", "an instruction set to come"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_architecture_has_limits(device: str, arch: str, monkeypatch) -> None:
+    monkeypatch.setattr(backends, "architecture", lambda *args: arch)
+    for dtype in backends.FUSED_DTYPES:
+        assert backends.limit("bottleneck", torch.device(device), dtype).width > 0
+
+
+def test_the_gpu_limits_are_those_of_its_architecture(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert backends.architecture(torch.device("cuda"), torch.float32) == "sm_90"
+
+
+class Foreign(Tensor):
+    """A tensor of which only its author knows what it is."""
+
+
+@needs_library
+@pytest.mark.parametrize("which", ["x", "down_weight", "scale"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_subclass_runs_as_published(which: str, dropout: float) -> None:
+    tensors = {
+        "x": torch.ones(2, 8),
+        "down_weight": torch.ones(3, 8),
+        "up_weight": torch.ones(8, 3),
+    }
+    tensors["scale"] = torch.ones(1)
+    tensors[which] = tensors[which].as_subclass(Foreign)
+    options = {"dropout": dropout, "training": True}
+    with fastadapters.backend("auto"):
+        assert type(functional.bottleneck(**tensors, **options)) is Foreign
+        (chosen,) = fastadapters.explain(functional.bottleneck, **tensors, **options)
+    assert chosen.backend == "reference"
+    assert "not cpu: it reads plain tensors, not a subclass" in chosen.reason
+    with fastadapters.backend("cpu"), pytest.raises(RuntimeError, match="reads plain tensors"):
+        functional.bottleneck(**tensors, **options)
+
+
+def test_jagged_tensors_run_in_auto() -> None:
+    parts = [torch.randn(n, 8) for n in (3, 5)]
+    down, up = torch.randn(4, 8), torch.randn(8, 4)
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    with fastadapters.backend("auto"):
+        y = functional.bottleneck(x, down, up, residual=x)
+        for one, part in zip(y.unbind(), parts, strict=True):
+            torch.testing.assert_close(one, functional.bottleneck(part, down, up, residual=part))
+
+
+@needs_library
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_program_knows_the_sizes(dynamic: bool) -> None:
+    width = backends.limit("bottleneck", torch.device("cpu"), torch.float32).width
+    compiled = torch.compile(sized, fullgraph=True, dynamic=dynamic, backend="eager")
+    with fastadapters.backend("auto"):
+        for r in (3, width + 1):
+            torch.testing.assert_close(compiled(8, r), sized(8, r))
+
+
+def test_masks_of_the_fallback_are_those_of_the_generator(monkeypatch) -> None:
+    """The share that is dropped, the same from the same seed, none in evaluation."""
+    monkeypatch.setattr(backends, "library_error", "not built")
+    x, eye = torch.ones(64, 32), torch.eye(32)
+
+    def drop(training: bool = True) -> Tensor:
+        torch.manual_seed(0)
+        return functional.bottleneck(
+            x, eye, eye, activation="identity", dropout=0.25, training=training
+        )
+
+    with fastadapters.backend("auto"):
+        y = drop()
+        assert torch.equal(y, drop()) and torch.equal(drop(training=False), x)
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert 0.2 < (y == 0).float().mean() < 0.3
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_auto_takes_the_library(dtype: torch.dtype) -> None:

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs glibc",
 )
 
-# Prints the page faults that a tensor of 96 MB costs, in two threads. Some have come and gone by then:
-# what glibc cuts off a block to align it stays in a list of its own until that is full.
+# Prints the page faults that a tensor of 96 MB costs, in two threads. Some have come and gone by
+# then: what glibc cuts off a block to align it stays in a list of its own until that is full.
 FAULTS = """
 import resource, threading, torch
 

@@ -60,5 +60,7 @@ def bottleneck(
     h = ACTIVATIONS[activation](F.linear(normed, down_weight, down_bias)).reshape(-1, r)
     if seed is not None:
         h = h * dropout_multiplier(seed, h.shape[0], r, dropout, h.dtype)
+    elif dropout > 0.0:
+        h = F.dropout(h, dropout)
     residual = None if residual is None else residual.reshape(-1, d)
     return up_project(h, up_weight, up_bias, scale, residual).reshape(x.shape)

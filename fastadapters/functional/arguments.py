@@ -81,6 +81,17 @@ def draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
     return torch.randint(2**62, (2,), device=x.device) if training and dropout > 0.0 else None
 
 
+def plain_dropout(x: Tensor, dropout: float, training: bool) -> tuple[Tensor | None, float]:
+    """(seed, probability) for a backend in plain PyTorch.
+
+    Random numbers in tensor ops are the definition, but slow, and no subclass of Tensor knows them:
+    where nobody asked for the definition, PyTorch draws the mask.
+    """
+    if not backends.chosen_by_name():
+        return None, dropout if training else 0.0
+    return draw_seed(x, dropout, training), dropout if training else 0.0
+
+
 def saves(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient may be asked for, for which the forward must save."""
     if torch.is_grad_enabled():

@@ -26,6 +26,7 @@ from .arguments import (
     draw_seed,
     leaf,
     parameter,
+    plain_dropout,
     readable,
     saves,
     without_autocast,
@@ -184,7 +185,8 @@ def bottleneck(
         norm_bias: [D] or None.
         norm_eps: added to the variance; finite, not negative.
         dropout: probability of dropping an element of h, where ``training``; the mask follows
-            from a seed drawn from PyTorch's generator.
+            from a seed drawn from PyTorch's generator, or is PyTorch's own where ``auto`` runs in
+            plain PyTorch.
         training: whether dropout is active.
 
     Products are in the compute dtype: that of autocast where it is on, else that of x. An fp32 x
@@ -206,7 +208,11 @@ def bottleneck(
     )
     norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
     dtype, out = compute_and_out_dtype(x, residual, scale)
-    name = backends.resolve("bottleneck", x, out)
+    others = (
+        residual, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias,
+    )  # fmt: skip
+    r, d = down_weight.shape
+    name = backends.resolve("bottleneck", x, backends.Problem(d, r, dtype, out, others))
     if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
         with without_autocast(x):
             y = bottleneck(
@@ -215,13 +221,14 @@ def bottleneck(
                 norm_eps=norm_eps, dropout=dropout, training=training,
             )  # fmt: skip
         return y.to(out) if residual is None else residual + y
-    seed = draw_seed(x, dropout, training)
     if name in PLAIN:
+        seed, dropout = plain_dropout(x, dropout, training)
         side = BottleneckParameters(
             down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
         )
         options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
         return plain_bottleneck(name, x, side, residual, dtype, out, seed=seed, **options)
+    seed = draw_seed(x, dropout, training)
     x, residual, add_x = storage(x, residual, dtype, out)
     learnable, scale_value = split_scale(scale)
     tensors = (

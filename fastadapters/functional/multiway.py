@@ -18,6 +18,7 @@ from .arguments import (
     draw_seed,
     leaf,
     parameter,
+    plain_dropout,
     readable,
     saves,
     without_autocast,
@@ -85,7 +86,9 @@ def multiway_bottleneck(
     norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
     options |= {"norm_eps": norm_eps, "dropout": dropout}
     dtype, out = compute_and_out_dtype(x, residual, first.scale, second.scale)
-    name = backends.resolve("bottleneck", x, out)
+    r = max(first.down_weight.shape[0], second.down_weight.shape[0])
+    problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *first, *second))
+    name = backends.resolve("bottleneck", x, problem)
     if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
         with without_autocast(x):
             y = multiway_bottleneck(x.to(dtype), split, first, second, **options)
@@ -96,7 +99,7 @@ def multiway_bottleneck(
         for side, tokens_of in ((first, slice(None, split)), (second, slice(split, None))):
             part = x[..., tokens_of, :]
             other = None if residual is None else residual[..., tokens_of, :]
-            options["seed"] = draw_seed(x, dropout, training)
+            options["seed"], options["dropout"] = plain_dropout(x, dropout, training)
             halves.append(plain_bottleneck(name, part, side, other, dtype, out, **options))
         return torch.cat(halves, dim=-2)
     x, residual, add_x = storage(x, residual, dtype, out)

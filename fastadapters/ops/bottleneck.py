@@ -187,7 +187,7 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
         residual=x if add_x else residual,
         compute_dtype=dtype,
         norm_eps=norm_eps,
-        dropout=dropout,
+        dropout=0.0 if seed is None else dropout,
         seed=seed,
     )
     empty = x.new_empty(0, dtype=dtype)

@@ -40,8 +40,8 @@ def bottleneck(
     """y = residual + scale * (dropout(act(norm(x) Wd^T + bd)) Wu^T + bu), shapes as `functional`.
 
     x and the norm's parameters have one dtype, all other parameters that of the products,
-    ``compute_dtype`` (None: that of x); the residual is added as PyTorch promotes. Dropout is
-    applied iff ``seed`` is given.
+    ``compute_dtype`` (None: that of x); the residual is added as PyTorch promotes. The mask of
+    dropout follows from ``seed``, or is PyTorch's own where there is none.
     """
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
@@ -50,5 +50,7 @@ def bottleneck(
     if seed is not None:
         rows, r = h.numel() // h.shape[-1], h.shape[-1]
         h = h * dropout_multiplier(seed, rows, r, dropout, h.dtype).reshape(h.shape)
+    elif dropout > 0.0:
+        h = F.dropout(h, dropout)
     y = scale * F.linear(h, up_weight, up_bias)
     return y if residual is None else residual + y

@@ -1,0 +1,97 @@
+"""Up to which sizes each kernel beats `eager`: the table that `auto` decides by.
+
+Written by ``python -m benches.crossover``: measured for the CPU it runs on, computed for GPUs by
+the model of docs/performance.md. The entry "other" is for what has none of its own. The number of
+rows is no part of it: a kernel's lead in passes over memory and its lag in arithmetic both grow
+with M, and a batch of another size runs on the same backend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Limit(NamedTuple):
+    """The largest sizes with which a kernel is at least as fast, forward and training step."""
+
+    width: int
+    """r: beyond it arithmetic is all that counts, and the vendor's matrix products are faster"""
+    weight: int
+    """D * r: beyond it the weights leave the cache in which a tile of rows meets them"""
+    source: str
+
+    def exceeded(self, d: int, r: int) -> str | None:
+        """Why `eager` is faster at these sizes; None where it is not."""
+        if r > self.width:
+            return (
+                f"r = {r}: products of this width are compute-bound; eager is faster"
+                f" beyond r = {self.width}"
+            )
+        if d * r > self.weight:
+            return (
+                f"D = {d}, r = {r}: the weights are too large for the cache; eager is faster"
+                f" beyond D * r = {self.weight}"
+            )
+        return None
+
+
+# (op, device, instruction set or architecture, compute dtype). The dtypes of x and of the result do
+# not matter: where x is float32 beside 16-bit products, eager has one pass more than without.
+# fmt: off
+LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
+    ("bottleneck", "cpu", "amx", torch.bfloat16): Limit(
+        256, 262144, "reckoned from a prototype, D = 768: r 64 2.5"),
+    ("bottleneck", "cpu", "avx2", torch.bfloat16): Limit(
+        4096, 4194304, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cpu", "avx2", torch.float16): Limit(
+        4096, 4194304, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cpu", "avx2", torch.float32): Limit(
+        192, 262144, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cpu", "avx512", torch.bfloat16): Limit(
+        256, 262144, "reckoned from float32, which multiplies as fast"),
+    ("bottleneck", "cpu", "avx512", torch.float16): Limit(
+        256, 262144, "reckoned from float32, which multiplies as fast"),
+    ("bottleneck", "cpu", "avx512", torch.float32): Limit(
+        128, 262144, "measured, Intel without AMX, D = 768: r 256 1.05 and 0.88"),
+    ("bottleneck", "cpu", "avx512_bf16", torch.bfloat16): Limit(
+        64, 262144, "measured, Intel without AMX: half the rate of avx512"),
+    ("bottleneck", "cpu", "other", torch.bfloat16): Limit(
+        256, 262144, "as portable"),
+    ("bottleneck", "cpu", "other", torch.float16): Limit(
+        256, 262144, "as portable"),
+    ("bottleneck", "cpu", "other", torch.float32): Limit(
+        8, 32768, "as portable"),
+    ("bottleneck", "cpu", "portable", torch.bfloat16): Limit(
+        256, 262144, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cpu", "portable", torch.float16): Limit(
+        256, 262144, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cpu", "portable", torch.float32): Limit(
+        8, 32768, "measured: AMD EPYC (Zen 3)"),
+    ("bottleneck", "cuda", "other", torch.bfloat16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "other", torch.float16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "other", torch.float32): Limit(
+        64, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_80", torch.bfloat16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_80", torch.float16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_80", torch.float32): Limit(
+        64, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_89", torch.bfloat16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_89", torch.float16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_89", torch.float32): Limit(
+        64, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_90", torch.bfloat16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_90", torch.float16): Limit(
+        128, 1048576, "model"),
+    ("bottleneck", "cuda", "sm_90", torch.float32): Limit(
+        64, 1048576, "model"),
+}
+# fmt: on
