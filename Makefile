@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-seeds sanitize sanitize-device bench bench-full wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-seeds sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
@@ -84,21 +84,23 @@ sanitize-device: setup ## With a GPU: the CUDA kernels under compute-sanitizer
 	    python -m pytest tests/gpu/test_real_device.py -k "matches_reference and cuda" || exit 1; \
 	done
 
-# glibc returns large blocks to the system on every free, and each call pays for fresh pages. So
-# told, it keeps them: the tables show the bottleneck under both.
-TUNED_MALLOC := MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
-
-bench: setup ## The main benchmarks and their table, in 5 minutes
+# The tables show the bottleneck with kept pages, too: see docs/performance.md.
+bench: setup ## The main benchmarks and their table, in 6 minutes
 	mkdir -p build
 	pytest benches --benchmark-quiet --benchmark-json=build/bench.json
-	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --dtype float32 --benchmark-quiet --benchmark-json=build/bench-tuned.json
-	python -m benches.report build/bench.json build/bench-tuned.json
+	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --dtype float32,autocast --benchmark-quiet --benchmark-json=build/bench-kept.json
+	python -m benches.report build/bench.json build/bench-kept.json
 
 bench-full: setup ## All benchmarks and their table
 	mkdir -p build
 	pytest benches --full --benchmark-quiet --benchmark-json=build/bench.json
-	$(TUNED_MALLOC) pytest benches/test_bottleneck.py --full --benchmark-quiet --benchmark-json=build/bench-tuned.json
-	python -m benches.report build/bench.json build/bench-tuned.json
+	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --full --benchmark-quiet --benchmark-json=build/bench-kept.json
+	python -m benches.report build/bench.json build/bench-kept.json
+
+bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of the ops with kernels, on one thread and on all
+	mkdir -p build
+	pytest benches/test_bottleneck.py --every --threads 1,$(shell nproc) --benchmark-quiet --benchmark-json=build/bench-auto.json
+	python -m benches.report --auto build/bench-auto.json
 
 wheel: setup ## Build the wheel into dist/
 	pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

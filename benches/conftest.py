@@ -20,12 +20,17 @@ ROWS = pytest.StashKey[list[harness.Row]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastadapters")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
-    group.addoption("--dtype", default="float32,bfloat16", help="comma-separated")
+    group.addoption(
+        "--dtype",
+        default="float32,bfloat16,autocast",
+        help="comma-separated; autocast: float32 tensors, bfloat16 products",
+    )
     group.addoption(
         "--threads",
         default=str(torch.get_num_threads()),
         help="numbers of CPU threads, comma-separated; by default PyTorch's",
     )
+    group.addoption("--every", action="store_true", help="every workload")
     group.addoption(
         "--full", action="store_true", help="every workload, and max-autotune among the baselines"
     )
@@ -41,9 +46,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     dtypes = option("--dtype").split(",")
     if not option("--full"):
         dtypes = [name for name in dtypes if name in getattr(metafunc.module, "QUICK", dtypes)]
+    if not getattr(metafunc.module, "AUTOCAST", False):
+        dtypes = [name for name in dtypes if name != "autocast"]
+    every = option("--full") or option("--every")
     values: dict[str, list[Any]] = {
-        "workload": [w.on(option("--device")) for w in table if w.quick or option("--full")],
-        "dtype": [getattr(torch, name) for name in dtypes],
+        "workload": [w.on(option("--device")) for w in table if w.quick or every],
+        "dtype": [name if name == "autocast" else getattr(torch, name) for name in dtypes],
         "direction": ["forward", "training"],
         "threads": [int(n) for n in option("--threads").split(",")],
     }
@@ -93,7 +101,13 @@ def bench(record: Callable[..., None], request: pytest.FixtureRequest) -> Callab
         param = request.node.callspec.params
         option = request.config.getoption
         training = param["direction"] == "training"
-        case = make_case(workload, option("--device"), param["dtype"])
+        device, dtype = option("--device"), param["dtype"]
+        if dtype == "autocast":
+            case = harness.autocast(
+                make_case(workload, device, torch.float32), device, torch.bfloat16
+            )
+        else:
+            case = make_case(workload, device, dtype)
         row, samples = harness.run(
             case._replace(costs=workload.costs(training)),
             training=training,

@@ -12,7 +12,6 @@ FASTADAPTERS_CPU_ISA measures another instruction set, against what PyTorch runs
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from torch import Tensor
 import fastadapters
 from fastadapters import backends, crossover, eager, functional
 from fastadapters.crossover import LIMITS, Limit
+from fastadapters.info import cpu_name
 
 from .harness import Candidate, parameters, stepper
 
@@ -116,14 +116,6 @@ def measure(dtype: torch.dtype, budget: float) -> Points:
     return points
 
 
-def cpu_name() -> str:
-    """As the system has it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def this_cpu(dtypes: Iterable[torch.dtype], budget: float) -> dict[Key, Limit]:
     """The entries of the CPU at hand."""
     torch.set_num_threads(1)
@@ -134,6 +126,24 @@ def this_cpu(dtypes: Iterable[torch.dtype], budget: float) -> dict[Key, Limit]:
         )
         for dtype in dtypes
     }
+
+
+def modelled(dtypes: Iterable[torch.dtype]) -> dict[Key, Limit]:
+    """The entries of the GPUs of benches/model.py; the least of them for all others."""
+    from . import model
+
+    found: dict[Key, Limit] = {}
+    for dtype in dtypes:
+        kind = "float32" if dtype == torch.float32 else "bfloat16"  # float16 costs the same
+        limits = []
+        for gpu in model.GPUS:
+            limits.append(sum_up(model.points(gpu, kind), f"model: {gpu.name}"))
+            found["bottleneck", "cuda", f"sm_{gpu.arch}", dtype] = limits[-1]
+        least = Limit(
+            min(limit.width for limit in limits), min(limit.weight for limit in limits), "the least"
+        )
+        found["bottleneck", "cuda", "other", dtype] = least
+    return found
 
 
 def render(limits: dict[Key, Limit]) -> str:
@@ -159,12 +169,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a pair is measured")
     args = parser.parse_args()
     dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    if args.gpu:
-        from .model import limits
-
-        found = limits()
-    else:
-        found = this_cpu(dtypes, args.budget)
+    found = modelled(dtypes) if args.gpu else this_cpu(dtypes, args.budget)
     for key, limit in found.items():
         print(*key, *limit)
     TABLE.write_text(render({**LIMITS, **found}))

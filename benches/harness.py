@@ -48,6 +48,8 @@ class Case(NamedTuple):
     """what the published form holds at its peak, where it may not fit"""
     untrainable: dict[str, str] = {}  # noqa: RUF012 (never written to)
     """baselines that would crash in backward, and why"""
+    autocast: torch.dtype | None = None
+    """what the candidates' products are in: see `autocast`"""
 
 
 class Row(NamedTuple):
@@ -74,6 +76,28 @@ class Row(NamedTuple):
     notes: str = ""
 
 
+def autocast(case: Case, device: str, dtype: torch.dtype) -> Case:
+    """The case as people train: every candidate under autocast, everything kept in float32.
+
+    Inputs are rounded to ``dtype`` beforehand: what rounding them costs is no form's merit.
+    """
+    with torch.no_grad():
+        for t in case.inputs.values():
+            t.copy_(t.to(dtype))
+    candidates = {n: under_autocast(fn, device, dtype) for n, fn in case.candidates.items()}
+    return case._replace(candidates=candidates, autocast=dtype)
+
+
+def under_autocast(
+    fn: Callable[..., Outputs], device: str, dtype: torch.dtype
+) -> Callable[..., Outputs]:
+    def call(**inputs: Tensor) -> Outputs:
+        with torch.autocast(device, dtype):
+            return fn(**inputs)
+
+    return call
+
+
 def parameters(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Draws a case's inputs: normal numbers of a given shape and ``std``, wanting gradients."""
     generator = torch.Generator(device).manual_seed(0)
@@ -86,8 +110,8 @@ def parameters(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 
 def malloc() -> str:
-    """glibc's malloc gives large blocks back to the system on every free unless told otherwise."""
-    return "tuned" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "default"
+    """Whether freed pages are kept: see `fastadapters.keep_pages`."""
+    return "kept" if os.environ.get("FASTADAPTERS_KEEP_PAGES", "0") != "0" else "default"
 
 
 def leaves(inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -214,7 +238,10 @@ def evaluate(
 def match(case: Case, cotangents: tuple[Tensor, ...] | None) -> str:
     """``yes`` if ours meets the tolerance rule of the tests, else what does not."""
     parts = (case.batched, case.batch_part)
-    dtype = next(iter(case.inputs.values())).dtype
+    first = next(iter(case.inputs.values()))
+    dtype, published = first.dtype, case.definition
+    if case.autocast is not None:
+        published = under_autocast(published, first.device.type, case.autocast)
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         moved = {
@@ -222,7 +249,7 @@ def match(case: Case, cotangents: tuple[Tensor, ...] | None) -> str:
             for n, t in case.inputs.items()
         }
         gold = evaluate(case.definition, moved, cotangents, torch.float64, *parts)
-        return gold, evaluate(case.definition, moved, cotangents, dtype, *parts)
+        return gold, evaluate(published, moved, cotangents, dtype, *parts)
 
     out = evaluate(case.candidates["ours"], case.inputs, cotangents, dtype)
     few = any(t.numel() < 48 for t in out.values())
@@ -268,11 +295,12 @@ def run(
         outputs: list[Outputs] = []
         decisions = fastadapters.explain(lambda: outputs.append(ours(**case.inputs)))
     dtype = as_tuple(outputs[0])[0].dtype
+    products = case.autocast or dtype
     cotangents = tuple(map(torch.randn_like, as_tuple(outputs.pop()))) if training else None
     row = Row(
         case.op, case.workload, "training step" if training else "forward",
-        str(dtype).removeprefix("torch."), device, threads, malloc(), decisions[0].backend,
-        match(case, cotangents), {}, {}, {},
+        "autocast" if case.autocast else str(dtype).removeprefix("torch."), device, threads,
+        malloc(), decisions[0].backend, match(case, cotangents), {}, {}, {},
     )  # fmt: skip
     if row.match != "yes":
         return row, []
@@ -312,7 +340,7 @@ def run(
                 fn = torch.compile(case.candidates[name], dynamic=False, mode=mode)
                 take(f"{label} {name}", fn, compiled=True)
     moved = [cost.elements * dtype.itemsize for cost in case.costs]
-    limits = roofs(device, dtype, moved[0])
+    limits = roofs(device, products, moved[0])
     samples = measure(
         steps | {n: fn for n, (fn, _) in limits.items()},
         device,

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadapters.ops.bottleneck import ACTIVATION_CODES
+from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
 
 from .workloads import BOTTLENECK, Bottleneck
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 PAGE = ROOT / "docs" / "performance.md"
 HEADING = "## GPU: predicted"
 TILE = 64
@@ -65,12 +66,14 @@ class Gpu(NamedTuple):
     l2: float  # bytes/s
     l2_size: float
     tensor: float  # FLOP/s of mma.sync, bf16 with fp32 sums
+    vendor: float  # of the vendor's products: bf16, and fp32 without tensor cores
+    vendor_fp32: float
 
 
 GPUS = [
-    Gpu("A100 SXM 80 GB", 80, 108, 1.41e9, 2.04e12, 4.5e12, 40e6, 312e12),
-    Gpu("H100 SXM", 90, 132, 1.755e9, 3.35e12, 6.4e12, 50e6, 0.62 * 989e12),
-    Gpu("RTX 4090", 89, 128, 2.52e9, 1.008e12, 5.0e12, 72e6, 165e12),
+    Gpu("A100 SXM 80 GB", 80, 108, 1.41e9, 2.04e12, 4.5e12, 40e6, 312e12, 312e12, 19.5e12),
+    Gpu("H100 SXM", 90, 132, 1.755e9, 3.35e12, 6.4e12, 50e6, 0.62 * 989e12, 989e12, 67e12),
+    Gpu("RTX 4090", 89, 128, 2.52e9, 1.008e12, 5.0e12, 72e6, 165e12, 165e12, 82.6e12),
 ]
 
 
@@ -86,6 +89,7 @@ class Counts:
     instructions: float
     wavefronts: float
     resident: float  # bytes of activations that the blocks under way come back to
+    fma: float  # instructions among them that sm_80 issues at half the rate
 
     def times(self, gpu: Gpu) -> dict[str, float]:
         # What is asked for again is in the L2 cache if it holds that of all blocks; outputs, stored
@@ -96,27 +100,33 @@ class Counts:
             "memory": (self.distinct + (0 if kept else self.again)) / gpu.memory,
             "L2": max(self.read, self.written) / gpu.l2,
             "tensor": self.flops / gpu.tensor,
-            "issue": self.instructions / (4 * cycles),
+            "issue": (self.instructions + (self.fma if gpu.arch == 80 else 0)) / (4 * cycles),
             "shared": self.wavefronts / cycles,
         }
 
 
-def run(w: Bottleneck, arch: int, rows: int) -> tuple[list[Counts], int]:
-    """A training step in bf16 with fp32 parameters; how many of its kernels are forward's."""
+def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int]:
+    """A training step with fp32 parameters; how many of its kernels are forward's.
+
+    ``kind``: bfloat16, float32, or autocast, which is x and y in fp32 and products in bf16.
+    """
     import cuda_backend
     import device
     from compile_checks import PROCESSORS
 
     ops = cuda_backend.load()
+    products = torch.float32 if kind == "float32" else torch.bfloat16
+    stored = torch.bfloat16 if kind == "bfloat16" else torch.float32
     with device.arena():
-        x, dy = (torch.zeros(rows, w.dim, dtype=torch.bfloat16) for _ in range(2))
+        x, dy = (torch.zeros(rows, w.dim, dtype=stored) for _ in range(2))
         residual = torch.zeros_like(x) if w.residual == "other" else None
         down, up = torch.zeros(w.bottleneck, w.dim), torch.zeros(w.dim, w.bottleneck)
         biases = [torch.zeros(n) if w.bias else None for n in (w.bottleneck, w.dim)]
         norm = [torch.ones(w.dim), torch.zeros(w.dim)] if w.norm else [None, None]
         seed = torch.tensor([1, 2]) if w.dropout else None
         parameters = (down, biases[0], up, biases[1], *norm, None, seed)
-        options = (w.scale, 1e-5, w.dropout, ACTIVATION_CODES[w.activation], 1, 1, residual is None)
+        codes = ACTIVATION_CODES[w.activation], DTYPE_CODES[products], DTYPE_CODES[stored]
+        options = (w.scale, 1e-5, w.dropout, *codes, residual is None)
         with device.simulate(arch) as simulation:
             _, z, stats = ops.bottleneck_forward(x, residual, *parameters, *options, True)
             forward = len(simulation.launches)
@@ -135,16 +145,17 @@ def run(w: Bottleneck, arch: int, rows: int) -> tuple[list[Counts], int]:
             flops=report.count("mma.sync") * 2 * 16 * 8 * 16,
             instructions=sum(report.instructions.values()) - free,
             wavefronts=report.wavefronts,
-            resident=blocks * TILE * w.dim * 2 if "data_pass" in report.name else 0,
+            resident=blocks * TILE * w.dim * stored.itemsize if "data_pass" in report.name else 0,
+            fma=report.count("fma.rn.f32"),
         )
 
     return [measure(report) for report in simulation.launches], forward
 
 
-def kernels(w: Bottleneck, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
+def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Counts], list[Counts]]:
     """Forward's and backward's, at full size: counts are linear in the number of tiles."""
-    few, forward = run(w, gpu.arch, 2 * TILE)
-    many, _ = run(w, gpu.arch, 4 * TILE)
+    few, forward = run(w, gpu.arch, 2 * TILE, kind)
+    many, _ = run(w, gpu.arch, 4 * TILE, kind)
     tiles = -(-w.batch * w.tokens // TILE)
     full = []
     for a, b in zip(few, many, strict=True):
@@ -160,6 +171,45 @@ def kernels(w: Bottleneck, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
     for counts in full[-2:]:
         counts.distinct += partial / 2
     return full[:forward], full[forward:]
+
+
+def eager_times(w: Bottleneck, gpu: Gpu, kind: str) -> tuple[float, float]:
+    """Least seconds of `eager`, forward and backward, with x as residual: in its favour.
+
+    Each of its kernels takes what memory or the vendor's products take, these at 80 % of the data
+    sheet. Tensors [M, r] cost nothing where two of them fit the L2 cache.
+    """
+    m, d, r = w.batch * w.tokens, w.dim, w.bottleneck
+    size = 2 if kind == "bfloat16" else 4
+    half = 4 if kind == "float32" else 2  # what the products read and write
+    large, narrow = m * d, m * r * half
+    if 2 * narrow < gpu.l2_size:
+        narrow = 0
+    product = 2 * m * d * r / (0.8 * (gpu.vendor_fp32 if kind == "float32" else gpu.vendor))
+
+    def took(bytes_moved: float, products: int = 0) -> float:
+        return max(bytes_moved / gpu.memory, products * product)
+
+    cast = took(large * (size + half)) if size != half else 0.0
+    add = took(large * (half + 2 * size))
+    forward = [cast, took(large * half + narrow, 1), took(2 * narrow)]
+    forward += [took(large * half + narrow, 1), add]
+    backward = [cast, *[took(large * half + narrow, 1)] * 4]  # dh, dWu, dx, dWd
+    backward += [took(large * half), took(3 * narrow), took(narrow), add]  # bias, relu, bias, dx
+    return sum(forward), sum(backward)
+
+
+def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
+    """(D, r) to the worst ratio of eager's time to ours, for 32768 rows."""
+    found: dict[tuple[int, int], float] = {}
+    for d, widths in ((768, (32, 64, 128, 192, 256)), (4096, (64, 128))):
+        for r in widths:
+            w = Bottleneck("", 64, 512, d, r, cpu_batch=64)
+            ours = [sum(max(c.times(gpu).values()) for c in cs) for cs in kernels(w, gpu, kind)]
+            forward, backward = eager_times(w, gpu, kind)
+            found[d, r] = min(forward / ours[0], (forward + backward) / sum(ours))
+            print(f"{gpu.name} {kind} D {d} r {r}: {found[d, r]:.2f}", flush=True)
+    return found
 
 
 def row(w: Bottleneck, gpu: Gpu, direction: str, counts: list[Counts], floor: float) -> str:
@@ -205,7 +255,6 @@ def section() -> str:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
     text = PAGE.read_text() if PAGE.exists() else "# Performance\n\n"
     before, found, after = text.partition(HEADING)
     rest = re.search(r"^## ", after, re.MULTILINE) if found else None

@@ -1,6 +1,7 @@
 """Tables and a plot from the JSON of `pytest benches/ --benchmark-json=FILE`.
 
 python -m benches.report FILE.json...            prints the tables
+python -m benches.report --auto FILE.json...     the choice of `auto` alone, against eager
 python -m benches.report --write FILE.json...    also puts them into README.md, between the markers,
                                                  and draws docs/bench.svg
 """
@@ -17,6 +18,7 @@ from .harness import COMPILE_MODES, Row
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LOSES = 0.97  # of eager: what is below is no noise
 BASELINES = {
     "reference": ("reference",),
     "eager": ("eager",),
@@ -56,18 +58,18 @@ def ms(seconds: float) -> str:
 
 
 def op_table(rows: Sequence[Row]) -> str:
-    """A line for each op row under the default malloc; ratios under the tuned one in brackets."""
+    """A line for each op row by default; ratios with kept pages in brackets."""
 
     def key(row: Row) -> tuple[Any, ...]:
         return row.op, row.workload, row.direction, row.dtype, row.device, row.threads
 
-    by_malloc: dict[str, dict[tuple[Any, ...], Row]] = {"default": {}, "tuned": {}}
+    by_malloc: dict[str, dict[tuple[Any, ...], Row]] = {"default": {}, "kept": {}}
     for row in rows:
         by_malloc[row.malloc][key(row)] = row
-    default, tuned = by_malloc["default"] or by_malloc["tuned"], by_malloc["tuned"]
+    default, kept = by_malloc["default"] or by_malloc["kept"], by_malloc["kept"]
     lines = []
     for k, row in default.items():
-        other = tuned.get(k)
+        other = kept.get(k)
         line = [row.workload, row.direction, row.dtype, place(row)]
         if row.match != "yes":
             lines.append([*line, "-", "-", "-", "-", "-", "-", row.match])
@@ -99,10 +101,31 @@ def other_table(rows: Sequence[Row]) -> str:
             row.workload,
             row.direction,
             row.dtype,
-            f"{place(row)}, {row.malloc} malloc",
+            place(row) + (", kept pages" if row.malloc == "kept" else ""),
         )
         lines.append((*line, times, row.notes, row.match))
     return markdown(("workload", "direction", "dtype", "on", "ms", "", "match"), lines)
+
+
+def auto_table(rows: Sequence[Row]) -> str:
+    """The backend that `auto` chose, and how many times faster it is; in bold where it loses."""
+    places = sorted({place(row) for row in rows})
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    lost = cells = 0
+    for row in rows:
+        line = lines.setdefault((row.op, row.workload, row.direction, row.dtype), {})
+        eager = best(row, "eager")
+        if eager is None or row.match != "yes":
+            line[place(row)] = row.match
+            continue
+        value = eager / row.seconds["ours"]
+        cells += 1
+        lost += value < LOSES
+        text = f"**{value:.2f}**" if value < LOSES else f"{value:.2f}"
+        line[place(row)] = f"{row.backend}: {text} / {ratio(row, 'compiled')}"
+    head = ("op", "workload", "direction", "dtype", *(f"{p}: x eager / compiled" for p in places))
+    table = markdown(head, ([*k, *(v.get(p, "-") for p in places)] for k, v in lines.items()))
+    return f"{table}\n\n{lost} of {cells} below {LOSES} of eager."
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -161,9 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="update README.md and docs/bench.svg")
+    parser.add_argument("--auto", action="store_true", help="whether `auto` loses to eager")
     args = parser.parse_args()
     rows, machine = load(args.files)
-    text = f"{machine}\n\n{tables(rows)}"
+    timed = [row for row in rows if row.roof or row.match != "yes"]
+    text = f"{machine}\n\n{auto_table(timed) if args.auto else tables(rows)}"
     print(text)
     if args.write:
         readme = ROOT / "README.md"

@@ -156,6 +156,18 @@ BOTTLENECK = [
     Bottleneck("BEiT-3 large 224", tokens=197, dim=1024, cpu_batch=8, **_MWA),
     Bottleneck("BEiT-3 large 384", tokens=577, dim=1024, cpu_batch=8, **_MWA),
     Bottleneck("BERT-base Pfeiffer", 32, 512, 768, 48, cpu_batch=4),
+    *(
+        Bottleneck("BERT-base Houlsby", 32, 512, 768, r, cpu_batch=4, activation="gelu")
+        for r in (256, 384, 512)
+    ),
+    *(
+        Bottleneck("BERT-base MAM", 32, 512, 768, r, cpu_batch=4, scale=4.0, residual="other")
+        for r in (256, 384, 512)
+    ),
+    *(
+        Bottleneck("Alignment Enhancer", 128, 197, d, 4 * d, cpu_batch=2, activation="gelu")
+        for d in (768, 1024)
+    ),
     Bottleneck("LLM, D 4096", bottleneck=64, activation="silu", **_LLM),
     Bottleneck(
         "LoRA, D 4096", bottleneck=16, activation="identity", bias=False, residual="other", **_LLM

@@ -70,28 +70,10 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cpu", "portable", torch.float32): Limit(
         8, 32768, "measured: AMD EPYC (Zen 3)"),
     ("bottleneck", "cuda", "other", torch.bfloat16): Limit(
-        128, 1048576, "model"),
+        64, 262144, "model, D = 768: r 64 wins, r 256 loses"),
     ("bottleneck", "cuda", "other", torch.float16): Limit(
-        128, 1048576, "model"),
+        64, 262144, "model, D = 768: r 64 wins, r 256 loses"),
     ("bottleneck", "cuda", "other", torch.float32): Limit(
-        64, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_80", torch.bfloat16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_80", torch.float16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_80", torch.float32): Limit(
-        64, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_89", torch.bfloat16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_89", torch.float16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_89", torch.float32): Limit(
-        64, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_90", torch.bfloat16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_90", torch.float16): Limit(
-        128, 1048576, "model"),
-    ("bottleneck", "cuda", "sm_90", torch.float32): Limit(
-        64, 1048576, "model"),
+        32, 131072, "reckoned: without tensor cores arithmetic binds earlier"),
 }
 # fmt: on

@@ -44,6 +44,14 @@ def _cuda() -> str:
     return f"{torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(sorted(devices))}"
 
 
+def cpu_name() -> str:
+    """As the system has it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _library() -> Iterator[tuple[str, str]]:
     yield "path", backends.library_error or str(backends.LIBRARY)
     record = backends.LIBRARY.with_name("_build.json")
@@ -99,6 +107,7 @@ def report() -> str:
     versions = (
         ("fastadapters", __version__),
         ("python", platform.python_version()),
+        ("cpu", f"{cpu_name()}, {os.cpu_count()} cores"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("processor", _processor()),
         ("triton", _triton()),

@@ -173,8 +173,8 @@ def test_auto_knows_from_which_sizes_eager_is_faster(dtype: torch.dtype) -> None
 def test_auto_looks_at_the_wider_adapter_of_two() -> None:
     width = backends.limit("bottleneck", torch.device("cpu"), torch.float32).width
     module = MultiwayAdapter(8, 3)
-    module.text.down_proj = torch.nn.Linear(8, width + 1)
-    module.text.up_proj = torch.nn.Linear(width + 1, 8)
+    module.adaptmlp_text.down_proj = torch.nn.Linear(8, width + 1)
+    module.adaptmlp_text.up_proj = torch.nn.Linear(width + 1, 8)
     with fastadapters.backend("auto"):
         (chosen,) = fastadapters.explain(module, torch.ones(2, 5, 8), split=2)
     assert chosen.backend == "eager" and f"r = {width + 1}" in chosen.reason

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benches import (
     adaptformer,
+    crossover,
     harness,
     report,
     test_bottleneck,
@@ -22,6 +23,7 @@ from benches import (
     workloads,
 )
 from fastadapters import backends
+from fastadapters.crossover import LIMITS, Limit
 from fastadapters.modules import BottleneckAdapter
 
 MODULES = (test_bottleneck, test_cross_modal_attention, test_sequence_fusion)
@@ -86,6 +88,54 @@ def test_every_form_of_every_workload_matches(module, workload, dtype) -> None:
         for form in ("reference", "eager"):
             as_ours = case._replace(candidates={"ours": case.candidates[form]})
             assert harness.match(as_ours, cotangents) == "yes", form
+
+
+@pytest.mark.parametrize("workload", [w for m, w in KINDS if m is test_bottleneck], ids=name)
+def test_every_form_matches_under_autocast(workload: workloads.Bottleneck) -> None:
+    case = test_bottleneck.case(workload, "cpu", torch.float32)
+    case = harness.autocast(case, "cpu", torch.bfloat16)
+    out = case.candidates["ours"](**case.inputs)
+    assert out.dtype == torch.float32
+    cotangents = (torch.randn_like(out),)
+    for form in ("ours",) if workload.dropout else ("ours", "reference", "eager"):
+        as_ours = case._replace(candidates={"ours": case.candidates[form]})
+        assert harness.match(as_ours, cotangents) == "yes", form
+    rounded = case._replace(
+        candidates={"ours": lambda **tensors: case.candidates["ours"](**tensors).bfloat16().float()}
+    )
+    assert harness.match(rounded, cotangents) != "yes"
+
+
+def test_rows_under_autocast_say_so() -> None:
+    case = harness.autocast(small_case(), "cpu", torch.bfloat16)
+    row, _ = harness.run(case, training=True, device="cpu", threads=1, budget=0.0, full=False)
+    assert row.dtype == "autocast" and row.match == "yes"
+    assert {"ours", "reference", "eager"} <= row.seconds.keys()
+    assert row.bytes == 4 * sum(cost.elements for cost in case.costs)
+
+
+def test_the_limit_admits_no_point_that_loses() -> None:
+    points = {(8, 4): 2.0, (8, 64): 1.1, (8, 128): 0.9, (64, 4): 1.5, (64, 16): 1.0, (64, 32): 0.8}
+    limit = crossover.sum_up(points, "here")
+    assert limit == Limit(64, 1024, "here")
+    for (d, r), ratio in points.items():
+        assert (limit.exceeded(d, r) is None) == (ratio >= crossover.EQUAL)
+    assert crossover.sum_up({(8, 4): 0.5}, "here") == Limit(0, 0, "here")
+
+
+def test_the_table_is_as_the_script_writes_it() -> None:
+    assert crossover.render(LIMITS) == crossover.TABLE.read_text()
+    key = ("bottleneck", "cpu", "another", torch.float32)
+    text = crossover.render({**LIMITS, key: Limit(1, 2, "here")})
+    namespace: dict[str, object] = {}
+    exec(text, namespace)
+    assert namespace["LIMITS"] == {**LIMITS, key: (1, 2, "here")}
+
+
+def test_the_ratio_of_the_crossover_is_the_worst(monkeypatch) -> None:
+    times = iter([(1.0, 3.0), (1.0, 2.0), (2.0, 1.0), (1.0, 4.0)])  # ours and eager's, in turn
+    monkeypatch.setattr(crossover, "_thread_times", lambda candidates, budget: next(times))
+    assert crossover.worst_ratio(8, 4, torch.float32, 16, 0.0) == 0.5
 
 
 def test_definition_in_parts_is_the_definition() -> None:
@@ -185,13 +235,30 @@ def test_table_shows_losses_both_mallocs_and_the_best_compiled() -> None:
         "ours": 0.002, "reference": 0.006, "eager": 0.001,
         "compiled reference": 0.005, "compiled eager": 0.004,
     }  # fmt: skip
-    tuned = row({**seconds, "reference": 0.003}, malloc="tuned")
+    kept = row({**seconds, "reference": 0.003}, malloc="kept")
     skipped = row({"ours": 0.002}, workload="v", skipped={"reference": "needs about 9 GiB"})
-    text = report.tables([row(seconds), tuned, skipped])
+    text = report.tables([row(seconds), kept, skipped])
     line = text.splitlines()[4]
     for cell in ("2 (cpu)", "3.00 [1.50]", "**0.50** [**0.50**]", "2.00 [2.00]", "50% memory"):
         assert f"| {cell} |" in line
     assert "reference on v: needs about 9 GiB" in text
+
+
+def test_the_table_of_auto_marks_what_loses() -> None:
+    rows = [
+        row({"ours": 0.002, "eager": 0.003, "compiled eager": 0.001}),
+        row({"ours": 0.002, "eager": 0.0019}, threads=1),
+        row({"ours": 0.002, "eager": 0.00199}, threads=1, dtype="autocast", backend="eager"),
+        row({}, workload="v", match="output 0: an error"),
+    ]
+    lines = report.auto_table(rows).splitlines()
+    assert (
+        lines[2]
+        == "| bottleneck | w | forward | float32 | cpu: **0.95** / - | cpu: 1.50 / **0.50** |"
+    )
+    assert lines[3].endswith("| autocast | eager: 0.99 / - | - |")
+    assert "output 0: an error" in lines[4]
+    assert lines[-1] == "1 of 3 below 0.97 of eager."
 
 
 def test_report_writes_readme_and_plot(tmp_path, monkeypatch, capsys) -> None:
