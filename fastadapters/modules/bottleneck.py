@@ -115,13 +115,22 @@ class BottleneckAdapter(nn.Module):
         keep_initial_values(self)
 
     def parameters_of(self) -> functional.BottleneckParameters:
-        """What the functional form takes, LayerNorm included if it comes first."""
+        """What the functional form takes: all up to what `normalize` sees to."""
         down, up = self.down_proj, self.up_proj
         norm = self.adapter_layer_norm_before if self.layernorm == "in" else None
         return functional.BottleneckParameters(
-            down.weight, up.weight, down.bias, up.bias, self.scale,
+            down.weight, up.weight, down.bias, up.bias,
+            1.0 if self._scales_last() else self.scale,
             None if norm is None else norm.weight, None if norm is None else norm.bias,
         )  # fmt: skip
+
+    def _scales_last(self) -> bool:
+        """Whether the scale is left to `normalize`.
+
+        The LayerNorm behind it takes almost all of a learnable one's gradient away: what is left
+        is right only if the product is not rounded in between.
+        """
+        return self.layernorm == "out" and isinstance(self.scale, Tensor)
 
     def options(self) -> tuple[object, ...]:
         """What two adapters that one op runs have in common, beside the width D."""
@@ -214,8 +223,11 @@ class BottleneckAdapter(nn.Module):
 
     def normalize(self, y: Tensor) -> Tensor:
         """The LayerNorm of ``layernorm="out"``: as autocast has it, else in the dtype of y."""
-        norm = self.adapter_layer_norm_before
-        if not y.is_meta and torch.is_autocast_enabled(y.device.type):
+        norm, scale = self.adapter_layer_norm_before, self.scale
+        autocast = not y.is_meta and torch.is_autocast_enabled(y.device.type)
+        if isinstance(scale, Tensor):
+            y = y * (scale if autocast else scale.to(y.dtype))
+        if autocast:
             normed: Tensor = norm(y)
             return normed
         weight, bias = (None if t is None else t.to(y.dtype) for t in (norm.weight, norm.bias))
