@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two gloo processes: the adapters train as they do in one process."""
+"""DDP, FSDP2 and tensor parallelism on two gloo processes: adapters train as they do in one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from compare import check_all, last_bit, named
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import fastadapters
@@ -28,10 +33,31 @@ STEPS, BATCH, D = 3, 8, 24
 def build() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        BottleneckAdapter(D, 5, init="bert", layernorm="in", scale="learnable"),
+        BottleneckAdapter(D, 6, init="bert", layernorm="in", scale="learnable"),
         nn.Linear(D, D),
-        BottleneckAdapter(D, 7, init="houlsby", activation="gelu"),
+        BottleneckAdapter(D, 8, init="houlsby", activation="gelu"),
     )
+
+
+def shard(model: nn.Module, kind: str) -> nn.Module:
+    """The model on two processes; "inner" kinds have the adapters' own layers sharded."""
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    adapters = [layer for layer in model if isinstance(layer, BottleneckAdapter)]
+    if kind == "inner tensor parallel":
+        plan = {"down_proj": ColwiseParallel(), "up_proj": RowwiseParallel()}
+        for adapter in adapters:
+            parallelize_module(adapter, mesh, plan)
+        return model
+    if kind == "inner fsdp2":
+        for adapter in adapters:
+            fully_shard(adapter.down_proj, mesh=mesh)
+            fully_shard(adapter.up_proj, mesh=mesh)
+    else:
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def train(model: nn.Module, batches: Tensor) -> list[Tensor]:
@@ -48,17 +74,16 @@ def worker(rank: int, port: int, kind: str, backend: str, path: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = build()
-    if kind == "ddp":
-        model = DistributedDataParallel(model)
-    else:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in model:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    model = shard(build(), kind)
     batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(1))
+    if kind != "inner tensor parallel":
+        batches = batches.chunk(2, dim=1)[rank]
     with fastadapters.backend(backend):
-        parameters = train(model, batches.chunk(2, dim=1)[rank])
+        parameters = train(model, batches)
+        decisions = fastadapters.explain(model, batches[0])
+        ran = "layers" if kind.startswith("inner") else backends.resolve("bottleneck", batches)
+    if {decision.backend for decision in decisions} != {ran}:
+        os._exit(1)
     if rank == 0:
         torch.save(parameters, path)
     dist.barrier()
@@ -66,8 +91,12 @@ def worker(rank: int, port: int, kind: str, backend: str, path: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+KINDS = [(kind, backend) for kind in ("ddp", "fsdp2") for backend in BACKENDS] + [
+    (kind, "auto") for kind in ("inner fsdp2", "inner tensor parallel")
+]
+
+
+@pytest.mark.parametrize(("kind", "backend"), KINDS)
 def test_two_processes_train_like_one(kind: str, backend: str, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("localhost", 0))
