@@ -112,6 +112,12 @@ def as_halved(layer: nn.Module) -> None:
     layer.__class__ = Halved
 
 
+def without_parameter(layer: nn.Module) -> None:
+    weight = layer.weight.detach() / 2
+    del layer.weight
+    layer.weight = weight
+
+
 ALTERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "LoRA down": replace("down_proj", LoRA),
     "LoRA up": replace("up_proj", LoRA),
@@ -124,6 +130,10 @@ ALTERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "8 bits": on("up_proj", quantize),
     "subclass": on("down_proj", as_halved),
     "instance's forward": on("down_proj", halve_forward),
+    "a weight that is no parameter": on("up_proj", without_parameter),
+    "norm without weight": replace(
+        "adapter_layer_norm_before", lambda norm: nn.LayerNorm(D, elementwise_affine=False)
+    ),
     "norm's forward": on("adapter_layer_norm_before", halve_forward),
     "norm's hook": hooked(
         "adapter_layer_norm_before", "register_forward_hook", lambda m, args, y: 2 * y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +117,15 @@ class BottleneckAdapter(nn.Module):
 
     def parameters_of(self) -> functional.BottleneckParameters:
         """What the functional form takes: all up to what `normalize` sees to."""
-        down, up = self.down_proj, self.up_proj
-        norm = self.adapter_layer_norm_before if self.layernorm == "in" else None
+        layers: dict[str, Any] = self._modules  # past nn.Module.__getattr__, which takes long
+        down, up = layers["down_proj"]._parameters, layers["up_proj"]._parameters
+        norm_weight = norm_bias = None
+        if self.layernorm == "in":
+            norm = layers["adapter_layer_norm_before"]._parameters
+            norm_weight, norm_bias = norm["weight"], norm["bias"]
         return functional.BottleneckParameters(
-            down.weight, up.weight, down.bias, up.bias,
-            1.0 if self._scales_last() else self.scale,
-            None if norm is None else norm.weight, None if norm is None else norm.bias,
+            down["weight"], up["weight"], down["bias"], up["bias"],
+            1.0 if self._scales_last() else self.scale, norm_weight, norm_bias,
         )  # fmt: skip
 
     def _scales_last(self) -> bool:
@@ -151,18 +155,16 @@ class BottleneckAdapter(nn.Module):
 
     def why_called(self, x: Tensor, residual: Tensor | None) -> str | None:
         """Why the layers must be called on x; None where the op does all that they do."""
-        return (
+        layers: dict[str, Any] = self._modules
+        reason = (
             why_all_called(x=x, residual=residual, scale=self.scale)
-            or why_called("down_proj", self.down_proj)
-            or why_called("up_proj", self.up_proj)
-            or (
-                None
-                if self.layernorm is None
-                else why_called(
-                    "adapter_layer_norm_before", self.adapter_layer_norm_before, nn.LayerNorm
-                )
-            )
+            or why_called("down_proj", layers["down_proj"])
+            or why_called("up_proj", layers["up_proj"])
         )
+        if reason is None and self.layernorm is not None:
+            name = "adapter_layer_norm_before"
+            reason = why_called(name, layers[name], nn.LayerNorm)
+        return reason
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, add_residual: bool | None = None
@@ -186,18 +188,20 @@ class BottleneckAdapter(nn.Module):
         after = self.layernorm == "out"
         if after:
             check_residual(residual, x)
-        p = self.parameters_of()
+        down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias = (
+            self.parameters_of()
+        )
         y = functional.bottleneck(
             x,
-            p.down_weight,
-            p.up_weight,
-            down_bias=p.down_bias,
-            up_bias=p.up_bias,
+            down_weight,
+            up_weight,
+            down_bias=down_bias,
+            up_bias=up_bias,
             activation=self.activation,
-            scale=p.scale,
+            scale=scale,
             residual=None if after else residual,
-            norm_weight=p.norm_weight,
-            norm_bias=p.norm_bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
             norm_eps=self.norm_eps,
             dropout=self.dropout,
             training=self.training,

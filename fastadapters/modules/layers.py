@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Proxy, Tracer
-from torch.nn.modules import module as registry
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 # Tensors that are nothing else; the last two stand for such while PyTorch traces.
 _TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
@@ -34,41 +37,42 @@ _FORWARDS: dict[type[nn.Module], object] = {
     )
 }
 
+_WEIGHTED = frozenset((nn.Linear, NonDynamicallyQuantizableLinear, nn.LayerNorm))
+
 
 def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | None:
     """Why ``layer`` must be called; None where ``kind`` and its parameters say all that it does."""
     state = layer.__dict__
     parameters = state["_parameters"]
-    reason = None
-    if type(layer) is not kind:
-        reason = f"is a {type(layer).__module__}.{type(layer).__qualname__}"
-    elif "forward" in state or kind.forward is not _FORWARDS.get(kind, kind.forward):
-        reason = "has another forward than its class"
-    elif (
+    hooks = (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-    ):
+    )
+    if type(layer) is not kind:
+        reason = f"is a {type(layer).__module__}.{type(layer).__qualname__}"
+    elif "forward" in state or kind.forward is not _FORWARDS.get(kind, kind.forward):
+        reason = "has another forward than its class"
+    elif hooks:
         reason = "has hooks"
+    elif kind in _WEIGHTED and (parameters.get("weight") is None or "bias" not in parameters):
+        reason = "has no weight, or one that is no parameter"
     else:
-        for key in parameters:
-            if type(parameters[key]) not in _PARAMETERS:
-                reason = f"has a {type(parameters[key]).__name__} as {key}"
-    return None if reason is None else f"{name} {reason}: its own forward is called"
+        for t in parameters.values():
+            if type(t) not in _PARAMETERS:
+                reason = f"has a {type(t).__name__} as parameter"
+                break
+        else:
+            return None
+    return f"{name} {reason}: its own forward is called"
 
 
 def why_all_called(**tensors: object) -> str | None:
     """Why no layer may be passed over, whatever it is; ``tensors`` are what they would work on."""
-    if (
-        registry._global_forward_hooks
-        or registry._global_forward_pre_hooks
-        or registry._global_backward_hooks
-        or registry._global_backward_pre_hooks
-    ):
+    if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return "there are hooks on all modules: each layer's own forward is called"
-    for name in tensors:
-        t = tensors[name]
+    for name, t in tensors.items():
         if type(t) not in _PARAMETERS and isinstance(t, (Tensor, Proxy)):
             return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
     return None
