@@ -121,7 +121,7 @@ def this_cpu(dtypes: Iterable[torch.dtype], budget: float) -> dict[Key, Limit]:
     torch.set_num_threads(1)
     source = f"measured: {cpu_name()}, PyTorch {torch.__version__}"
     return {
-        ("bottleneck", "cpu", backends.CPU_ISAS[dtype], dtype): sum_up(
+        ("bottleneck", "cpu", backends.architecture(torch.device("cpu"), dtype), dtype): sum_up(
             measure(dtype, budget), source
         )
         for dtype in dtypes

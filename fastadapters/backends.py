@@ -80,15 +80,14 @@ def has_kernel(op: str, key: str) -> bool:
 
 
 def _cpu_isas() -> dict[torch.dtype, str]:
-    """The instruction set of the CPU kernels, for each dtype."""
+    """For each dtype, the instruction set of the CPU kernels and why: "avx2: the best ..."."""
     if library_error is not None:
         return {}
     library = ctypes.CDLL(str(LIBRARY))
-    library.fastadapters_cpu_isa.restype = ctypes.c_char_p
-    isa = library.fastadapters_cpu_isa().decode()
-    only_bf16 = isa in ("amx", "avx512_bf16")
+    library.fastadapters_cpu_isa_for.restype = ctypes.c_char_p
     return {
-        dtype: "avx512" if only_bf16 and dtype != torch.bfloat16 else isa for dtype in FUSED_DTYPES
+        dtype: library.fastadapters_cpu_isa_for(code).decode()
+        for code, dtype in enumerate(FUSED_DTYPES)
     }
 
 
@@ -98,7 +97,7 @@ CPU_ISAS = _cpu_isas()
 def architecture(device: torch.device, dtype: torch.dtype) -> str:
     """The instruction set or the architecture that decides, such as avx2 or sm_90."""
     if device.type == "cpu":
-        return CPU_ISAS[dtype]
+        return CPU_ISAS[dtype].partition(":")[0]
     if torch.version.hip:
         return "amd"
     major, minor = torch.cuda.get_device_capability(device)

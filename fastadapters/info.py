@@ -18,16 +18,6 @@ from . import __version__, backends
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
 
 
-def _processor() -> str:
-    """The CPU's name where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
-
-
 def _triton() -> str:
     try:
         return importlib.metadata.version("triton")
@@ -63,12 +53,10 @@ def _library() -> Iterator[tuple[str, str]]:
         for note in notes:
             yield "note", note
     if backends.library_error is None:
-        library = ctypes.CDLL(str(backends.LIBRARY))
-        library.fastadapters_cpu_isa_for.restype = ctypes.c_char_p
-        library.fastadapters_cpu_isas.restype = ctypes.c_char_p
-        for code, dtype in enumerate(backends.FUSED_DTYPES):
-            isa = library.fastadapters_cpu_isa_for(code).decode()
+        for dtype, isa in backends.CPU_ISAS.items():
             yield f"cpu isa, {str(dtype).removeprefix('torch.')}", isa
+        library = ctypes.CDLL(str(backends.LIBRARY))
+        library.fastadapters_cpu_isas.restype = ctypes.c_char_p
         yield "cpu isas here", library.fastadapters_cpu_isas().decode().replace(",", " ")
 
 
@@ -109,7 +97,6 @@ def report() -> str:
         ("python", platform.python_version()),
         ("cpu", f"{cpu_name()}, {os.cpu_count()} cores"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("processor", _processor()),
         ("triton", _triton()),
         ("cuda", _cuda()),
     )
