@@ -32,9 +32,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "sequence_fusion": (),
 }
 
-# The backends whose kernels take fp32 storage beside 16-bit products.
-MIXED: tuple[str, ...] = ("cpu", "triton")
-
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 

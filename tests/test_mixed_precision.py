@@ -9,11 +9,7 @@ from torch import Tensor
 
 from fastadapters import backends, functional
 
-BACKENDS = [
-    name
-    for name, problem in backends.status().items()
-    if problem is None and (name == "eager" or name in backends.MIXED)
-]
+BACKENDS = [n for n, problem in backends.status().items() if problem is None and n != "reference"]
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -5,7 +5,7 @@
 
 namespace fastadapters::cuda {
 
-// value = activation(z); in backward also gradient *= its derivative.
+// value = activation(z); in backward also gradient *= its derivative, of which relu's selects.
 template <bool kBackward, int kN>
 __device__ __forceinline__ void activate(Activation activation, const float (&z)[2][kN][4],
                                          float (&value)[2][kN][4], float (&gradient)[2][kN][4]) {
@@ -21,14 +21,22 @@ __device__ __forceinline__ void activate(Activation activation, const float (&z)
   const auto gated = [&](float a, float b) {
     each([=](float z) -> float2 {
       const float gate = 1 / (1 + expf(-z * (a + b * z * z)));
-      return {z * gate, gate + z * gate * (1 - gate) * (a + 3 * b * z * z)};
+      // Far out the gate is 0 or 1, and z^2 may be infinite.
+      const float slope = z * gate * (1 - gate) * (a + 3 * b * z * z);
+      return {z * gate, fabsf(z) < 128 ? gate + slope : gate};
     });
   };
   switch (activation) {
     case Activation::identity:
       return each([](float z) -> float2 { return {z, 1}; });
     case Activation::relu:
-      return each([](float z) -> float2 { return {z < 0 ? 0 : z, z > 0 ? 1.0f : 0.0f}; });
+#pragma unroll
+      for (int i = 0; i < 8 * kN; ++i) {
+        const float at = (&z[0][0][0])[i];
+        (&value[0][0][0])[i] = at < 0 ? 0 : at;
+        if (kBackward && !(at > 0)) (&gradient[0][0][0])[i] = 0;
+      }
+      return;
     case Activation::gelu:
       return each([](float z) -> float2 {
         const float cdf = 0.5f + 0.5f * erff(0.707106781f * z);

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "../tensors.h"
 #include "tensors.cuh"
 
@@ -28,26 +31,29 @@ struct Device {
   int processors = 1, shared_per_block = 0, shared_per_processor = 0;
 };
 
-inline cudaError_t current_device(Device* device) {
+inline void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("fastadapters: CUDA: ") + cudaGetErrorString(error));
+}
+
+inline Device current_device() {
   int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, id);
+  check(cudaGetDevice(&id));
+  const auto get = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, id));
+    return value;
   };
-  get(&device->processors, cudaDevAttrMultiProcessorCount);
-  get(&device->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(&device->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return error;
+  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
 template <class P>
-cudaError_t launch(void (*kernel)(P), dim3 grid, int threads, int shared, cudaStream_t stream,
-                   const P& parameters) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
+void launch(void (*kernel)(P), dim3 grid, int threads, int shared, cudaStream_t stream,
+            const P& parameters) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<grid, threads, shared, stream>>>(parameters);
-  return cudaGetLastError();
+  check(cudaGetLastError());
 }
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }

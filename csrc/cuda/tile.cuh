@@ -1,4 +1,4 @@
-// Tiles in shared memory: loading, multiplying and storing them.
+// Tiles in shared memory: loading and storing them.
 //
 // A panel is a few rows of 128 bytes, one line of global memory each. Its 16-byte segments are
 // permuted within each row so that every access below, by rows, by columns or by fragments of a
@@ -76,6 +76,13 @@ struct Float32 {
     mma_tf32(c, a, b);
   }
 };
+
+// fp32 as stored, however it is multiplied.
+using Full = Float32<false>;
+
+// Panels side by side that hold as many columns of S as one panel holds of E.
+template <class E, class S>
+constexpr int kPanels = int(sizeof(typename S::T) / sizeof(typename E::T));
 
 // Two neighbouring elements, as fp32.
 template <class E>
@@ -178,7 +185,7 @@ __device__ __forceinline__ void load_panel(char* panel, int rows, int bytes, boo
   }
 }
 
-// The reverse, in whole lines where they are whole.
+// The reverse, of kRows rows, in whole lines where they are whole.
 template <class T, class Row>
 __device__ __forceinline__ void store_panel(const char* panel, int rows, int bytes, bool aligned,
                                             Row row) {
@@ -208,166 +215,28 @@ __device__ __forceinline__ void store_panel(const char* panel, int rows, int byt
   }
 }
 
-// One operand of a product: panels `stride` bytes apart. If kTransposed, a row of the panels is one
-// value of the summed index; else a row is one row of the result (or one column, for the right
-// operand). `origin`: the warp's first row or column of the result.
-struct Operand {
-  const char* panels;
-  int stride;
-  int origin;
-};
+// A chunk of rows stored as S: as many columns as a panel holds of E, with zeros beyond `dim`. Its
+// panels lie side by side; the rest as in load_panel and store_panel.
+template <class E, class S, class Row>
+__device__ __forceinline__ void load_chunk(char* panels, int rows, int chunk, int dim, bool aligned,
+                                           Row row) {
+#pragma unroll
+  for (int i = 0; i < kPanels<E, S>; ++i) {
+    const int begin = (chunk * kPanels<E, S> + i) * kLine;
+    load_panel<typename S::T, kRows>(panels + i * kPanel, rows,
+                                     dim * int(sizeof(typename S::T)) - begin, aligned,
+                                     [&](int j) { return row(j) + begin; });
+  }
+}
 
-// acc += a b over kSteps times 32 bytes of the summed index where rows hold it, the same number of
-// elements where columns do. `shift` is subtracted from the rows of an untransposed fp32 `a`.
-//
-// An origin is a multiple of the warp's extent, so a segment's number is a sum without carries of a
-// part that depends on the lane, permuted once, and a constant: `^` adds them.
-template <class E, int kSteps, bool kTransposedA, bool kTransposedB, int kM, int kN>
-__device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], Operand a, Operand b,
-                                         const float (&shift)[kM][2]) {
-  constexpr int kSize = sizeof(typename E::T);
-  constexpr int kDepth = 32 / kSize;  // elements of the summed index in a step
-  const int lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-  if constexpr (E::kTensorCore) {
-    const int row = lane % 8, first = lane / 8 % 2, second = lane / 16;
-    const char *left_row, *right_row;
-    int left_segment, right_segment;
-    // Transposed fp32 goes element by element, its rows pair and pair + 4.
-    const auto element_row = [&](Operand o, int* segment) {
-      const int column = o.origin % (kLine / 4) + group;
-      *segment = (column / 4 ^ permute(pair)) << 4;
-      return o.panels + o.origin / (kLine / 4) * o.stride + pair * kLine + column % 4 * 4;
-    };
-    if constexpr (!kTransposedA) {
-      left_row = a.panels + (a.origin + 8 * first + row) * kLine;
-      left_segment = (second ^ permute(row)) << 4;
-    } else if constexpr (kSize == 2) {
-      left_row = a.panels + (8 * second + row) * kLine;
-      left_segment = ((a.origin / 8 + first) ^ permute(row)) << 4;
-    } else {
-      left_row = element_row(a, &left_segment);
-    }
-    if constexpr (!kTransposedB) {
-      right_row = b.panels + (b.origin + 8 * second + row) * kLine;
-      right_segment = (first ^ permute(row)) << 4;
-    } else if constexpr (kSize == 2) {
-      right_row = b.panels + (8 * first + row) * kLine;
-      right_segment = ((b.origin / 8 + second) ^ permute(row)) << 4;
-    } else {
-      right_row = element_row(b, &right_segment);
-    }
+template <class E, class S, class Row>
+__device__ __forceinline__ void store_chunk(const char* panels, int rows, int chunk, int dim,
+                                            bool aligned, Row row) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int along_row = 32 * step % kLine;  // of a summed index that rows hold
-      uint32_t left[kM][4], right[kN][2];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        if constexpr (!kTransposedA) {
-          load_matrices<false>(left[m], left_row + 32 * step / kLine * a.stride + 16 * m * kLine +
-                                            (along_row ^ left_segment));
-          if constexpr (kSize == 4) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              left[m][i] = to_tf32(__uint_as_float(left[m][i]) - shift[m][i % 2]);
-            }
-          }
-        } else if constexpr (kSize == 2) {
-          load_matrices<true>(left[m],
-                              left_row + kDepth * step * kLine + ((2 * m * 16) ^ left_segment));
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int constant = (4 * m + i % 2 * 2) * 16 ^ permute(i / 2 * 4) * 16;
-            left[m][i] = to_tf32(*reinterpret_cast<const float*>(
-                left_row + (kDepth * step + i / 2 * 4) * kLine + (constant ^ left_segment)));
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        uint32_t four[4];
-        if constexpr (!kTransposedB) {
-          load_matrices<false>(four, right_row + 32 * step / kLine * b.stride + 8 * n * kLine +
-                                         (along_row ^ right_segment));
-        } else if constexpr (kSize == 2) {
-          load_matrices<true>(four, right_row + kDepth * step * kLine + ((n * 16) ^ right_segment));
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int constant = (2 * n + i / 2 * 2) * 16 ^ permute(i % 2 * 4) * 16;
-            four[i] = *reinterpret_cast<const uint32_t*>(
-                right_row + (kDepth * step + i % 2 * 4) * kLine + (constant ^ right_segment));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          right[n + i / 2][i % 2] = kSize == 4 ? to_tf32(__uint_as_float(four[i])) : four[i];
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) E::mma(acc[m][n], left[m], right[n]);
-      }
-    }
-  } else {
-    // Four values of the summed index at a time, in the accumulators of the matrix instruction.
-    // Sums of their own for each call make the chains of additions shorter, and so the errors
-    // smaller.
-    float sums[kM][kN][4] = {};
-    const auto at = [](Operand o, int row, int column) {
-      return o.panels + byte_offset(o.stride, row, 4 * column);
-    };
-#pragma unroll 2
-    for (int k = 0; k < kSteps * kDepth; k += 4) {
-      float left[kM][2][4], right[kN][2][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int index = a.origin + 16 * m + 8 * half + group;
-          if constexpr (!kTransposedA) {
-            load_segment<E>(at(a, index, k), left[m][half]);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) left[m][half][e] -= shift[m][half];
-          } else {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              left[m][half][e] = *reinterpret_cast<const float*>(at(a, k + e, index));
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int index = b.origin + 8 * n + 2 * pair;
-        if constexpr (!kTransposedB) {
-          load_segment<E>(at(b, index, k), right[n][0]);
-          load_segment<E>(at(b, index + 1, k), right[n][1]);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float2 v = load_pair<E>(at(b, k + e, index));
-            right[n][0][e] = v.x, right[n][1][e] = v.y;
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int n = 0; n < kN; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              sums[m][n][i] = fmaf(left[m][i / 2][e], right[n][i % 2][e], sums[m][n][i]);
-            }
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kM * kN * 4; ++i) (&acc[0][0][0])[i] += (&sums[0][0][0])[i];
+  for (int i = 0; i < kPanels<E, S>; ++i) {
+    const int begin = (chunk * kPanels<E, S> + i) * kLine;
+    store_panel<typename S::T>(panels + i * kPanel, rows, dim * int(sizeof(typename S::T)) - begin,
+                               aligned, [&](int j) { return row(j) + begin; });
   }
 }
 

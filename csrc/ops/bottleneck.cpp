@@ -54,33 +54,21 @@ void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
 
 #ifdef FASTADAPTERS_CUDA
 template <class Op>
-void run_cuda(const Op& args, const Tensor& x, int64_t (*workspace)(const Op*),
-              int (*launch)(const Op*, bool, void*, void*)) {
-  CudaStream stream(x);
-  int64_t bytes = workspace(&args);
-  Tensor space = empty(x, {bytes / 4}, ScalarType::Float);
-  int error = launch(&args, args.dtype == Dtype::float32 && allow_tf32(),
-                     bytes ? space.mutable_data_ptr() : nullptr, stream.get());
-  STD_TORCH_CHECK(error == 0, "fastadapters: the CUDA kernels for D = ", args.dim,
-                  ", r = ", args.bottleneck,
-                  " were not launched: ", fastadapters_cuda_error_string(error));
-}
-#endif
-
-#ifdef FASTADAPTERS_CUDA
-void check_supported(const Bottleneck& args) {
-  STD_TORCH_CHECK(args.x_dtype == args.dtype && args.out_dtype == args.dtype,
-                  "these kernels take one dtype for all");
-  STD_TORCH_CHECK(args.x.data || !args.count(), "these kernels need x");
+void run_cuda(const Op& args, const Tensor& like, int64_t (*workspace)(const Op&),
+              void (*launch)(const Op&, bool, void*, void*)) {
+  STD_TORCH_CHECK(args.x.data || !args.count(), "x: expected values, for z is made of them anew");
+  CudaStream stream(like);
+  int64_t bytes = workspace(args);
+  Tensor space = empty(like, {bytes / 4}, ScalarType::Float);
+  launch(args, args.dtype == Dtype::float32 && allow_tf32(),
+         bytes ? space.mutable_data_ptr() : nullptr, stream.get());
 }
 #endif
 
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
-    check_supported(args);
-    return run_cuda(args, x, &fastadapters_bottleneck_forward_cuda_workspace,
-                    &fastadapters_bottleneck_forward_cuda);
+    return run_cuda(args, x, &cuda::bottleneck_forward_workspace, &cuda::bottleneck_forward);
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
@@ -91,9 +79,7 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
-    check_supported(args);
-    return run_cuda(args, x, &fastadapters_bottleneck_backward_cuda_workspace,
-                    &fastadapters_bottleneck_backward_cuda);
+    return run_cuda(args, x, &cuda::bottleneck_backward_workspace, &cuda::bottleneck_backward);
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION

@@ -213,14 +213,6 @@ def bottleneck(
     )  # fmt: skip
     r, d = down_weight.shape
     name = backends.resolve("bottleneck", x, backends.Problem(d, r, dtype, out, others))
-    if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
-        with without_autocast(x):
-            y = bottleneck(
-                x.to(dtype), down_weight, up_weight, down_bias=down_bias, up_bias=up_bias,
-                activation=activation, scale=scale, norm_weight=norm_weight, norm_bias=norm_bias,
-                norm_eps=norm_eps, dropout=dropout, training=training,
-            )  # fmt: skip
-        return y.to(out) if residual is None else residual + y
     if name in PLAIN:
         seed, dropout = plain_dropout(x, dropout, training)
         side = BottleneckParameters(

@@ -21,7 +21,6 @@ from .arguments import (
     plain_dropout,
     readable,
     saves,
-    without_autocast,
 )
 from .bottleneck import (
     BottleneckParameters,
@@ -89,10 +88,6 @@ def multiway_bottleneck(
     r = max(first.down_weight.shape[0], second.down_weight.shape[0])
     problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *first, *second))
     name = backends.resolve("bottleneck", x, problem)
-    if name not in (*PLAIN, *backends.MIXED) and not x.dtype == dtype == out:
-        with without_autocast(x):
-            y = multiway_bottleneck(x.to(dtype), split, first, second, **options)
-        return y.to(out) if residual is None else residual + y
     if name in PLAIN:
         del options["training"]
         halves = []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import device
@@ -15,26 +18,34 @@ from fastadapters.ops import bottleneck, multiway
 
 NAMESPACE = "fastadapters_simulated"
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = CSRC / "cuda" / "bottleneck" / "bottleneck.cu"
-ARCHITECTURES = (80, 90)
+KERNELS = sorted((CSRC / "cuda").rglob("*.cu"))
+ARCHITECTURES = (80, 90)  # which run the same code, with shared memory of their own
 NVCC = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
-def compile_once(command: list[str], name: str) -> pathlib.Path:
+def compile_once(
+    command: list[str], name: str, inputs: Iterable[pathlib.Path] = ()
+) -> pathlib.Path:
     """Runs a compiler, once for what goes into it; the path of the object or library."""
 
     def make(target: str) -> None:
         subprocess.run([*command, "-o", target], check=True)
 
-    return build(name, command, [p for p in CSRC.rglob("*.*") if p.is_file()], make)
+    return build(name, command, inputs, make)
+
+
+def compile_source(command: list[str], source: pathlib.Path, suffix: str = "") -> pathlib.Path:
+    """The object of a file of csrc/."""
+    name = "-".join(source.relative_to(CSRC).with_suffix("").parts) + suffix
+    cuda = source.suffix == ".cu"
+    headers = [p for p in CSRC.rglob("*.*h") if not (cuda and p.is_relative_to(CSRC / "cpu"))]
+    return compile_once([*command, "-c", str(source)], f"{name}.o", [*headers, source])
 
 
 @functools.cache
 def load() -> Any:
     """torch.ops.fastadapters_simulated; calls are for inside ``device.simulate``."""
     root = pathlib.Path(torch.__file__).parent
-    codes = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ARCHITECTURES]
-    kernels = compile_once([*NVCC, *codes, "-c", str(KERNELS)], "ptx.o")
     defines = {
         "FASTADAPTERS_CUDA": 1,
         "FASTADAPTERS_SIMULATION": 1,
@@ -43,11 +54,13 @@ def load() -> Any:
     }
     command = ["g++", "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
-    command += [f"-I{root / 'include'}", "-c"]
-    sources = sorted((CSRC / "ops").glob("*.cpp"))
-    ops = [str(compile_once([*command, str(s)], f"ops-{s.stem}.o")) for s in sources]
+    command += [f"-I{root / 'include'}"]
+    sources = {s: [*NVCC, "-gencode=arch=compute_80,code=compute_80"] for s in KERNELS}
+    sources |= {s: command for s in sorted((CSRC / "ops").glob("*.cpp"))}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = pool.map(lambda s: str(compile_source(sources[s], s)), sources)
     runtime = ["-cudart", "shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = compile_once(["nvcc", "-shared", str(kernels), *ops, *runtime], "cuda.so")
+    library = compile_once(["nvcc", "-shared", *objects, *runtime], "cuda.so")
     schemas = bottleneck.define(NAMESPACE)
     multiway.define(schemas, ("CPU",))
     load.library = schemas  # the schemas live as long as this

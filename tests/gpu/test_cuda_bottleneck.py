@@ -15,12 +15,14 @@ import device
 import pytest
 import test_multiway
 import torch
-from bottleneck_cases import Case, check_backend, option_cases
+from bottleneck_cases import Case, check_backend, mixed_cases, option_cases
 from compare import check_all
 from schedules import check_schedules
 from torch import Tensor
 
 from fastadapters import backends, ops
+from fastadapters.cuda_limits import cuda_fits
+from fastadapters.ops.bottleneck import DTYPE_CODES
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,18 +64,36 @@ LAYOUTS = [
 ]
 
 
+MIXED = [
+    *mixed_cases(BF16),
+    *mixed_cases(FP16),
+    Case(rows=(70,), d=130, r=70, dtype=BF16, x_dtype=FP32, norm="both", scale="learnable"),
+    Case(rows=(5,), d=7, r=3, dtype=FP16, x_dtype=FP32, activation="silu"),
+    Case(rows=(0,), d=64, r=8, dtype=BF16, x_dtype=FP32),
+]
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("case", [*OPTIONS, *SHAPES, *LAYOUTS], ids=str)
 def test_matches_reference(case: Case, arch: int) -> None:
     check_schedules(case, "cuda", arch)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_layer_norm_far_from_zero(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_mixed_precision(case: Case) -> None:
+    """x or y in fp32 around 16-bit products."""
+    check_schedules(case, "cuda", 80)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"), [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32)], ids=str
+)
+def test_layer_norm_far_from_zero(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     """Folded LayerNorm is as accurate as the reference when the mean dwarfs the deviation."""
-    case = Case(rows=(70,), d=200, r=40, dtype=dtype, activation="gelu", norm="both")
+    wide = None if x_dtype == dtype else x_dtype
+    case = Case(rows=(70,), d=200, r=40, dtype=dtype, x_dtype=wide, activation="gelu", norm="both")
     tensors = bottleneck_cases.inputs(case)
-    tensors["x"] = (tensors["x"].float() + 20).to(dtype)
+    tensors["x"] = (tensors["x"].float() + 20).to(x_dtype)
     with device.simulate(80):
         out = bottleneck_cases.run(case, tensors, "cuda")
     check_all(out, bottleneck_cases.reference_pair(case, tensors))
@@ -173,56 +193,78 @@ def test_schedules_give_equal_bits(arch: int) -> None:
             assert torch.equal(other[name], t), name
 
 
+TRAFFIC = [  # D, dtypes of x and y, whether the residual is x
+    (768, BF16, BF16, True),
+    (1024, BF16, BF16, True),
+    (768, FP32, FP32, True),
+    (768, FP32, BF16, False),
+    (768, BF16, FP32, False),
+]
+
+
 @ARCHITECTURES
-@pytest.mark.parametrize("d", [768, 1024])
-def test_traffic(d: int, arch: int, simulated: Any) -> None:
+@pytest.mark.parametrize(("d", "x_dtype", "y_dtype", "add_x"), TRAFFIC, ids=str)
+def test_traffic(
+    d: int, x_dtype: torch.dtype, y_dtype: torch.dtype, add_x: bool, arch: int, simulated: Any
+) -> None:
     """x and dy come in once, and again what shared memory has not kept; y and dx go out once."""
     m, r = 256, 64
     gen = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
+    x, dy = (torch.randn(m, d, generator=gen).to(dtype) for dtype in (x_dtype, y_dtype))
     down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
     biases = torch.zeros(r, dtype=BF16), torch.zeros(d, dtype=BF16)
-    weights = (
-        down,
-        biases[0],
-        up,
-        biases[1],
-        None,
-        None,
-        None,
-        None,
-        0.5,
-        1e-5,
-        0.0,
-        1,
-        1,
-        1,
-        True,
-    )
+    dtypes = DTYPE_CODES[BF16], DTYPE_CODES[y_dtype]
+    weights = (down, biases[0], up, biases[1], *[None] * 4, 0.5, 1e-5, 0.0, 1, *dtypes, add_x)
     with device.simulate(arch) as run:
         y, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)
-    forward, backward, gradients, _ = run.launches
-    size, tiles = x.nbytes, m // 64
-    for report, once, tail, out in ((forward, None, x, y), (backward, x, dy, dx)):
-        assert size <= report.traffic(tail).read < 1.75 * size
-        assert once is None or report.traffic(once).read == size
-        assert report.traffic(out).written == report.traffic(out).written_unique == size
+    forward, backward, *gradients, _ = run.launches
+    tiles = m // 64
+    for report, tail, out in ((forward, x, y), (backward, dy, dx)):
+        again = 0.75 if add_x else 0.0
+        assert tail.nbytes <= report.traffic(tail).read <= (1 + again) * tail.nbytes
+        assert report.traffic(out).written == report.traffic(out).written_unique == out.nbytes
         for t in (x, dy, y, dx):
             traffic = report.traffic(t)
             assert traffic.partial_read_lines == traffic.partial_written_lines == 0
         assert report.traffic(up).read == tiles * up.nbytes
-        assert report.traffic(down).read == tiles * down.nbytes * (2 if once is x else 1)
+        assert report.traffic(down).read == tiles * down.nbytes * (2 if out is dx else 1)
         assert report.conflict_ratio == 1.0
         assert report.count("mma.sync") > 0
-    assert gradients.traffic(x).read == gradients.traffic(dy).read == size
-    assert gradients.conflict_ratio == 1.0
+    assert backward.traffic(x).read == x.nbytes
+    assert sum(g.traffic(x).read for g in gradients) == x.nbytes
+    assert sum(g.traffic(dy).read for g in gradients) == dy.nbytes
+    assert all(g.conflict_ratio == 1.0 for g in gradients)
 
 
-def test_too_wide_for_shared_memory() -> None:
-    case = Case(rows=(5,), d=64, r=4096, dtype=BF16)
-    with device.simulate(80), pytest.raises(RuntimeError, match=r"r = 4096.*not launched"):
-        bottleneck_cases.run(case, bottleneck_cases.inputs(case), "cuda")
+LIMITS = [
+    Case(rows=(5,), d=40, dtype=BF16),
+    Case(rows=(5,), d=40, dtype=BF16, norm="both"),
+    Case(rows=(5,), d=40, dtype=FP16, x_dtype=FP32, norm="both"),
+    Case(rows=(5,), d=40, dtype=BF16, residual="other", residual_dtype=FP32),
+    Case(rows=(5,), d=40, dtype=FP32),
+]
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("case", LIMITS, ids=str)
+def test_largest_r(case: Case, arch: int) -> None:
+    """The launchers take what `cuda_fits` says, in forward and backward, and refuse the next."""
+
+    def fits(r: int) -> bool:
+        dtypes = (case.dtype, case.x_dtype or case.dtype, case.out_dtype)
+        return cuda_fits(r, *dtypes, divmod(arch, 10), norm=case.norm != "none")
+
+    largest = max(r for r in range(0, 4096, 64) if fits(r))
+    for r in (largest, largest + 1):
+        sample = replace(case, r=r)
+        tensors = bottleneck_cases.inputs(sample)
+        with device.simulate(arch):
+            if fits(r):
+                bottleneck_cases.run(sample, tensors, "cuda")
+                continue
+            with pytest.raises(RuntimeError, match=f"r = {r} is too large.* bytes of shared"):
+                bottleneck_cases.run(sample, tensors, "cuda")
 
 
 def mutated_cases(dtype: torch.dtype) -> list[Case]:
@@ -238,10 +280,10 @@ def mutated_cases(dtype: torch.dtype) -> list[Case]:
 
 
 KERNELS = {
-    "forward": (BF16, "data_pass.*BFloat16.*Li64ELb0"),
-    "backward": (BF16, "data_pass.*BFloat16.*Li64ELb1"),
-    "gradients": (BF16, "weight_pass.*BFloat16.*Li64"),
-    "forward_fp32": (FP32, "data_pass.*Float32ILb0.*Li64ELb0"),
+    "forward": (BF16, "data_pass.*BFloat16ELi64ELb0ES2_S2_"),
+    "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ES2_S2_"),
+    "gradients": (BF16, "weight_pass.*BFloat16ELi64ES2_"),
+    "forward_fp32": (FP32, "data_passINS0_7Float32ILb0EEELi64ELb0"),
 }
 
 

@@ -24,46 +24,85 @@ from fastadapters.ops.bottleneck import DTYPE_CODES
 
 TABLE = Path(__file__).parents[2] / "docs" / "cuda-resources.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-TESTED = (80, 90, 100, 120)  # 86 and 89 have the code of 80, and less shared memory
-ELEMENTS = {
-    "8BFloat16": "bfloat16",
-    "7Float16": "float16",
-    "7Float32ILb1E": "tf32",
-    "7Float32ILb0E": "float32",
+DTYPES = {
+    "BFloat16": "bfloat16",
+    "Float16": "float16",
+    "Float32<true>": "tf32",
+    "Float32<false>": "float32",
 }
-KERNELS = {
-    r"data_pass.*Li\d+ELb0E": "forward",
-    r"data_pass.*Li\d+ELb1E": "backward",
-    "weight_pass": "gradients",
-}
-
+NUMBERS = ("r", "registers", "shared", "blocks", "HMMA", "instructions")
+HALVES = ("bfloat16", "float16")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
 
 
 class Kernel(NamedTuple):
-    """A kernel that multiplies matrices: forward, backward or gradients, for r up to ``width``."""
+    """A kernel that multiplies matrices, for r up to ``width``.
+
+    forward, backward, or gradients of the parameters; the dtypes of its products, of x (or what the
+    gradients are products with) and of y.
+    """
 
     kind: str
-    element: str
+    products: str
+    x: str
+    y: str
     width: int
 
 
+def forms() -> list[tuple[str, str, str, int]]:
+    """(products, x, y, width) of the kernels there are."""
+    same = [(d, d, d, width) for d in DTYPES.values() for width in (32, 64)]
+    wide = itertools.product(HALVES, ("same", "float32"), ("same", "float32"))
+    mixed = [
+        (d, *(d if s == "same" else s for s in (x, y)), 64)
+        for d, x, y in wide
+        if {x, y} != {"same"}
+    ]
+    return same + mixed
+
+
+def every() -> set[Kernel]:
+    found = set()
+    for products, x, y, width in forms():
+        found |= {Kernel(kind, products, x, y, width) for kind in ("forward", "backward")}
+        found |= {Kernel("gradients", products, stored, "", width) for stored in (x, y)}
+    return found
+
+
+@functools.cache
 def parse(name: str) -> Kernel | None:
-    kind = next((k for pattern, k in KERNELS.items() if re.search(pattern, name)), None)
-    if kind is None:
+    """Which kernel a mangled name means, if it multiplies anything."""
+    if not re.search("data_pass|weight_pass", name):
         return None
-    element = next(e for pattern, e in ELEMENTS.items() if pattern in name)
-    return Kernel(kind, element, int(re.findall(r"Li(32|64)E", name)[0]))
+    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    plain = plain.replace("fastadapters::cuda::", "")
+    found = re.match(r"void (\w+)<(.*?)>\((?:DataPass|WeightPass)\)", plain)
+    if found is None:
+        raise ValueError(f"a kernel of a new kind: {plain}")
+    products, width, *rest = found[2].split(", ")
+    stored = [DTYPES[s] for s in rest if s in DTYPES]
+    if found[1] == "weight_pass":
+        return Kernel("gradients", DTYPES[products], stored[0], "", int(width))
+    kind = "backward" if rest[0] == "true" else "forward"
+    return Kernel(kind, DTYPES[products], stored[0], stored[1], int(width))
+
+
+@functools.cache
+def compiled() -> list[Resources]:
+    """Of every kernel for every architecture. Its code is the same for all, up to the assembler."""
+    codes = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    command = [*cuda_backend.NVCC, f"-gencode=arch=compute_80,code=[{codes}]"]
+    with ThreadPoolExecutor(2) as pool:
+        compile_source = functools.partial(cuda_backend.compile_source, command, suffix="-sm")
+        objects = list(pool.map(compile_source, cuda_backend.KERNELS))
+    return [*itertools.chain(*map(cubin_resources, objects))]
 
 
 @functools.cache
 def resources(arch: int) -> dict[Kernel | str, Resources]:
     """Of every kernel, by what it is, or by its mangled name if it multiplies nothing."""
-    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    command = [*cuda_backend.NVCC, code, "-c", str(cuda_backend.KERNELS)]
-    compiled = cuda_backend.compile_once(command, f"sm_{arch}.o")
-    return {parse(r.name) or r.name: r for r in cubin_resources(compiled)}
+    return {parse(r.name) or r.name: r for r in compiled() if r.arch == f"sm_{arch}"}
 
 
 @functools.cache
@@ -72,39 +111,38 @@ def shared(arch: int, dim: int) -> dict[Kernel, int]:
     ops = cuda_backend.load()
     asked = {}
     precision = torch.get_float32_matmul_precision()
-    for element in ELEMENTS.values():
-        dtype = torch.float32 if element == "tf32" else getattr(torch, element)
-        torch.set_float32_matmul_precision("high" if element == "tf32" else "highest")
-        for width in (32, 64):
-            x, codes = torch.zeros(64, dim, dtype=dtype), (DTYPE_CODES[dtype],) * 2
-            down, up = x.new_zeros(width, dim), x.new_zeros(dim, width)
-            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes, True)
-            with device.simulate(arch) as run:
-                _, z, stats = ops.bottleneck_forward(x, None, *rest, True)
-                ops.bottleneck_backward(x, x, z, stats, *rest, 0b1011)
-            for report in run.launches:
-                if kernel := parse(report.name):
-                    asked[kernel] = report.shared_bytes
+    for *names, width in forms():
+        torch.set_float32_matmul_precision("high" if names[0] == "tf32" else "highest")
+        dtypes = [torch.float32 if n == "tf32" else getattr(torch, n) for n in names]
+        x, y = (torch.zeros(64, dim, dtype=dtype) for dtype in dtypes[1:])
+        down, up = x.new_zeros(width, dim), x.new_zeros(dim, width)
+        codes = DTYPE_CODES[dtypes[0]], DTYPE_CODES[dtypes[2]], x.dtype == y.dtype
+        rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes)
+        with device.simulate(arch) as run:
+            _, z, stats = ops.bottleneck_forward(x, None, *rest, True)
+            ops.bottleneck_backward(y, x, z, stats, *rest, 0b1011)
+        for report in run.launches:
+            if kernel := parse(report.name):
+                asked[kernel] = report.shared_bytes
     torch.set_float32_matmul_precision(precision)
     return asked
 
 
-@pytest.mark.parametrize("arch", TESTED)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_fit(arch: int) -> None:
     """Nothing spills, tensor cores multiply, two blocks share a processor; the table is current."""
     kernels = resources(arch)
-    every = {Kernel(*k) for k in itertools.product(KERNELS.values(), ELEMENTS.values(), (32, 64))}
-    assert {k for k in kernels if isinstance(k, Kernel)} == every
+    assert {k for k in kernels if isinstance(k, Kernel)} == every()
     for kernel, r in kernels.items():
         assert r.spills == 0 and r.stack == 0, kernel
-        expected = isinstance(kernel, Kernel) and kernel.element != "float32"
+        expected = isinstance(kernel, Kernel) and kernel.products != "float32"
         assert bool(r.matrix.get("HMMA")) == expected, kernel
-    for dim, kernel in itertools.product((768, 1024), every):
+    for dim, kernel in itertools.product((768, 1024), every()):
         asked, registers = shared(arch, dim)[kernel], kernels[kernel].registers
         assert asked <= PROCESSORS[arch].shared_per_block
         found = occupancy(arch, registers=registers, shared=asked, threads=128)
-        # fp32 rows of h are twice as long: too long for two where 100 KiB are shared.
-        tight = kernel.element in ("tf32", "float32") and kernel.width == 64
+        # fp32 rows are twice as long: too long for two where 100 KiB are shared.
+        tight = kernel.width == 64 and bool({"float32", "tf32"} & {*kernel})
         least = 1 if tight and PROCESSORS[arch].shared < 128 * 1024 else 2
         assert found.blocks >= least, f"{kernel}: {found}"
     text = TABLE.read_text()
@@ -132,18 +170,30 @@ def lines(arch: int) -> list[str]:
 
 
 def table() -> str:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(resources, ARCHITECTURES))
+    columns = (
+        "arch",
+        "kernel",
+        "products",
+        "x",
+        "y",
+        "r",
+        "registers",
+        "shared",
+        "blocks",
+        "limit",
+    )
+    columns = (*columns, "HMMA", "instructions")
     head = [
         "# What the CUDA bottleneck kernels take",
         "",
         f"Compiled by {compiler()}; shared memory as the launchers ask for it at D = 768. r is the",
-        "largest whose h is one part; wider ones go part by part. Registers: of a thread; shared:",
-        "bytes of a block of 128 threads; blocks: on a multiprocessor. Nothing spills to memory.",
+        "largest whose h is one part; wider ones go part by part. Gradients are products with x or",
+        "with dy, whose dtype is named. Registers: of a thread; shared: bytes of a block of",
+        "128 threads; blocks: on a multiprocessor. Nothing spills to memory.",
         "Written by tests/gpu/test_cuda_compile.py.",
         "",
-        "| arch | kernel | x | r | registers | shared | blocks | limit | HMMA | instructions |",
-        "|---|---|---|---:|---:|---:|---:|---|---:|---:|",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join('---:' if c in NUMBERS else '---' for c in columns)}|",
     ]
     return "\n".join([*head, *itertools.chain(*map(lines, ARCHITECTURES))]) + "\n"
 

@@ -1,23 +1,27 @@
-// The kernel that computes y in forward, and dx, h and dz in backward.
+// The kernel that computes y in forward, and dx, h and dz in backward. x and dx are stored as X,
+// residual, y and dy as Y: as the products are multiplied, E, or in fp32.
 #pragma once
 
 #include "../../philox.h"
 #include "../activation.cuh"
+#include "../product.cuh"
 #include "walk.cuh"
 
 namespace fastadapters::cuda {
 
 // Two threads share a row. Over this one's half of the first `columns` elements of row
 // threadIdx.x / 2: the sum of x less `about`, and of its square.
-template <class E>
-__device__ __forceinline__ float2 sum_half_row(const char* panel, int columns, float about) {
-  constexpr int kElements = 16 / sizeof(typename E::T);
+template <class E, class S>
+__device__ __forceinline__ float2 sum_half_row(const char* panels, int columns, float about) {
+  constexpr int kElements = 16 / sizeof(typename S::T);
   float2 sums = {0, 0};
 #pragma unroll
-  for (int i = 0; i < kSegments / 2; ++i) {
+  for (int i = 0; i < kPanels<E, S> * kSegments / 2; ++i) {
     const int segment = 2 * i + threadIdx.x % 2;
     float v[kElements];
-    load_segment<E>(panel + segment_offset(threadIdx.x / 2, segment), v);
+    load_segment<S>(panels + segment / kSegments * kPanel +
+                        segment_offset(threadIdx.x / 2, segment % kSegments),
+                    v);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       const float difference = segment * kElements + e < columns ? v[e] - about : 0;
@@ -28,10 +32,11 @@ __device__ __forceinline__ float2 sum_half_row(const char* panel, int columns, f
   return sums;
 }
 
-template <class E, int kWidth, bool kBackward>
+template <class E, int kWidth, bool kBackward, class X, class Y>
 __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__ DataPass p) {
   using T = typename E::T;
-  using L = Layout<E, kWidth>;
+  using Out = std::conditional_t<kBackward, X, Y>;
+  using L = Layout<E, kWidth, X, Y>;
   constexpr int kSize = L::kSize, kChunk = L::kChunk;
   constexpr int kDownN = kWidth / 16, kUpN = kChunk / 16;
   extern __shared__ __align__(128) char shared[];
@@ -39,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   const bool norm = p.down_sums != nullptr;
   const bool expand = p.out.data != nullptr;
   const L layout(p, kBackward && norm && expand);
-  char* const weights = shared + p.ring * kPanel;
+  char* const weights = shared + p.ring * L::kSlot;
   char* const hidden = shared + layout.hidden;
   char* const extra = shared + layout.extra;
   auto& tables = *reinterpret_cast<typename L::Tables*>(shared + layout.tables);
@@ -48,7 +53,6 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   const int group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
   const int first_row = blockIdx.x * kRows, rows = min(p.rows - first_row, kRows);
-  const int row_bytes = p.dim * kSize;
   const int passes = p.parts * p.passes_per_part;
 
   if (threadIdx.x < kRows) {
@@ -63,11 +67,9 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   }
   __syncthreads();
 
-  const auto load_rows = [&](char* panel, const Activations& from, const int64_t* starts,
-                             int chunk) {
-    const char* const data = from.data + chunk * kLine;
-    load_panel<T, kRows>(panel, rows, row_bytes - chunk * kLine, from.aligned,
-                         [&](int i) { return data + starts[i]; });
+  const auto load_x = [&](char* panels, int chunk) {
+    load_chunk<E, X>(panels, rows, chunk, p.dim, p.x.aligned,
+                     [&](int i) { return p.x.data + tables.x[i]; });
   };
   const auto load_weights = [&](char* panels, bool up, int part, int chunk) {
     if (up) {
@@ -81,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       }
     } else {
       const char* const data = p.down.data + part * kWidth * p.down.stride + chunk * kLine;
-      load_panel<T, kWidth>(panels, p.bottleneck - part * kWidth, row_bytes - chunk * kLine, true,
-                            [&](int row) { return data + row * p.down.stride; });
+      load_panel<T, kWidth>(panels, p.bottleneck - part * kWidth, p.dim * kSize - chunk * kLine,
+                            true, [&](int row) { return data + row * p.down.stride; });
     }
   };
 
@@ -95,11 +97,16 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       const int part = down ? next.pass / p.passes_per_part : next.part;
       const int chunk = !down && p.keep_tail ? p.chunks - 1 - next.chunk : next.chunk;
       if (down || (p.add_tail && part == 0 && (!p.keep_tail || next.chunk >= p.ring))) {
-        load_rows(shared + next.slot * kPanel, second ? p.tail : p.x,
-                  second ? tables.tail : tables.x, chunk);
+        char* const slot = shared + next.slot * L::kSlot;
+        if (!second) {
+          load_x(slot, chunk);
+        } else {
+          load_chunk<E, Y>(slot, rows, chunk, p.dim, p.tail.aligned,
+                           [&](int i) { return p.tail.data + tables.tail[i]; });
+        }
       }
       if (kBackward && norm && !down && part == 0) {
-        load_rows(extra + next.chunk % (p.lookahead + 1) * kPanel, p.x, tables.x, chunk);
+        load_x(extra + next.chunk % (p.lookahead + 1) * L::kX, chunk);
       }
       load_weights(weights + next.weights * L::kWeights, kBackward ? down && second : !down, part,
                    chunk);
@@ -119,9 +126,10 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   };
   for (int i = 0; i < p.lookahead; ++i) load_next();
 
-  // In fp32 the mean (or, before it is known, that of the first chunk) is taken off each row of x
-  // before it is multiplied, lest LayerNorm's sums cancel. In 16 bits the products are exact.
-  constexpr bool kShift = kSize == 4;
+  // From fp32 the mean (or, before it is known, that of the first chunk) is taken off each row of x
+  // before it is multiplied, lest LayerNorm's sums cancel. In 16 bits the products are exact; but a
+  // row of equal elements must vanish altogether, so its rstd is stored with a minus.
+  constexpr bool kShift = sizeof(typename X::T) == 4;
   float shift[2][2] = {};
   const float no_shift[2][2] = {};
   float2 sums = {0, 0};  // of a half row of x and of its squares, about the mean of the first chunk
@@ -133,19 +141,21 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     float z[2][kDownN][4] = {}, gradient[2][kDownN][4] = {};
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       begin_step();
-      const char* const slot = shared + now.slot * kPanel;
+      const char* const slot = shared + now.slot * L::kSlot;
       if (norm && part == 0) {
         if constexpr (!kBackward) {
           const int columns = p.dim - chunk * kChunk;
           if (chunk == 0) {
-            const float2 sum = sum_half_row<E>(slot, columns, 0);
-            about = (sum.x + __shfl_xor_sync(0xffffffff, sum.x, 1)) / min(columns, kChunk);
+            const char* const first = slot + segment_offset(threadIdx.x / 2, 0);
+            about = float(*reinterpret_cast<const typename X::T*>(first));
+            const float2 sum = sum_half_row<E, X>(slot, columns, about);
+            about += (sum.x + __shfl_xor_sync(0xffffffff, sum.x, 1)) / min(columns, kChunk);
             if constexpr (kShift) {
               if (threadIdx.x % 2 == 0) tables.stats[threadIdx.x / 2].x = about;
               __syncthreads();
             }
           }
-          const float2 sum = sum_half_row<E>(slot, columns, about);
+          const float2 sum = sum_half_row<E, X>(slot, columns, about);
           sums = {sums.x + sum.x, sums.y + sum.y};
         }
         if (kShift && chunk == 0) {
@@ -155,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
           }
         }
       }
-      multiply<E, 4, false, false>(
+      multiply<E, 4, false, false, X>(
           z, {slot, kPanel, warp_row},
           {weights + now.weights * L::kWeights, 0, warp_column * (kWidth / 2)}, shift);
       now.advance(p, passes);
@@ -163,8 +173,8 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     if (kBackward && p.passes_per_part == 2) {
       for (int chunk = 0; chunk < p.chunks; ++chunk) {
         begin_step();
-        multiply<E, 4, false, true>(
-            gradient, {shared + now.slot * kPanel, kPanel, warp_row},
+        multiply<E, 4, false, true, Y>(
+            gradient, {shared + now.slot * L::kSlot, kPanel, warp_row},
             {weights + now.weights * L::kWeights, L::kUp, warp_column * (kWidth / 2)}, no_shift);
         now.advance(p, passes);
       }
@@ -177,7 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       if constexpr (kShift) __syncthreads();  // the shifts have been read
       if (threadIdx.x % 2 == 0) {
         const int row = threadIdx.x / 2;
-        tables.stats[row] = {about + mean, rsqrtf(variance + p.norm_eps)};
+        const float rstd = rsqrtf(variance + p.norm_eps);
+        tables.stats[row] = {about + mean, kShift || sums.y > 0 ? rstd : -rstd};
         if (p.stats && row < rows) p.stats[first_row + row] = tables.stats[row];
       }
       __syncthreads();
@@ -195,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
 #pragma unroll
         for (int j = 0; j < 2 * kDownN; ++j) {
           float& value = z[i / 2][j / 2][i % 2 * 2 + j % 2];
-          value = stats.y * (value - mean * down_sums[j / 2][j % 2]);
+          value = !kShift && stats.y < 0 ? 0 : stats.y * (value - mean * down_sums[j / 2][j % 2]);
         }
       }
     }
@@ -204,6 +215,14 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
     float h[2][kDownN][4];
     activate<kBackward>(p.activation, z, h, gradient);
+    // Beyond r an infinite x or dy has met zeros.
+#pragma unroll
+    for (int i = 0; i < 8 * kDownN; ++i) {
+      if (column + i / 4 % kDownN * 8 + i % 2 >= p.bottleneck) {
+        h[i / (4 * kDownN)][i / 4 % kDownN][i % 4] = 0;
+        gradient[i / (4 * kDownN)][i / 4 % kDownN][i % 4] = 0;
+      }
+    }
 
     if (p.seed != nullptr) {
       // Which of this thread's elements dropout keeps, as bits in the order i, n, column.
@@ -273,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   }
   if (!expand) return;
 
-  const Fragment<E> place(warp_row, warp_column * (kChunk / 2), kPanel);
+  const Fragment<Out> place(warp_row, warp_column * (kChunk / 2), kPanel);
   for (int step = 0; step < p.chunks; ++step) {
     const int chunk = p.keep_tail ? p.chunks - 1 - step : step;
     const int column = chunk * kChunk + warp_column * (kChunk / 2) + 2 * pair;
@@ -295,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     char* slot;
     for (int part = 0; part < p.parts; ++part) {
       begin_step();
-      slot = shared + now.slot * kPanel;
+      slot = shared + now.slot * L::kSlot;
       multiply<E, kWidth * kSize / 32, false, kBackward>(
           out, {hidden + part * L::kHiddenPanels * kPanel, kPanel, warp_row},
           {weights + now.weights * L::kWeights, kBackward ? 0 : L::kUp, warp_column * (kChunk / 2)},
@@ -304,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     }
 
     if (kBackward && norm) {
-      const char* const x = extra + step % (p.lookahead + 1) * kPanel;
+      const char* const x = extra + step % (p.lookahead + 1) * L::kX;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = warp_row + 8 * i + group;
@@ -313,10 +332,11 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
         const float2 means = {(a.x + b.x) / p.dim, (a.y + b.y) / p.dim};
 #pragma unroll
         for (int n = 0; n < kUpN; ++n) {
-          const float2 at = load_pair<E>(x + place(i, n));
+          const float2 at = load_pair<X>(x + place(i, n));
           float* const value = out[i / 2][n] + i % 2 * 2;
-          value[0] = stats.y * (value[0] - means.x - (at.x - stats.x) * stats.y * means.y);
-          value[1] = stats.y * (value[1] - means.x - (at.y - stats.x) * stats.y * means.y);
+          const float rstd = fabsf(stats.y);
+          value[0] = rstd * (value[0] - means.x - (at.x - stats.x) * rstd * means.y);
+          value[1] = rstd * (value[1] - means.x - (at.y - stats.x) * rstd * means.y);
         }
       }
     }
@@ -325,25 +345,24 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       for (int i = 0; i < 4 * kUpN; ++i) {
         const int n = i % kUpN;
         char* const at = slot + place(i / kUpN, n);
-        const float2 tail = decltype(add_tail)::value ? load_pair<E>(at) : float2{0, 0};
+        const float2 tail = decltype(add_tail)::value ? load_pair<Out>(at) : float2{0, 0};
         const float* const value = out[i / kUpN / 2][n] + i / kUpN % 2 * 2;
         if constexpr (kBackward) {
-          store_pair<E>(at, value[0] + tail.x, value[1] + tail.y);
+          store_pair<Out>(at, value[0] + tail.x, value[1] + tail.y);
         } else {
-          store_pair<E>(at, fmaf(scales[n][0], value[0], tail.x),
-                        fmaf(scales[n][1], value[1], tail.y));
+          store_pair<Out>(at, fmaf(scales[n][0], value[0], tail.x),
+                          fmaf(scales[n][1], value[1], tail.y));
         }
       }
     };
-    if (p.add_tail) {
+    if (std::is_same_v<Out, Y> && p.add_tail) {
       finish(std::true_type{});
     } else {
       finish(std::false_type{});
     }
     __syncthreads();
-    char* const data = p.out.data + chunk * kLine;
-    store_panel<T>(slot, rows, row_bytes - chunk * kLine, p.out.aligned,
-                   [&](int i) { return data + tables.out[i]; });
+    store_chunk<E, Out>(slot, rows, chunk, p.dim, p.out.aligned,
+                        [&](int i) { return p.out.data + tables.out[i]; });
   }
 }
 

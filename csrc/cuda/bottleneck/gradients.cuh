@@ -1,6 +1,7 @@
 // The kernels that make the gradients of the parameters from x, dy, h and dz.
 #pragma once
 
+#include "../product.cuh"
 #include "walk.cuh"
 
 namespace fastadapters::cuda {
@@ -15,21 +16,25 @@ struct WeightPass : Problem {
   float* sums[2];      // [splits, parts * kWidth], [splits, D]
 };
 
-// A panel of x or dy and those of dz or h; as many as two blocks can have on every architecture.
-template <class L>
+// A chunk of x or dy, stored as S, and the panels of dz or h; as many as two blocks can have on
+// every architecture.
+template <class E, int kWidth, class S>
 struct Stages {
-  static constexpr int kBytes = kPanel * (1 + L::kHiddenPanels);
-  static constexpr int kCount = L::kHiddenPanels == 1 ? 3 : 2;
+  static constexpr int kHidden = kPanels<E, S> * kPanel;  // where dz or h begins
+  static constexpr int kBytes = kHidden + Sizes<E, kWidth>::kHiddenPanels * kPanel;
+  static constexpr int kCount = kBytes == 2 * kPanel ? 3 : 2;
+  static constexpr int kSummed = std::max(Sizes<E, kWidth>::kHiddenPanels, kPanels<E, S>);
 };
 
 // Block (chunk and part, split, job) takes a chunk of D, a part of r and a share of the rows. Job
 // 0: norm(x)^T dz, less gamma and beta, and the sums of dz; job 1: dy^T h, and the sums of dy.
-template <class E, int kWidth>
+template <class E, int kWidth, class S>
 __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant__ WeightPass p) {
   using T = typename E::T;
-  using L = Layout<E, kWidth>;
+  using L = Sizes<E, kWidth>;
+  using Stage = Stages<E, kWidth, S>;
   constexpr int kSize = L::kSize, kChunk = L::kChunk;
-  constexpr int kStage = Stages<L>::kBytes, kStages = Stages<L>::kCount;
+  constexpr int kStage = Stage::kBytes, kStages = Stage::kCount;
   constexpr int kM = kChunk / 32, kN = kWidth / 16;
   extern __shared__ __align__(128) char shared[];
 
@@ -50,22 +55,23 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
     if (step < steps) {
       char* const stage = shared + step % kStages * kStage;
       const int row = first_row + step * kRows, rows = last_row - row;
-      load_panel<T, kRows>(stage, rows, (p.dim - chunk * kChunk) * kSize, wide.aligned, [&](int i) {
-        return wide.data + row_offset(p, wide, row + min(i, rows - 1)) + chunk * kLine;
+      load_chunk<E, S>(stage, rows, chunk, p.dim, wide.aligned, [&](int i) {
+        return wide.data + row_offset(p, wide, row + min(i, rows - 1));
       });
 #pragma unroll
       for (int j = 0; j < L::kHiddenPanels; ++j) {
         const char* const data = narrow + int64_t(row) * width * kSize + j * kLine;
-        load_panel<T, kRows, L::kHiddenLine>(stage + (1 + j) * kPanel, rows, kLine, true,
+        load_panel<T, kRows, L::kHiddenLine>(stage + Stage::kHidden + j * kPanel, rows, kLine, true,
                                              [&](int i) { return data + i * width * kSize; });
       }
     }
     copy_commit();
   };
 
+  constexpr int kSummed = Stage::kSummed;
   const float no_shift[kM][2] = {};
   float acc[kM][kN][4] = {};
-  float2 column_sums[L::kHiddenPanels] = {};  // of this lane's 4 bytes of a line, this warp's rows
+  float2 column_sums[kSummed] = {};  // of this lane's 4 bytes of a line, this warp's rows
   for (int i = 0; i < kStages - 1; ++i) load_next(i);
   for (int step = 0; step < steps; ++step) {
     copy_wait<kStages - 2>();
@@ -73,40 +79,48 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
     load_next(step + kStages - 1);
     char* const stage = shared + step % kStages * kStage;
     if (normalise) {
-      const int segment = threadIdx.x % kSegments;
+      constexpr int kAcross = kPanels<E, S> * kSegments;
+      const int segment = threadIdx.x % kAcross;
 #pragma unroll
-      for (int i = threadIdx.x / kSegments; i < kRows; i += kThreads / kSegments) {
+      for (int i = threadIdx.x / kAcross; i < kRows; i += kThreads / kAcross) {
         const int row = first_row + step * kRows + i;
         const float2 stats = row < last_row ? p.stats[row] : float2{0, 0};
-        char* const place = stage + segment_offset(i, segment);
-        float v[16 / kSize];
-        load_segment<E>(place, v);
+        char* const place =
+            stage + segment / kSegments * kPanel + segment_offset(i, segment % kSegments);
+        float v[16 / sizeof(typename S::T)];
+        load_segment<S>(place, v);
 #pragma unroll
         for (float& value : v) value = (value - stats.x) * stats.y;
-        store_segment<E>(place, v);
+        store_segment<S>(place, v);
       }
       __syncthreads();
     }
-    multiply<E, kRows * kSize / 32, true, true>(acc, {stage, kPanel, warp / 2 * (kChunk / 2)},
-                                                {stage + kPanel, kPanel, warp % 2 * (kWidth / 2)},
-                                                no_shift);
+    multiply<E, kRows * kSize / 32, true, true, S>(
+        acc, {stage, kPanel, warp / 2 * (kChunk / 2)},
+        {stage + Stage::kHidden, kPanel, warp % 2 * (kWidth / 2)}, no_shift);
     if (sum) {
-      const char* const panels = stage + (job == 0 ? kPanel : 0);
+      const auto add_columns = [&](auto element, const char* panels, int count, int bytes) {
+        using Element = decltype(element);
 #pragma unroll
-      for (int j = 0; j < L::kHiddenPanels; ++j) {
-        if (j > 0 && job == 1) break;
+        for (int j = 0; j < kSummed; ++j) {
+          if (j == count || 4 * lane >= bytes) break;
 #pragma unroll 4
-        for (int i = warp; i < kRows; i += kThreads / 32) {
-          if (job == 0 && 4 * lane >= kWidth * kSize) break;
-          const char* const place = panels + byte_offset(kPanel, i, j * kLine + 4 * lane);
-          if constexpr (kSize == 4) {
-            column_sums[j].x += *reinterpret_cast<const float*>(place);
-          } else {
-            const float2 v = load_pair<E>(place);
-            column_sums[j].x += v.x;
-            column_sums[j].y += v.y;
+          for (int i = warp; i < kRows; i += kThreads / 32) {
+            const char* const place = panels + byte_offset(kPanel, i, j * kLine + 4 * lane);
+            if constexpr (sizeof(typename Element::T) == 4) {
+              column_sums[j].x += *reinterpret_cast<const float*>(place);
+            } else {
+              const float2 v = load_pair<Element>(place);
+              column_sums[j].x += v.x;
+              column_sums[j].y += v.y;
+            }
           }
         }
+      };
+      if (job == 0) {
+        add_columns(E{}, stage + Stage::kHidden, L::kHiddenPanels, kWidth * kSize);
+      } else {
+        add_columns(S{}, stage, kPanels<E, S>, kLine);
       }
     }
   }
@@ -129,17 +143,17 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
     __syncthreads();  // the stages are free
     float2* const scratch = reinterpret_cast<float2*>(shared);
 #pragma unroll
-    for (int j = 0; j < L::kHiddenPanels; ++j) {
+    for (int j = 0; j < kSummed; ++j) {
       scratch[j * kThreads + threadIdx.x] = column_sums[j];
     }
     __syncthreads();
-    constexpr int kPerLane = 4 / kSize;
+    const int per_lane = 4 / (job == 0 ? kSize : int(sizeof(typename S::T)));
     for (int i = threadIdx.x; i < (job == 0 ? kWidth : kChunk); i += kThreads) {
       float total = 0;
       for (int w = 0; w < kThreads / 32; ++w) {
-        const int lane_of = i / kPerLane;
+        const int lane_of = i / per_lane;
         const float2 v = scratch[lane_of / 32 * kThreads + w * 32 + lane_of % 32];
-        total += i % kPerLane == 0 ? v.x : v.y;
+        total += i % per_lane == 0 ? v.x : v.y;
       }
       if (job == 0) {
         p.sums[0][split * width + part * kWidth + i] = total;
@@ -166,12 +180,13 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
   const int lane = threadIdx.x % 32;
   const int64_t d = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
   if (d >= op.dim) return;
-  const auto vector = [](const Parameter& v) { return Vector{v.data, v.dtype, false}; };
-  const auto at = [&](const Parameter& v, int64_t i, float otherwise) {
-    return v.data ? load<E>(vector(v), i) : otherwise;
+  const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
+    return v.data ? load<E>({v.data, v.dtype, exact}, i) : otherwise;
   };
+  const bool exact_norm = op.x_dtype != op.dtype;
   const float scale = at(op.scale, op.channel_scale ? d : 0, op.scale_value);
-  const float gamma = at(op.norm_weight, d, 1), beta = at(op.norm_bias, d, 0);
+  const float gamma = at(op.norm_weight, d, 1, exact_norm);
+  const float beta = at(op.norm_bias, d, 0, exact_norm);
   const bool down = op.d_down_weight.data || op.d_norm_weight.data || op.d_norm_bias.data;
   const bool up = op.d_up_weight.data || op.d_scale.data;
   const bool biased = op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data) ||
@@ -187,13 +202,13 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
     }
     if (op.d_up_weight.data) store(op.d_up_weight, d * op.bottleneck + i, scale * product[1]);
     if (op.d_scale.data) {
-      d_scale += product[1] * load<E>(vector(op.up_weight), d * op.bottleneck + i);
+      d_scale += product[1] * at(op.up_weight, d * op.bottleneck + i, 0);
     }
     if (op.d_down_weight.data) {
       store(op.d_down_weight, i * op.dim + d, gamma * product[0] + beta * bias);
     }
     if (op.d_norm_weight.data || op.d_norm_bias.data) {
-      const float weight = load<E>(vector(op.down_weight), i * op.dim + d);
+      const float weight = at(op.down_weight, i * op.dim + d, 0);
       d_gamma += product[0] * weight;
       d_beta += bias * weight;
     }
@@ -224,7 +239,7 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
   }
 }
 
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     finish_scale(const float* d_scales, int64_t count, Parameter d_scale) {
   float sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += 256) sum += d_scales[i];

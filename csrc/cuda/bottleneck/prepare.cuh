@@ -23,9 +23,10 @@ template <class E>
 __global__ void __launch_bounds__(256) prepare_weights(const __grid_constant__ Preparation p) {
   using T = typename E::T;
   const Bottleneck& op = p.op;
-  const auto at = [&](const Parameter& v, int64_t i, float otherwise) {
-    return v.data ? load<E>({v.data, v.dtype, false}, i) : otherwise;
+  const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
+    return v.data ? load<E>({v.data, v.dtype, exact}, i) : otherwise;
   };
+  const bool exact_norm = op.x_dtype != op.dtype;  // the norm computes in x's dtype
   int block = blockIdx.x;
   if (p.down) {
     if (block < op.bottleneck) {
@@ -33,10 +34,10 @@ __global__ void __launch_bounds__(256) prepare_weights(const __grid_constant__ P
       float sum = 0, bias = 0;
       for (int64_t d = threadIdx.x; d < op.dim; d += 256) {
         const float weight = at(op.down_weight, block * op.dim + d, 0);
-        const float folded = E::round(weight * at(op.norm_weight, d, 1));
+        const float folded = E::round(weight * at(op.norm_weight, d, 1, exact_norm));
         to[d] = T(folded);
         sum += folded;
-        bias += weight * at(op.norm_bias, d, 0);
+        bias += weight * at(op.norm_bias, d, 0, exact_norm);
       }
       if (op.norm_weight.data) {
         sum = block_sum(sum);

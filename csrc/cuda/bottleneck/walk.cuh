@@ -1,9 +1,10 @@
 // How the data pass goes over its rows, and what it keeps in shared memory on the way.
 //
 // One block takes 64 rows through the whole op. It walks over the columns of D in chunks of 128
-// bytes: first to project down (z stays in registers, h in shared memory), then back to project up.
-// Chunks of activations land in a ring; the walk back finds the youngest of them still there and
-// re-reads the others, which are in the L2 cache. Backward is the same walk with dy behind x.
+// bytes (of the compute dtype): first to project down (z stays in registers, h in shared memory),
+// then back to project up. Chunks of activations land in a ring; the walk back finds the youngest
+// of them still there and re-reads the others, which are in the L2 cache. Backward is the same walk
+// with dy behind x.
 #pragma once
 
 #include <algorithm>
@@ -48,15 +49,25 @@ struct Walk {
   }
 };
 
-// Places in shared memory. The hidden rows are panels of one part after another.
+// Sizes of what a block multiplies: chunks of D and parts of r.
 template <class E, int kWidth>
-struct Layout {
+struct Sizes {
   static constexpr int kSize = sizeof(typename E::T);
   static constexpr int kChunk = kLine / kSize;  // columns of D
   static constexpr int kHiddenPanels = (kWidth * kSize - 1) / kLine + 1;
   static constexpr int kHiddenLine = std::min(kWidth * kSize, kLine);  // bytes used of their rows
   static constexpr int kUp = kChunk * kLine;                           // bytes in a panel of `up`
   static constexpr int kWeights = std::max(kWidth * kLine, kHiddenPanels* kUp);
+};
+
+// Places in shared memory, for x stored as X, tail (and y) as Y. The hidden rows are panels of one
+// part after another.
+template <class E, int kWidth, class X, class Y>
+struct Layout : Sizes<E, kWidth> {
+  using Sizes<E, kWidth>::kWeights;
+  using Sizes<E, kWidth>::kHiddenPanels;
+  static constexpr int kX = kPanels<E, X> * kPanel;
+  static constexpr int kSlot = std::max(kX, kPanels<E, Y>* kPanel);
 
   struct Tables {
     int64_t x[kRows], tail[kRows], out[kRows];  // where the rows start
@@ -67,10 +78,10 @@ struct Layout {
   int hidden, extra, tables, bytes;
 
   __host__ __device__ Layout(const DataPass& p, bool extra_x) {
-    const int weights = p.ring * kPanel;
+    const int weights = p.ring * kSlot;
     hidden = weights + (p.lookahead + 1) * kWeights;
     extra = hidden + p.parts * kHiddenPanels * kPanel;
-    tables = extra + (extra_x ? (p.lookahead + 1) * kPanel : 0);
+    tables = extra + (extra_x ? (p.lookahead + 1) * kX : 0);
     bytes = tables + int(sizeof(Tables));
   }
 };

@@ -1,0 +1,62 @@
+"""Which r the CUDA kernels take: h of 64 rows must fit the shared memory of a block.
+
+The sizes are those of ``Layout`` in csrc/cuda/bottleneck/walk.cuh.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Bytes of shared memory that a block may have, by compute capability.
+SHARED_MEMORY = {
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 7): 166_912,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (10, 3): 232_448,
+    (12, 0): 101_376,
+    (12, 1): 101_376,
+}
+
+_LINE = 128
+_PANEL = 64 * _LINE
+_TABLES = 3072
+
+
+def shared_bytes(
+    r: int, compute_dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype, extra_x: bool
+) -> int:
+    """The least bytes of shared memory that a block takes.
+
+    Args:
+        extra_x: whether x is read once more, by a backward that makes dx through a LayerNorm.
+    """
+    size, x_size, y_size = (t.itemsize for t in (compute_dtype, x_dtype, out_dtype))
+    width = 32 if r <= 32 and size == x_size == y_size else 64
+    hidden_panels = -(-width * size // _LINE)
+    weights = max(width * _LINE, hidden_panels * _LINE // size * _LINE)
+    x = x_size // size * _PANEL
+    slot = max(x, y_size // size * _PANEL)
+    hidden = -(-r // width) * hidden_panels * _PANEL
+    return 2 * (slot + weights + (x if extra_x else 0)) + hidden + _TABLES
+
+
+def cuda_fits(
+    r: int,
+    compute_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    norm: bool = True,
+) -> bool:
+    """Whether the bottleneck's CUDA kernels take this r, forward and backward.
+
+    Args:
+        capability: of the GPU, such as (9, 0); of one unknown the least is expected.
+        norm: whether there is a LayerNorm in front.
+    """
+    limit = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    return shared_bytes(r, compute_dtype, x_dtype, out_dtype, norm) <= limit
