@@ -96,10 +96,12 @@ def gencode(requested: str, known: Collection[int]) -> tuple[tuple[str, ...], li
         if number < ARCHITECTURES[0] or number not in known:
             skipped.append(entry)
             continue
+        # The kernels use nothing newer: their PTX is made once, and runs on whatever comes.
         name = f"{number}{match[3]}"
-        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        virtual = name if match[3] else ARCHITECTURES[0]
+        flags.append(f"-gencode=arch=compute_{virtual},code=sm_{name}")
         if match[4]:
-            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+            flags.append(f"-gencode=arch=compute_{virtual},code=compute_{virtual}")
     return tuple(flags), skipped
 
 

@@ -30,8 +30,10 @@ struct Bottleneck {
   Activation activation = Activation::relu;
   const int64_t* seed = nullptr;  // [2]: key and offset of the Philox stream; dropout iff present
   double dropout = 0;
-  void* z = nullptr;       // [M, r], contiguous
-  float* stats = nullptr;  // [M, 2] mean and reciprocal standard deviation of each row of x
+  void* z = nullptr;  // [M, r], contiguous
+  // [M, 2] mean and reciprocal standard deviation of each row of x; in the CUDA kernels' with a
+  // minus where all elements of a 16-bit row are equal
+  float* stats = nullptr;
 
   int64_t count() const { return rows[0] * rows[1] * rows[2]; }
 };

@@ -141,6 +141,8 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
   m.rows(args.dy, dy, args.out_dtype, true, "dy");
   m.rows(args.dx, dx, args.x_dtype, false, "dx");
   m.finish();
+  STD_TORCH_CHECK(!add_x || args.x_dtype == args.out_dtype,
+                  "add_x: expected x and dy of one dtype");
   args.add_dy = add_x;
   args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
   args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
