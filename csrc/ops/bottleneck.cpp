@@ -56,7 +56,6 @@ void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
 template <class Op>
 void run_cuda(const Op& args, const Tensor& like, int64_t (*workspace)(const Op&),
               void (*launch)(const Op&, bool, void*, void*)) {
-  STD_TORCH_CHECK(args.x.data || !args.count(), "x: expected values, for z is made of them anew");
   CudaStream stream(like);
   int64_t bytes = workspace(args);
   Tensor space = empty(like, {bytes / 4}, ScalarType::Float);
@@ -79,6 +78,8 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
+    STD_TORCH_CHECK(args.x.data || !args.needs_z() || !args.count(),
+                    "x: expected values, of which z is made anew");
     return run_cuda(args, x, &cuda::bottleneck_backward_workspace, &cuda::bottleneck_backward);
   }
 #endif

@@ -143,7 +143,7 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     p.out = activations(op.rows, op.x_dtype, op.dx);
     p.add_tail = p.keep_tail = op.add_dy;
     p.passes_per_part = down || op.dx.data ? 2 : 1;
-    run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
+    if (op.needs_z()) run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
     if (!(down || up)) return;
 
     WeightPass w;
