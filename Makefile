@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-seeds sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-seeds sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
@@ -69,6 +69,18 @@ test-seeds: setup ## The drawn samples under 30 seeds on each instruction set of
 	  OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'log=$$(FASTADAPTERS_CPU_ISA=$$0 pytest -m hypothesis \
 	    --hypothesis-profile=seeds --hypothesis-seed=$$1 --ignore tests/gpu tests 2>&1) && \
 	    echo "$$0, seed $$1: passed" || { echo "$$0, seed $$1: $$log"; exit 1; }'
+
+# The other versions of Triton that the kernels are for, each beside the PyTorch of $(VENV).
+TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
+
+build/triton/%.stamp: $(VENV)/library.stamp
+	pip install --quiet --no-deps --upgrade --target build/triton/$* triton==$*
+	touch $@
+
+test-triton-versions: $(TRITON_VERSIONS:%=build/triton/%.stamp) ## Test the Triton kernels under each Triton they are for (3 GB)
+	for version in $(TRITON_VERSIONS); do \
+	  PYTHONPATH=build/triton/$$version pytest -n 2 tests/gpu/test_triton_compile.py tests/test_triton_interpreter.py || exit 1; \
+	done
 
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
 	for kind in address,undefined thread; do \

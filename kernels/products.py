@@ -9,6 +9,16 @@ from .rows import load_stats, load_vector, row_offsets
 
 
 @triton.jit
+def in_step(tile, inside):
+    """A loaded tile, selected where it is ``inside`` (as it was loaded), to pass registers.
+
+    Else on Hopper Triton lets a product whose other factor comes from registers still run when the
+    next iteration overwrites these registers.
+    """
+    return tl.where(inside, tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
 def contract(
     x,
     offsets,
@@ -50,6 +60,8 @@ def contract(
         if gain is not None:
             g = load_vector(gain, cols, inside, DTYPE)
             w = (w.to(tl.float32) * g[None, :]).to(DTYPE)
+        if mean is not None or not (x.dtype.element_ty == DTYPE):  # noqa: SIM201
+            w = in_step(w, (units < r)[:, None])
         product = tl.dot(a.to(DTYPE), tl.trans(w), product, input_precision=PRECISION)
     return product
 
@@ -114,13 +126,15 @@ def transposed_product(
 ):
     """a^T b [BLOCK_D, BLOCK_R] and with SUM the sums of a [BLOCK_D], over rows begin ... end - 1.
 
-    a is rounded to DTYPE, with stats after it was normalised (without gain and offset). The sum is
-    a product with ones: to take a from its buffer a second time, into registers, would race with
-    the asynchronous products on Hopper (Triton 3.7 keeps one buffer too few for such a load).
+    a is rounded to DTYPE, with stats after it was normalised (without gain and offset). The sum of
+    a 16-bit a is a product with ones: to take a from its buffer a second time, into registers,
+    would race with the asynchronous products on Hopper (Triton 3.7 keeps one buffer too few).
     """
+    wide: tl.constexpr = a.dtype.element_ty == tl.float32
     product = tl.zeros([cols.shape[0], units.shape[0]], tl.float32)
     ones = tl.full([BLOCK_M, 16], 1.0, DTYPE)
-    total = tl.zeros([cols.shape[0], 16], tl.float32)
+    products = tl.zeros([cols.shape[0], 16], tl.float32)
+    sums = tl.zeros([BLOCK_M, cols.shape[0]], tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         in_rows = rows < end
@@ -130,6 +144,8 @@ def transposed_product(
             mask=in_rows[:, None] & (cols < D)[None, :],
             other=0.0,
         )
+        if SUM and wide:
+            sums += a_tile
         if stats is not None:
             mean, rstd = load_stats(stats, rows, in_rows)
             a_tile = (a_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
@@ -140,7 +156,9 @@ def transposed_product(
                 mask=in_rows[:, None],
                 other=0.0,
             )
+            if stats is not None or not (a.dtype.element_ty == DTYPE):  # noqa: SIM201
+                b_tile = in_step(b_tile, in_rows[:, None])
             product = tl.dot(tl.trans(a_tile), b_tile, product, input_precision=PRECISION)
-        if SUM:
-            total = tl.dot(tl.trans(a_tile), ones, total, input_precision=PRECISION)
-    return product, tl.sum(total, 1) / 16
+        if SUM and not wide:
+            products = tl.dot(tl.trans(a_tile), ones, products, input_precision=PRECISION)
+    return product, tl.sum(sums, 0) if wide else tl.sum(products, 1) / 16

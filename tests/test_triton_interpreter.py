@@ -18,7 +18,7 @@ import torch
 from bottleneck_cases import Case, mixed_cases, option_cases, shape_cases
 from compare import check_all, named
 
-from fastadapters import backends
+from fastadapters import backend, backends, functional
 
 pytest.importorskip("triton")
 
@@ -84,3 +84,71 @@ def test_two_adapters_share_one_output() -> None:
     arguments = (17, "x", 0.2)
     out = test_multiway.run(tensors, *arguments, "triton", op=True)
     check_all(named(out), test_multiway.reference_pair(tensors, *arguments))
+
+
+def both(
+    tensors: dict[str, torch.Tensor], cotangent: torch.Tensor, **options: object
+) -> list[list[torch.Tensor]]:
+    """y and all gradients, of the kernels and of the reference in float64."""
+    results = []
+    for name, dtype in (("triton", cotangent.dtype), ("reference", torch.float64)):
+        leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in tensors.items()}
+        with backend(name):
+            y = functional.bottleneck(**leaves, **options)  # type: ignore[arg-type]
+        results.append([y, *torch.autograd.grad(y, [*leaves.values()], cotangent.to(dtype))])
+    return results
+
+
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@FLOATS
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_infinities_where_relu_is_zero(dtype: torch.dtype, r: int) -> None:
+    """x = -inf and dy = inf come to nothing, in the padding of r as well."""
+    x = torch.tensor([[-torch.inf, 1.0], [-1.0, -1.0], [2.0, 1.0]], dtype=dtype)
+    tensors = {"x": x, "down_weight": torch.ones(r, 2), "up_weight": torch.ones(2, r)}
+    cotangent = torch.tensor([1.0, torch.inf, 1.0], dtype=dtype)[:, None].expand(3, 2)
+    (y, dx, *_), (gold, d_gold, *_) = both(tensors, cotangent)
+    assert gold[0].tolist() == d_gold[0].tolist() == d_gold[1].tolist() == [0.0, 0.0]
+    assert torch.equal(y.double(), gold) and torch.equal(dx.double(), d_gold)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
+def test_activations_far_out(activation: str) -> None:
+    x = torch.logspace(0, 37, 100)[:, None] * torch.tensor([1.0, -1.0])
+    x = x.reshape(-1, 1)
+    one = torch.ones(1, 1)
+    tensors = {"x": x, "down_weight": one, "up_weight": one}
+    (y, dx, *_), (gold, d_gold, *_) = both(tensors, torch.ones_like(x), activation=activation)
+    torch.testing.assert_close(y.double(), gold, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dx.double(), d_gold, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@FLOATS
+@pytest.mark.parametrize("eps", [1e-5, 1e-12])
+def test_constant_rows_under_layernorm(dtype: torch.dtype, eps: float) -> None:
+    """Nothing is left of them but the offsets, at any eps."""
+    case = Case(rows=(9,), d=768, r=16, dtype=dtype, norm="both", residual="none")
+    tensors = bottleneck_cases.inputs(case)
+    cotangent = tensors.pop("cotangent")
+    tensors["x"] = torch.linspace(-9, 9, 9)[:, None].expand(9, 768).to(dtype).contiguous()
+    (y, *_), (gold, *_) = both(tensors, cotangent, norm_eps=eps)
+    error = (y.double() - gold).abs().max()
+    assert error <= 4 * torch.finfo(dtype).eps * gold.abs().max()
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_large_offsets_leave_the_gradient_of_layernorm() -> None:
+    case = Case(rows=(70,), dtype=torch.float16, norm="both", activation="gelu", residual="none")
+    tensors = bottleneck_cases.inputs(case)
+    tensors["down_bias"] += 100
+    out = bottleneck_cases.run(case, tensors, "triton")
+    check_all(out, bottleneck_cases.reference_pair(case, tensors))

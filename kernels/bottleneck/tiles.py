@@ -27,6 +27,10 @@ WGMMA_TILES = TILES | {
     "backward_kernel": {128: Tile(64, 64, 8, 3)},
     "weights_kernel": {128: Tile(64, 128, 8, 3)},
 }
+# Tensor memory also takes products of 16 warps, with fewer registers a thread.
+BLACKWELL_TILES = WGMMA_TILES | {
+    "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 16, 3)},
+}
 # 64 KB of shared memory, and warps of 64 threads.
 AMD_TILES = {
     "forward_kernel": {128: Tile(64, 64, 4, 2)},
@@ -48,14 +52,22 @@ def max_block_r(dtype: torch.dtype) -> int:
 
 
 def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, arch: str) -> Tile:
-    """The tile of a kernel, by its name, for x [M, d] on ``arch`` ("sm_90", "gfx942"); not by M."""
+    """The tile of a kernel, by its name, for x [M, d] on ``arch`` ("sm_90", "gfx942"); not by M.
+
+    Where x or y is ``wide``, in fp32 beside 16-bit products, half the columns are as many bytes.
+    """
     if dtype == torch.float32:
         tiles = FLOAT32_TILES
     elif arch.startswith("gfx"):
         tiles = AMD_TILES
-    elif arch.startswith(("sm_90", "sm_10")):
+    elif arch.startswith("sm_10"):
+        tiles = BLACKWELL_TILES
+    elif arch == "sm_90":
         tiles = WGMMA_TILES
     else:
         tiles = TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
-    return chosen._replace(block_d=min(chosen.block_d, max(16, triton.next_power_of_2(d))))
+    columns = chosen.block_d
+    if wide and dtype != torch.float32:
+        columns = max(columns // 2, 32)
+    return chosen._replace(block_d=min(columns, max(16, triton.next_power_of_2(d))))

@@ -6,9 +6,10 @@ import bottleneck_cases
 import device
 import torch
 from bottleneck_cases import Case
+from torch import Tensor
 
 
-def check_schedules(case: Case, backend: str, arch: int) -> None:
+def check_schedules(case: Case, backend: str, arch: int) -> dict[str, Tensor]:
     """Right under the tolerance rule, and equal to the bit whatever order the warps go in."""
     first = len(str(case))
     with device.simulate(arch, first):
@@ -18,3 +19,4 @@ def check_schedules(case: Case, backend: str, arch: int) -> None:
             out = bottleneck_cases.run(case, bottleneck_cases.inputs(case), backend)
         for name, t in expected.items():
             assert torch.equal(out[name], t), f"{case} {name}: schedule {seed} differs"
+    return expected

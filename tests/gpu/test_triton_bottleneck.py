@@ -8,7 +8,7 @@ import bottleneck_cases
 import device
 import pytest
 import torch
-from bottleneck_cases import Case, option_cases
+from bottleneck_cases import Case, mixed_cases, option_cases
 from compare import check_all
 from schedules import check_schedules
 from torch import Tensor
@@ -54,6 +54,22 @@ SHAPES = [
 @pytest.mark.parametrize("case", [*option_cases(dtype=BF16), *OTHERS], ids=str)
 def test_matches_reference(case: Case) -> None:
     check_schedules(case, "triton", 80)
+
+
+# Every combination of dtypes of x and y; on Hopper the half of them with an fp32 x and y.
+MIXED = mixed_cases(BF16, rows=(70,))
+MIXED += [mixed_cases(FP16, rows=(70,), r=20)[i] for i in (1, 5, 6)]
+
+
+@pytest.mark.parametrize("case", MIXED, ids=str)
+def test_mixed_precision(case: Case) -> None:
+    out = check_schedules(case, "triton", 80)
+    assert out["y"].dtype == case.out_dtype and out["d_x"].dtype == (case.x_dtype or case.dtype)
+
+
+@pytest.mark.parametrize("case", MIXED[1:8:2], ids=str)
+def test_mixed_precision_on_hopper(case: Case) -> None:
+    check_schedules(case, "triton", 90)
 
 
 # On Hopper the products differ, and what feeds them: LayerNorm, scales, layouts, chunks of r.
@@ -145,20 +161,29 @@ def test_only_what_is_asked_for(wanted: str, ran: str) -> None:
     assert launched == (ran.split() if names else ["norm", "forward"])
 
 
-def traffic(arch: int, d: int) -> tuple[device.Simulation, dict[str, Tensor]]:
+def traffic(
+    arch: int, d: int, **dtypes: torch.dtype
+) -> tuple[device.Simulation, dict[str, Tensor]]:
     """A training step at M = 256, r = 64 in bf16, and its tensors."""
     with device.simulate(arch) as run:
-        case = Case(rows=(256,), d=d, r=64, dtype=BF16, activation="gelu")
+        case = Case(rows=(256,), d=d, r=64, dtype=BF16, activation="gelu", **dtypes)
         tensors = {name: t.clone() for name, t in bottleneck_cases.inputs(case).items()}
         out = bottleneck_cases.run(case, tensors, "triton")
     return run, tensors | out
 
 
 @ARCHITECTURES
-@pytest.mark.parametrize("d", [768, 1024])
-def test_traffic(arch: int, d: int) -> None:
+@pytest.mark.parametrize(
+    ("d", "dtypes"),
+    [(768, {}), (1024, {}), (768, {"x_dtype": FP32, "param_dtype": FP32})],
+    ids=["768", "1024", "fp32 storage"],
+)
+def test_traffic(arch: int, d: int, dtypes: dict[str, torch.dtype]) -> None:
     """In units of x [M, D]. What is read twice comes from L2 the second time."""
-    run, t = traffic(arch, d)
+    run, t = traffic(arch, d, **dtypes)
+    assert t["x"].dtype == t["y"].dtype == t["d_x"].dtype == dtypes.get("x_dtype", BF16)
+    launched = [report.name.removesuffix("_kernel") for report in run.launches]
+    assert launched == ["forward", "backward", "weights", "reduce"]  # and no kernel that casts
     unit = t["x"].nbytes
     forward, backward, weights = (
         run.total(f"{n}_kernel") for n in ("forward", "backward", "weights")

@@ -63,11 +63,10 @@ class Step(NamedTuple):
 def steps(arch: str) -> list[Step]:
     """What compiles to every tile, and with other instructions."""
     found = [Step(BF16, BF16, BF16, r, EVERYTHING) for r in (32, 64, 128)]
-    found += [Step(FP32, BF16, FP32, r, EVERYTHING) for r in (32, 64, 128)]
-    found += [Step(*dtypes, 128, EVERYTHING) for dtypes in ((FP32, BF16, BF16), (BF16, BF16, FP32))]
+    found += [Step(FP32, BF16, FP32, r, EVERYTHING) for r in (64, 128)]
     found.append(Step(FP32, FP32, FP32, 64, EVERYTHING))
     if arch in ("sm_80", "sm_90"):
-        found += [Step(t, BF16, t, 64, PLAIN) for t in (BF16, FP32)]
+        found.append(Step(BF16, BF16, BF16, 64, PLAIN))
     return found
 
 
@@ -168,12 +167,12 @@ def table() -> str:
         "# What the Triton bottleneck kernels take",
         "",
         f"Compiled by Triton {triton.__version__} for x [256, 768]; r is the largest that runs the",
-        "code. `plain` is biases and a residual; `every option` adds LayerNorm, dropout, scales",
-        "per channel and fp32 parameters. Registers: of a thread; shared: bytes of a program;",
-        "programs: resident on a multiprocessor. Nothing spills to memory. Written by",
-        "tests/gpu/test_triton_compile.py.",
+        "code; dtypes: of x, products and y, or of all. `plain` is biases and a residual; `every",
+        "option` adds LayerNorm, dropout, scales per channel and fp32 parameters. Registers: of a",
+        "thread; shared: bytes of a program; programs: resident on a multiprocessor. Nothing",
+        "spills to memory. Written by tests/gpu/test_triton_compile.py.",
         "",
-        "| arch | kernel | x | r | options | BLOCK_M x BLOCK_D | warps | stages | registers |"
+        "| arch | kernel | dtypes | r | options | BLOCK_M x BLOCK_D | warps | stages | registers |"
         " shared | programs | limit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
