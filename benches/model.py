@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastadapters.crossover import LIMITS
 from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
 
 from .workloads import BOTTLENECK, Bottleneck
@@ -245,6 +246,8 @@ def section() -> str:
             "|---|---|" + "---:|" * 8 + "---|---:|---:|",
         ]
         for w in BOTTLENECK:
+            if LIMITS["bottleneck", "cuda", "other", torch.bfloat16].exceeded(w.dim, w.bottleneck):
+                continue
             costs = w.costs(training=True)
             for direction, counts, cost in zip(
                 ("forward", "backward"), kernels(w, gpu), costs, strict=True
