@@ -130,7 +130,7 @@ def test_as_published_under_autocast(
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         moved = copy.deepcopy(published)
         for p in moved.parameters():
-            p.data = last_bit(p.data.bfloat16(), draw).float() if draw else p.data
+            p.data = last_bit(p.data, draw, torch.bfloat16)
         gold = step(copy.deepcopy(moved).double(), x.double(), residual, arguments)
         with torch.autocast("cpu", torch.bfloat16):
             return gold, step(moved, x, residual, arguments)
