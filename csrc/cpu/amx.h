@@ -66,20 +66,17 @@ struct AmxGemm {
     tile_fence();
   }
 
-  template <int wide, class Epilogue>
+  template <int wide>
   static inline void product(bool, int64_t rows, int64_t words, const Store* a, int64_t lda,
-                             const float* b, const Epilogue& epilogue) {
-    alignas(64) float c[kBlock * wide * 16];
+                             const float* b, float* c, int64_t ldc) {
     with_height(rows, [&](auto tall) {
       _tile_zero(0);
       if constexpr (wide == 2) _tile_zero(1);
       if constexpr (tall == 2) _tile_zero(2);
       if constexpr (tall == 2 && wide == 2) _tile_zero(3);
       run<tall, wide>(words, a, lda, b);
-      store_tiles<tall, wide>(c, wide * 16);
+      store_tiles<tall, wide>(c, ldc);
     });
-    for (int64_t i = 0; i < least(rows, kBlock); ++i)
-      for (int j = 0; j < wide; ++j) epilogue(i, j, read<Vec>(c + (i * wide + j) * 16));
   }
 
   template <int wide>

@@ -88,17 +88,16 @@ struct Gemm {
     }
   }
 
-  // epilogue(i, j, values) for each of the first `rows` rows i and each vector j of the product.
-  template <int vectors, class Epilogue>
+  // C [kBlock, vectors * kLanes] = the product.
+  template <int vectors>
   static FASTADAPTERS_INLINE void product(bool few, int64_t rows, int64_t words, const Store* a,
-                                          int64_t lda, const float* b, const Epilogue& epilogue) {
-    Vec c[kRows][vectors];
-    block<vectors>(few, rows, words, a, lda, b, c);
+                                          int64_t lda, const float* b, float* c, int64_t ldc) {
+    Vec sum[kRows][vectors];
+    block<vectors>(few, least(rows, kRows), words, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-      if (i < rows)
 #pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) epilogue(i, j, c[i][j]);
+      for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
   }
 
   // C [kBlock, vectors * kLanes] += the product, summed apart first: over many calls the rounding
@@ -204,21 +203,23 @@ inline void multiply_long(Chains chains, int64_t m, int64_t words, const typenam
       }
 }
 
-// epilogue(row, column, values) for every vector of A [m, k] B [k, n] for a short k;
-// prepare(row, column) for the first of each row of a block before it is computed.
+// A [m, k] B [k, n] for a short k, block by block: epilogue(row, rows, column, columns, c) has one
+// in c [rows, G::kPanel * kLanes]. prepare(row, column) comes before, for each row of a block.
 template <class G, class Prepare, class Epilogue>
 inline void multiply(Chains chains, int64_t m, int64_t words, const typename G::Store* a,
                      int64_t lda, const float* b, Panels<G> n, const Prepare& prepare,
                      const Epilogue& epilogue) {
+  constexpr int64_t ldc = G::kPanel * kLanes;
+  alignas(64) float c[G::kBlock * ldc];
   for (int64_t i = 0; i < m; i += G::kBlock)
     for (int64_t p = 0; p < n.count; ++p) {
-      int64_t column = n.first(p) * kLanes;
-      for (int64_t row = i; row < least(m, i + G::kBlock); ++row) prepare(row, column);
+      int64_t column = n.first(p) * kLanes, rows = least(m - i, G::kBlock);
+      for (int64_t row = i; row < i + rows; ++row) prepare(row, column);
       with_vectors<G>(n.size(p), [&](auto vectors) {
-        G::template product<vectors>(
-            chains.few, m - i, words, a + i * lda, lda, b + words * column,
-            [&](int64_t row, int64_t j, Vec v) { epilogue(i + row, column + j * kLanes, v); });
+        G::template product<vectors>(chains.few, rows, words, a + i * lda, lda, b + words * column,
+                                     c, ldc);
       });
+      epilogue(i, rows, column, n.size(p) * kLanes, c);
     }
 }
 

@@ -119,18 +119,6 @@ struct Tile {
       if (!wide) return f((T*)data);
     return f((float*)data);
   }
-  FASTADAPTERS_INLINE Vec at(int64_t i, int64_t j) const {
-    return typed([&](auto* p) { return load(p + i * ld + j, d - j); });
-  }
-  FASTADAPTERS_INLINE void write(int64_t i, int64_t j, Vec v) const {
-    typed([&](auto* p) {
-      p += i * ld + j;
-      if (stream && d - j >= kLanes)
-        fastadapters::cpu::stream(p, v);
-      else
-        store(p, v, d - j);
-    });
-  }
   // n columns of what will be read, or written.
   FASTADAPTERS_INLINE void expect(int64_t i, int64_t j, int64_t n) const {
     if (data) typed([&](auto* p) { prefetch_columns<0, 2>(p + i * ld + j, n); });
@@ -139,6 +127,26 @@ struct Tile {
     if (!stream) typed([&](auto* p) { prefetch_columns<1, 3>(p + i * ld + j, n); });
   }
 };
+
+// out = values(i, j) + add in a block of a tile; `add`, of out's dtype, may be absent.
+template <class T, class F>
+inline void write(const Tile<T>& out, const Tile<T>& add, int64_t row, int64_t rows, int64_t column,
+                  int64_t columns, const F& values) {
+  out.typed([&](auto* data) {
+    for (int64_t i = row; i < row + rows; ++i) {
+      auto* to = data + i * out.ld;
+      auto* more = add.data ? (decltype(to))add.data + i * add.ld : nullptr;
+      for (int64_t j = column; j < least(column + columns, out.d); j += kLanes) {
+        Vec v = values(i, j);
+        if (more) v += load(more + j, out.d - j);
+        if (out.stream && out.d - j >= kLanes)
+          stream(to + j, v);
+        else
+          store(to + j, v, out.d - j);
+      }
+    }
+  });
+}
 
 // The sizes every layout is made of. "Words" are the 32-bit words of unit.h along k.
 template <class G>

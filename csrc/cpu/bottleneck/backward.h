@@ -159,15 +159,14 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
   }
 }
 
-// write(j, dx) for a row of d columns, of the gradient v by xhat and of xhat.
-template <class Store, class F>
-FASTADAPTERS_INLINE void through_norm(int64_t d, const float* v, const Store* xhat, float rstd,
-                                      const F& write) {
+// A row of dx as a function of its columns, from the gradient v by xhat and from xhat.
+template <class Store>
+inline auto through_norm(int64_t d, const float* v, const Store* xhat, float rstd) {
   float mean = sum(sum_columns(d, [&](int64_t j) { return load(v + j, d - j); })) / d;
   auto product = [&](int64_t j) { return load(v + j, d - j) * load(xhat + j, d - j); };
   float slope = sum(sum_columns(d, product)) / d;
-  for (int64_t j = 0; j < d; j += kLanes)
-    write(j, (read<Vec>(v + j) - mean - slope * load(xhat + j)) * rstd);
+  return
+      [=](int64_t, int64_t j) { return (read<Vec>(v + j) - mean - slope * load(xhat + j)) * rstd; };
 }
 
 template <class G, class T>
@@ -253,10 +252,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
         }
 
       if (needs.dx) {
-        auto finish = [&](int64_t i, int64_t j, Vec v) {
-          if (p.add_dy) v += dy.at(i, j);
-          dx.write(i, j, v);
-        };
+        Tile<T> add = p.add_dy ? dy : Tile<T>();
         for (int64_t first = 0; first < m; first += G::kBlock) {
           int64_t rows = least(m - first, G::kBlock);
           multiply<G>(
@@ -268,15 +264,19 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
                 dy.expect(i + m, j, G::kPanel * kLanes);
                 x.expect(i + m, j, G::kPanel * kLanes);
               },
-              [&](int64_t i, int64_t j, Vec v) {
-                if (needs.norm)
-                  store(task.normal + i * columns + j, v);
-                else
-                  finish(first + i, j, v);
+              [&](int64_t row, int64_t n_rows, int64_t column, int64_t n, const float* c) {
+                auto value = [&](int64_t i, int64_t j) {
+                  return read<Vec>(c + (i - first - row) * G::kPanel * kLanes + j - column);
+                };
+                if (!needs.norm) return write(dx, add, first + row, n_rows, column, n, value);
+                for (int64_t i = row; i < row + n_rows; ++i)
+                  for (int64_t j = column; j < column + n; j += kLanes)
+                    store(task.normal + i * columns + j, value(first + i, j));
               });
           for (int64_t i = first; needs.norm && i < first + rows; ++i)
-            through_norm(sizes.d, task.normal + (i - first) * columns, xhat.data + i * xhat.ld,
-                         stats[2 * i + 1], [&](int64_t j, Vec v) { finish(i, j, v); });
+            write(dx, add, i, 1, 0, sizes.d,
+                  through_norm(sizes.d, task.normal + (i - first) * columns,
+                               xhat.data + i * xhat.ld, stats[2 * i + 1]));
         }
       }
       if (needs.g1) {

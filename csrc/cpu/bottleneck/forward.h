@@ -116,10 +116,11 @@ void forward(const BottleneckForward& p, const Threads& threads) {
             y.expect_write(i, j, G::kPanel * kLanes);
             x.expect(i + m, j, G::kPanel * kLanes);
           },
-          [&](int64_t i, int64_t j, Vec v) {
-            v = v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
-            if (residual.data) v += residual.at(i, j);
-            y.write(i, j, v);
+          [&](int64_t first, int64_t rows, int64_t column, int64_t n, const float* c) {
+            write(y, residual, first, rows, column, n, [&](int64_t i, int64_t j) {
+              Vec v = read<Vec>(c + (i - first) * G::kPanel * kLanes + j - column);
+              return v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
+            });
           });
     });
     if (stream) finish_streams();
