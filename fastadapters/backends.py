@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from .crossover import LIMITS, Limit
+from .cuda_limits import cuda_fits
 
 NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 
@@ -161,7 +162,12 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
         return "torch.func and forward-mode differentiation need plain PyTorch"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"
-    return unavailable(name)
+    missing = unavailable(name)
+    if missing is None and name == "cuda" and problem is not None:
+        dtypes = (problem.compute, x.dtype, problem.out)
+        if not cuda_fits(problem.r, *dtypes, torch.cuda.get_device_capability(x.device)):
+            return f"r = {problem.r} is too large for the shared memory of this GPU"
+    return missing
 
 
 def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:

@@ -34,10 +34,10 @@ def shared_bytes(
         extra_x: whether x is read once more, by a backward that makes dx through a LayerNorm.
     """
     size, x_size, y_size = (t.itemsize for t in (compute_dtype, x_dtype, out_dtype))
-    width = 32 if r <= 32 and size == x_size == y_size else 64
+    width = 32 if r <= 32 and max(x_size, y_size) <= size else 64
     hidden_panels = -(-width * size // _LINE)
     weights = max(width * _LINE, hidden_panels * _LINE // size * _LINE)
-    x = x_size // size * _PANEL
+    x = max(x_size // size, 1) * _PANEL
     slot = max(x, y_size // size * _PANEL)
     hidden = -(-r // width) * hidden_panels * _PANEL
     return 2 * (slot + weights + (x if extra_x else 0)) + hidden + _TABLES

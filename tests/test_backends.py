@@ -197,6 +197,21 @@ class Foreign(Tensor):
     """A tensor of which only its author knows what it is."""
 
 
+def test_an_r_too_large_for_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels say so by name, before they are called; never in `auto`."""
+    monkeypatch.setitem(backends._DEVICE, "cuda", "cpu")
+    monkeypatch.setitem(backends.KERNELS, "bottleneck", ("cuda",))
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(backends, "_why_slower", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
+    x, down, up = torch.ones(2, 8).bfloat16(), torch.ones(1537, 8), torch.ones(8, 1537)
+    reason = "r = 1537 is too large for the shared memory of this GPU"
+    with fastadapters.backend("cuda"), pytest.raises(RuntimeError, match=reason):
+        functional.bottleneck(x, down, up)
+    (only,) = fastadapters.explain(functional.bottleneck, x, down, up)
+    assert only.backend == "eager" and reason in only.reason
+
+
 @needs_library
 @pytest.mark.parametrize("which", ["x", "down_weight", "scale"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

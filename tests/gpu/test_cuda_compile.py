@@ -80,7 +80,7 @@ def parse(name: str) -> Kernel | None:
     found = re.match(r"void (\w+)<(.*?)>\((?:DataPass|WeightPass)\)", plain)
     if found is None:
         raise ValueError(f"a kernel of a new kind: {plain}")
-    products, width, *rest = found[2].split(", ")
+    products, width, *rest = found[2].strip().split(", ")
     stored = [DTYPES[s] for s in rest if s in DTYPES]
     if found[1] == "weight_pass":
         return Kernel("gradients", DTYPES[products], stored[0], "", int(width))
