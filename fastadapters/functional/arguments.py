@@ -18,6 +18,8 @@ PLAIN: dict[str, Any] = {"reference": reference, "eager": eager}
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast has products of ``x`` in, if it is on and not in float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None

@@ -31,10 +31,10 @@ def _save(
     """Save what is read, and of the rest the place, the shape and the dtype."""
     ctx.options = options[:-1]
     candidates = [tensors[0], *outputs[1:], *tensors[2:]]
+    read = reads(ctx.needs_input_grad[: len(tensors)], tensors, outputs)
     absent = []
-    for i, read in enumerate(reads(ctx.needs_input_grad[: len(tensors)], tensors, outputs)):
-        t = candidates[i]
-        if not read and t is not None:
+    for i, t in enumerate(candidates):
+        if t is not None and not read[i]:
             absent.append((i, t.shape, t.dtype))
             candidates[i] = None
     ctx.absent = absent
