@@ -12,8 +12,8 @@ from ..launch import Tile
 # lines, and that the rows of all resident programs fit the L2 cache (64 of D = 1024 in 16 bit:
 # 128 KB a program). docs/triton-resources.md lists what each takes.
 TILES = {
-    "forward_kernel": {128: Tile(64, 64, 8, 3)},
-    "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 16, 3)},
+    "forward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
+    "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 16, 3)},
     "weights_kernel": {
         32: Tile(32, 128, 8, 3),
         64: Tile(64, 128, 8, 3),
