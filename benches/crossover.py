@@ -57,6 +57,8 @@ def sum_up(points: Points, source: str) -> Limit:
 def _thread_times(candidates: list[Candidate], budget: float) -> list[float]:
     """The median of each one's seconds, taken in turns."""
     samples: list[list[float]] = [[] for _ in candidates]
+    for fn in candidates:
+        fn()
     start = time.perf_counter()
     while len(samples[0]) < 30 and (len(samples[0]) < 3 or time.perf_counter() - start < budget):
         for fn, times in zip(candidates, samples, strict=True):
@@ -65,7 +67,7 @@ def _thread_times(candidates: list[Candidate], budget: float) -> list[float]:
             times.append(time.thread_time() - begin)
         if time.perf_counter() - start > 10 * budget:
             break
-    return [statistics.median(times[len(times) > 1 :]) for times in samples]
+    return [statistics.median(times) for times in samples]
 
 
 def _ours(*args: Tensor, **options: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cpu", "avx2", torch.float16): Limit(
         4096, 4194304, "measured: AMD EPYC (Zen 3)"),
     ("bottleneck", "cpu", "avx2", torch.float32): Limit(
-        192, 262144, "measured: AMD EPYC (Zen 3)"),
+        128, 262144, "measured: AMD EPYC (Zen 3)"),
     ("bottleneck", "cpu", "avx512", torch.bfloat16): Limit(
         256, 262144, "reckoned from float32, which multiplies as fast"),
     ("bottleneck", "cpu", "avx512", torch.float16): Limit(
