@@ -1,3 +1,5 @@
+// Empty where the compiler has no such instructions.
+#if defined(__AVX512BF16__)
 #include "backward.h"
 #include "kernels.h"
 
@@ -7,3 +9,5 @@ const BottleneckKernels avx512_bf16_bottleneck = {forward<Gemm<Pair>, bfloat16>,
                                                   backward<Gemm<Pair>, bfloat16>};
 
 }  // namespace fastadapters::cpu
+
+#endif
