@@ -20,7 +20,7 @@ struct Preparation {
 constexpr int kUpRows = 16;  // rows of Wu a block prepares
 
 template <class E>
-__global__ void __launch_bounds__(256) prepare_weights(const __grid_constant__ Preparation p) {
+__global__ void __launch_bounds__(256, 4) prepare_weights(const __grid_constant__ Preparation p) {
   using T = typename E::T;
   const Bottleneck& op = p.op;
   const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
@@ -51,8 +51,9 @@ __global__ void __launch_bounds__(256) prepare_weights(const __grid_constant__ P
     }
     block -= int(op.bottleneck);
   }
-  for (int64_t i = threadIdx.x; i < kUpRows * op.bottleneck; i += 256) {
-    const int64_t row = int64_t(block) * kUpRows + i / op.bottleneck, column = i % op.bottleneck;
+  const int width = int(op.bottleneck);
+  for (int i = threadIdx.x; i < kUpRows * width; i += 256) {
+    const int64_t row = int64_t(block) * kUpRows + i / width, column = i % width;
     if (row >= op.dim) break;
     const float weight = at(op.up_weight, row * op.bottleneck + column, 0);
     const float scale = p.fold_scale ? at(op.scale, row, 1) : 1;
