@@ -56,11 +56,13 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Every size must be an integer of at least 1."""
-    for name, size in sizes.items():
-        if check_integer(name, size) < 1:
+def check_sizes(**sizes: Any) -> list[int]:
+    """Every size must be an integer of at least 1; as ints."""
+    checked = [check_integer(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, checked, strict=True):
+        if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+    return checked
 
 
 def check_integer(name: str, value: Any) -> int:
@@ -75,7 +77,7 @@ def check_integer(name: str, value: Any) -> int:
 
 def check_number(name: str, value: Any, or_else: str = "") -> float:
     """``value`` must be a real number, of NumPy's or a 0-dim tensor perhaps; as a float."""
-    if isinstance(value, float):
+    if type(value) is float:
         return value
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
         if value.requires_grad:
@@ -91,7 +93,7 @@ def check_number(name: str, value: Any, or_else: str = "") -> float:
 
 def check_probability(name: str, value: Any) -> float:
     """``value`` must be a probability; as a float."""
-    p = value if isinstance(value, float) else check_number(name, value)
+    p = value if type(value) is float else check_number(name, value)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
     return p
@@ -99,7 +101,7 @@ def check_probability(name: str, value: Any) -> float:
 
 def check_eps(name: str, value: Any) -> float:
     """``value`` must be a finite number, not negative; as a float."""
-    eps = value if isinstance(value, float) else check_number(name, value)
+    eps = value if type(value) is float else check_number(name, value)
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {eps}")
     return eps

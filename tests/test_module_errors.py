@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from module_cases import (
+    INF,
     KINDS,
     D,
+    assert_equal,
+    call,
+    inputs,
 )
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
@@ -62,15 +69,48 @@ BAD_OPTIONS = [
 POSITIONAL = {"dim": 0, "bottleneck": 1, "hidden_dim": 1, "num_heads": 2}
 
 
-@pytest.mark.parametrize(("kind", "change", "error", "message"), BAD_OPTIONS)
-def test_bad_options(kind: str, change: dict[str, Any], error: type, message: str) -> None:
-    build = KINDS[kind][0]
-    assert isinstance(build, partial)
-    args, options = list(build.args), dict(build.keywords)
+def build(kind: str, change: dict[str, Any]) -> nn.Module:
+    """The module of that kind with some options another way."""
+    make = KINDS[kind][0]
+    assert isinstance(make, partial)
+    args, options = list(make.args), dict(make.keywords)
     for name, value in change.items():
         if name in POSITIONAL:
             args[POSITIONAL[name]] = value
         else:
             options[name] = value
+    return make.func(*args, **options)
+
+
+@pytest.mark.parametrize(("kind", "change", "error", "message"), BAD_OPTIONS)
+def test_bad_options(kind: str, change: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        build.func(*args, **options)
+        build(kind, change)
+
+
+NUMBERS = [
+    ("bottleneck", {"scale": 0.5, "dropout": 0.25, "dim": 24, "bottleneck": 7}),
+    ("multiway", {"scale": 0.5, "dropout": 0.25, "dim": 24, "bottleneck": 7}),
+    ("enhancer", {"dropout": 0.25, "drop_path": 0.5, "hidden_dim": 40}),
+    ("multimodal", {"blend": 0.5, "num_heads": 2, "mask": ((0.5, -1.0), (-INF, 2.0))}),
+    ("wander", {"out_len": 4, "feature_rank": 2, "time_rank": 2}),
+]
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor])
+@pytest.mark.parametrize(("kind", "options"), NUMBERS)
+def test_numbers_of_any_kind(kind: str, options: dict[str, Any], make: Callable[..., Any]) -> None:
+    """NumPy's and 0-dim tensors are numbers: the module is the one that plain numbers make."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(convert(v) for v in value)
+        if isinstance(value, int):
+            return torch.tensor(value) if make is torch.tensor else np.int64(value)
+        return make(value)
+
+    expected = build(kind, options)
+    module = build(kind, {name: convert(value) for name, value in options.items()})
+    module.load_state_dict(expected.state_dict())
+    assert repr(module) == repr(expected)
+    assert_equal(call(module.eval(), inputs(kind)), call(expected.eval(), inputs(kind)))

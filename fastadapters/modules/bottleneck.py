@@ -69,17 +69,16 @@ class BottleneckAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, bottleneck=bottleneck)
+        dim, bottleneck = check_sizes(dim=dim, bottleneck=bottleneck)
         check_choice("activation", activation, ACTIVATION_CODES)
         check_choice("layernorm", layernorm, LAYERNORMS)
         check_choice("init", init, INITS)
         if isinstance(scale, str):
             check_choice("scale", scale, ("learnable", "channel"))
         else:
-            check_number("scale", scale, ", 'learnable' or 'channel'")
-        check_probability("dropout", dropout)
+            scale = check_number("scale", scale, ", 'learnable' or 'channel'")
         self.activation = activation
-        self.dropout = dropout
+        self.dropout = check_probability("dropout", dropout)
         self.layernorm = layernorm
         self.residual = residual
         self.init = init

@@ -89,17 +89,16 @@ class MultiModalAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, attn_dim=attn_dim, num_heads=num_heads, hidden_dim=hidden_dim)
-        check_number("blend", blend)
+        dim, attn_dim, num_heads, hidden_dim = check_sizes(
+            dim=dim, attn_dim=attn_dim, num_heads=num_heads, hidden_dim=hidden_dim
+        )
         if attn_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of {attn_dim}, got {num_heads}")
         if isinstance(mask, str) and mask not in _MASKS:
             raise ValueError(f"mask: expected 'masked', 'additive' or 2 x 2 numbers, got {mask!r}")
-        if not isinstance(mask, str):
-            check_bias("mask", mask)
         self.num_heads = num_heads
-        self.bias = _MASKS[mask] if isinstance(mask, str) else mask
-        self.blend = blend
+        self.bias = _MASKS[mask] if isinstance(mask, str) else check_bias("mask", mask)
+        self.blend = check_number("blend", blend)
 
         def linear(n_in: int, n_out: int) -> nn.Linear:
             return nn.Linear(n_in, n_out, device=device, dtype=dtype)

@@ -176,13 +176,11 @@ class AlignmentEnhancer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, hidden_dim=hidden_dim)
+        dim, hidden_dim = check_sizes(dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATION_CODES)
-        check_probability("dropout", dropout)
-        check_probability("drop_path", drop_path)
         self.activation = activation
-        self.dropout = dropout
-        self.drop_path = drop_path
+        self.dropout = check_probability("dropout", dropout)
+        self.drop_path = check_probability("drop_path", drop_path)
         self.residual = residual
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)

@@ -59,7 +59,7 @@ class WanderAdapter(nn.Module):
     ) -> None:
         super().__init__()
         out_len = bottleneck if out_len is None else out_len
-        check_sizes(
+        dim, bottleneck, feature_rank, time_rank, out_len, *lengths = check_sizes(
             dim=dim, bottleneck=bottleneck, feature_rank=feature_rank, time_rank=time_rank,
             out_len=out_len, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
         )  # fmt: skip
@@ -69,12 +69,12 @@ class WanderAdapter(nn.Module):
             raise ValueError(
                 f"time_rank: expected feature_rank = {feature_rank} with 'cp', got {time_rank}"
             )
-        if out_len > sum(seq_lens):
+        if out_len > sum(lengths):
             raise ValueError(
-                f"out_len: expected at most {sum(seq_lens)} (all tokens), got {out_len}"
+                f"out_len: expected at most {sum(lengths)} (all tokens), got {out_len}"
             )
         self.dim = dim
-        self.seq_lens = tuple(seq_lens)
+        self.seq_lens = tuple(lengths)
         self.out_len = out_len
         self.fusion = fusion
         self.init = init
