@@ -126,6 +126,12 @@ bool Marshal::merge() {
   int used = 0;
   shape_[0] = shape_[1] = shape_[2] = 1;
   for (View& v : views_) std::memset(v.rows->strides, 0, sizeof v.rows->strides);
+  const Tensor& first = views_[0].tensor;
+  for (int64_t dim = 0; dim < first.dim() - 1; ++dim)
+    if (first.size(dim) == 0) {
+      shape_[2] = 0;
+      return true;
+    }
   for (int64_t dim = views_[0].tensor.dim() - 2; dim >= 0; --dim) {
     int64_t size = views_[0].tensor.size(dim);
     if (size == 1) continue;

@@ -223,7 +223,7 @@ def multimodal_logits(
     inverse = square.clamp_min(1e-24).rsqrt()
     mixed_square = (
         blend**2 * square * inverse**2
-        + (1 - blend) ** 2
+        + (1 - blend) ** 2 * text.square().sum(dim=-1, keepdim=True)  # 1, or 0 for a row of zeros
         + 2 * blend * (1 - blend) * text_dot * inverse
     )
     cosine = blend * image_dot * inverse + (1 - blend) * similarity

@@ -57,7 +57,8 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def leaf(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """What `torch.fx.symbolic_trace` gets for ``op``, whose x is a Proxy: a node that calls it."""
-    (tracer,) = {t.tracer for t in arguments.values() if isinstance(t, Proxy)}
+    lists = (a if isinstance(a, (list, tuple)) else (a,) for a in arguments.values())
+    tracer = next(t.tracer for ts in lists for t in ts if isinstance(t, Proxy))
     return tracer.create_proxy("call_function", op, (), arguments)
 
 
