@@ -44,11 +44,11 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cpu", "amx", torch.bfloat16): Limit(
         256, 262144, "reckoned from a prototype, D = 768: r 64 2.5"),
     ("bottleneck", "cpu", "avx2", torch.bfloat16): Limit(
-        4096, 4194304, "measured: AMD EPYC (Zen 3)"),
+        4096, 4194304, "Zen 3, busy: measured up to r 768 (2.4 and more), beyond reckoned"),
     ("bottleneck", "cpu", "avx2", torch.float16): Limit(
-        4096, 4194304, "measured: AMD EPYC (Zen 3)"),
+        4096, 4194304, "Zen 3, busy: measured up to r 768 (2.4 and more), beyond reckoned"),
     ("bottleneck", "cpu", "avx2", torch.float32): Limit(
-        128, 262144, "measured: AMD EPYC (Zen 3)"),
+        128, 262144, "Zen 3, busy: chosen by hand from measured points"),
     ("bottleneck", "cpu", "avx512", torch.bfloat16): Limit(
         256, 262144, "reckoned from float32, which multiplies as fast"),
     ("bottleneck", "cpu", "avx512", torch.float16): Limit(
@@ -64,15 +64,15 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cpu", "other", torch.float32): Limit(
         8, 32768, "as portable"),
     ("bottleneck", "cpu", "portable", torch.bfloat16): Limit(
-        256, 262144, "measured: AMD EPYC (Zen 3)"),
+        256, 262144, "Zen 3, busy: measured at D 768 up to r 256, 128 rows"),
     ("bottleneck", "cpu", "portable", torch.float16): Limit(
-        256, 262144, "measured: AMD EPYC (Zen 3)"),
+        256, 262144, "Zen 3, busy: measured at D 768 up to r 256, 128 rows"),
     ("bottleneck", "cpu", "portable", torch.float32): Limit(
-        8, 32768, "measured: AMD EPYC (Zen 3)"),
+        8, 32768, "Zen 3, busy: by hand; without a residual r 8 lost (0.87 to 1.0)"),
     ("bottleneck", "cuda", "other", torch.bfloat16): Limit(
-        64, 262144, "model, D = 768: r 64 wins, r 256 loses"),
+        64, 262144, "model of the H100, D = 768: r 64 wins, r 256 loses; others reckoned"),
     ("bottleneck", "cuda", "other", torch.float16): Limit(
-        64, 262144, "model, D = 768: r 64 wins, r 256 loses"),
+        64, 262144, "model of the H100, D = 768: r 64 wins, r 256 loses; others reckoned"),
     ("bottleneck", "cuda", "other", torch.float32): Limit(
         32, 131072, "reckoned: without tensor cores arithmetic binds earlier"),
 }
