@@ -38,7 +38,9 @@ _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # What the kernels may be given: tensors that are nothing else, what stands for such while PyTorch
 # traces, and what is no tensor.
-_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None), float, int))
+PLAIN_TYPES = frozenset(
+    (Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None), float, int)
+)
 
 LIBRARY = Path(__file__).parent / "_C.abi3.so"
 
@@ -144,7 +146,7 @@ class Problem(NamedTuple):
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
     """Whether no argument is of a subclass: sharded, nested, quantized ..."""
-    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, problem.others))
+    return type(x) in PLAIN_TYPES and PLAIN_TYPES.issuperset(map(type, problem.others))
 
 
 def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | None:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Proxy, Tracer
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
@@ -20,9 +18,7 @@ from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_
 from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
-# Tensors that are nothing else; the last two stand for such while PyTorch traces.
-_TENSORS = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
-_PARAMETERS = _TENSORS | {type(None)}
+from ..backends import PLAIN_TYPES
 
 # The layers that the ops know, with the forward that they know.
 _FORWARDS: dict[type[nn.Module], object] = {
@@ -60,7 +56,7 @@ def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -
         reason = "has no weight, or one that is no parameter"
     else:
         for t in parameters.values():
-            if type(t) not in _PARAMETERS:
+            if type(t) not in PLAIN_TYPES:
                 reason = f"has a {type(t).__name__} as parameter"
                 break
         else:
@@ -73,7 +69,7 @@ def why_all_called(**tensors: object) -> str | None:
     if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return "there are hooks on all modules: each layer's own forward is called"
     for name, t in tensors.items():
-        if type(t) not in _PARAMETERS and isinstance(t, (Tensor, Proxy)):
+        if type(t) not in PLAIN_TYPES and isinstance(t, (Tensor, Proxy)):
             return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
     return None
 
