@@ -100,7 +100,7 @@ def check(case: Case, change: Callable[[dict[str, Tensor]], None], **options: An
         return step(backend, inputs, dy, **options)
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        moved = {n: t if n == "x" else last_bit(t, draw) for n, t in tensors.items()}
+        moved = {n: t if n == "x" else last_bit(t, draw, case.dtype) for n, t in tensors.items()}
         exact = {n: t.double() for n, t in moved.items()}
         return run("reference", exact, cotangent.double()), run("reference", moved, cotangent)
 
