@@ -14,11 +14,7 @@ from ..launch import Tile
 TILES = {
     "forward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
     "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 16, 3)},
-    "weights_kernel": {
-        32: Tile(32, 128, 8, 3),
-        64: Tile(64, 128, 8, 3),
-        128: Tile(32, 128, 8, 3),
-    },
+    "weights_kernel": {128: Tile(32, 128, 8, 3)},
 }
 # Hopper and datacentre Blackwell: products of at most 8 warps from shared memory, and an L2 so slow
 # beside the HBM that the forward reads the weights for 128 rows at once.
