@@ -14,8 +14,14 @@ from ..launch import Tile
 TILES = {
     "forward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
     "backward_kernel": {64: Tile(64, 64, 8, 3), 128: Tile(64, 32, 16, 3)},
-    "weights_kernel": {128: Tile(32, 128, 8, 3)},
+    "weights_kernel": {
+        32: Tile(32, 128, 8, 3),
+        64: Tile(64, 128, 8, 3),
+        128: Tile(32, 128, 8, 3),
+    },
 }
+# Before their columns are halved.
+WIDE_TILES = TILES | {"weights_kernel": {128: Tile(32, 128, 8, 3)}}
 # Hopper and datacentre Blackwell: products of at most 8 warps from shared memory, and an L2 so slow
 # beside the HBM that the forward reads the weights for 128 rows at once.
 WGMMA_TILES = TILES | {
@@ -61,7 +67,7 @@ def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, arch
     elif arch == "sm_90":
         tiles = WGMMA_TILES
     else:
-        tiles = TILES
+        tiles = WIDE_TILES if wide else TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
     columns = chosen.block_d
     if wide and dtype != torch.float32:
