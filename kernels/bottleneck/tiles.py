@@ -21,7 +21,7 @@ TILES = {
     },
 }
 # Before their columns are halved.
-WIDE_TILES = TILES | {"weights_kernel": {128: Tile(32, 128, 8, 3)}}
+WIDE_TILES = TILES | {"weights_kernel": {128: Tile(32, 128, 8, 2)}}
 # Hopper and datacentre Blackwell: products of at most 8 warps from shared memory, and an L2 so slow
 # beside the HBM that the forward reads the weights for 128 rows at once.
 WGMMA_TILES = TILES | {
