@@ -98,7 +98,7 @@ sanitize-device: setup ## With a GPU: the CUDA kernels under compute-sanitizer
 	done
 
 # The tables show the bottleneck with kept pages, too: see docs/performance.md.
-bench: setup ## The main benchmarks and their table, in 6 minutes
+bench: setup ## The main benchmarks and their table, in 10 minutes
 	mkdir -p build
 	pytest benches --benchmark-quiet --benchmark-json=build/bench.json
 	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --dtype float32,autocast --benchmark-quiet --benchmark-json=build/bench-kept.json
