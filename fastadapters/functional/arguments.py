@@ -90,9 +90,8 @@ def plain_dropout(x: Tensor, dropout: float, training: bool) -> tuple[Tensor | N
     Random numbers in tensor ops are the definition, but slow, and no subclass of Tensor knows them:
     where nobody asked for the definition, PyTorch draws the mask.
     """
-    if not backends.chosen_by_name():
-        return None, dropout if training else 0.0
-    return draw_seed(x, dropout, training), dropout if training else 0.0
+    seed = draw_seed(x, dropout, training) if backends.chosen_by_name() else None
+    return seed, dropout if training else 0.0
 
 
 def saves(tensors: Iterable[Tensor | None]) -> bool:
