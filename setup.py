@@ -37,6 +37,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_TORCH = (2, 11)
 OLDEST_NVCC = (12, 8)
 
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
 # TORCH_TARGET_VERSION keeps the library loadable by every PyTorch from OLDEST_TORCH on.
 CXX_FLAGS = (
     "-O3",
@@ -226,6 +228,16 @@ def find_nvcc(compiler: str | None) -> Nvcc | None:
     )
 
 
+def included(source: Path) -> set[Path]:
+    """The source and the headers of this project that it includes, directly or not."""
+    found, new = set(), {source.resolve()}
+    while new:
+        found |= new
+        paths = (path.parent / name for path in new for name in _INCLUDE.findall(path.read_text()))
+        new = {path.resolve() for path in paths if path.exists()} - found
+    return found
+
+
 def commands(
     made: Plan, tools: Tools, sources: Mapping[Path, Sequence[str]]
 ) -> tuple[dict[Path, list[str]], list[str], list[str]]:
@@ -259,12 +271,12 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiles, link, libraries = commands(self.made, self.tools, read_sources())
-        headers = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*h")))
 
         def compile_object(source: Path) -> str:
             # Named after all that goes into it, so that a rebuild compiles only what has changed.
-            contents = repr(compiles[source]).encode() + headers + source.read_bytes()
-            digest = hashlib.sha256(contents).hexdigest()[:16]
+            command = shlex.join(compiles[source]).replace(str(ROOT), "")
+            texts = [path.read_bytes() for path in sorted(included(source))]
+            digest = hashlib.sha256(b"".join([command.encode(), *texts])).hexdigest()[:16]
             name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
             target = ROOT / "build" / "objects" / f"{name}-{digest}.o"
             if not target.exists():
