@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadapters.crossover import LIMITS
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 from .workloads import BOTTLENECK, Bottleneck
 

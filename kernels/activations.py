@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Positions in fastadapters.ops.bottleneck.ACTIVATION_NAMES.
+# Positions in fastadapters.ops.codes.ACTIVATION_NAMES.
 IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
 GELU = tl.constexpr(2)

@@ -11,7 +11,8 @@ from compare import check_all
 from hooks import load
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import PARAMETERS
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 OWN_KERNELS = [

@@ -12,7 +12,8 @@ from cpu_kernels import ISAS, OWN_KERNELS, call, choose
 from torch import Tensor
 
 from fastadapters import reference
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import PARAMETERS
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 EACH_KERNEL = pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
 

@@ -20,7 +20,8 @@ from compare import check_all
 from cpu_kernels import ISAS, OWN_KERNELS, call, check_kernels, choose
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import PARAMETERS
+from fastadapters.ops.codes import ACTIVATION_CODES
 
 
 @pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadapters
 from fastadapters import backends, functional
-from fastadapters.ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES, PARAMETERS
+from fastadapters.ops.bottleneck import PARAMETERS
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 needs_library = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")

@@ -19,7 +19,7 @@ from ..checks import (
     check_tensor,
 )
 from ..ops import NAMESPACES, autograd
-from ..ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
+from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from .arguments import (
     PLAIN,
     compute_and_out_dtype,
@@ -229,8 +229,9 @@ def bottleneck(
         parameter(up_bias, dtype), parameter(norm_weight, dtype), parameter(norm_bias, dtype),
         parameter(learnable, dtype), seed,
     )  # fmt: skip
-    return autograd.call(
+    y: Tensor = autograd.call(
         NAMESPACES[name].bottleneck_forward.default, tensors,
         (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[dtype],
          DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip
+    return y

@@ -18,7 +18,7 @@ from ..checks import (
     check_number,
     check_tensor,
 )
-from ..ops.bottleneck import ACTIVATION_CODES
+from ..ops.codes import ACTIVATION_CODES
 from ..reference.cross_modal_attention import MASKED, Bias, Layer
 from .arguments import PLAIN, compute_dtype, leaf, owned, without_autocast
 

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from .. import backends
 from ..checks import check_split
 from ..ops import NAMESPACES, autograd
-from ..ops.bottleneck import ACTIVATION_CODES, DTYPE_CODES
+from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from .arguments import (
     PLAIN,
     compute_and_out_dtype,
@@ -109,8 +109,9 @@ def multiway_bottleneck(
         tensors += (parameter(t, dtype) for t in parameters)
         tensors.append(draw_seed(x, dropout, training))
         scale_values.append(scale_value)
-    return autograd.call(
+    y: Tensor = autograd.call(
         NAMESPACES[name].multiway_forward.default, tensors,
         (split, *scale_values, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[dtype],
          DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip
+    return y

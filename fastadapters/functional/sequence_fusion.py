@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from .. import backends
 from ..checks import check_activations, check_choice, check_ndim, check_tensor
-from ..ops.bottleneck import ACTIVATION_CODES
+from ..ops.codes import ACTIVATION_CODES
 from .arguments import PLAIN, compute_dtype, leaf, without_autocast
 
 

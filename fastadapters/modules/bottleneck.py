@@ -17,7 +17,7 @@ from ..checks import (
     check_residual,
     check_sizes,
 )
-from ..ops.bottleneck import ACTIVATION_CODES
+from ..ops.codes import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 

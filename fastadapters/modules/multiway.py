@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from ..checks import check_choice, check_probability, check_residual, check_sizes, check_split
-from ..ops.bottleneck import ACTIVATION_CODES
+from ..ops.codes import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called

@@ -2,25 +2,40 @@
 
 A namespace is one set of kernels behind the same schemas: ``torch.ops.fastadapters`` has those of
 the compiled library (CPU and CUDA), ``torch.ops.fastadapters_triton`` those of
-``fastadapters.kernels``, which is imported when the first of them is called.
+``fastadapters.kernels``, which is imported when the first of them is called. The schemas are
+defined here, so that they exist with or without kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import bottleneck, flops, multiway
+from . import bottleneck, cross_modal_attention, flops, multimodal, multiway, sequence_fusion
+from .schemas import define_allow_tf32, implement_lazily
 
-_compiled = bottleneck.define("fastadapters")
-multiway.define(_compiled, ("CPU", "CUDA"))
+_OPS = (bottleneck, sequence_fusion, cross_modal_attention, multimodal)
+
+
+def define(namespace: str, keys: Sequence[str]) -> torch.library.Library:
+    """Declare every op in ``namespace``, whose kernels are for these dispatch keys."""
+    library = torch.library.Library(namespace, "DEF")
+    for op in _OPS:
+        op.define(library)
+    multiway.define(library, keys)
+    return library
+
+
+_compiled = define("fastadapters", ("CPU", "CUDA"))
 bottleneck.define_fallback(_compiled)
-bottleneck.define_allow_tf32(_compiled)
+define_allow_tf32(_compiled)
 
-_triton = bottleneck.define("fastadapters_triton")
-multiway.define(_triton, ("CompositeExplicitAutograd",))
-bottleneck.implement_lazily(_triton, "fastadapters.kernels.bottleneck")
+_triton = define("fastadapters_triton", ("CompositeExplicitAutograd",))
+for _op in _OPS:
+    _stem = _op.__name__.rpartition(".")[2]
+    implement_lazily(_triton, _op.SCHEMAS, f"fastadapters.kernels.{_stem}")
 
 flops.register("fastadapters", "fastadapters_triton")
 

@@ -8,7 +8,6 @@ exist with or without the compiled library, which only adds kernels to them.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, eager
-from ..reference.bottleneck import ACTIVATIONS
-from . import autograd
-
-ACTIVATION_NAMES = tuple(ACTIVATIONS)
-ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATION_NAMES)}
-
-# The codes of csrc's enum Dtype.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+from . import autograd, schemas
+from .codes import ACTIVATION_NAMES, DTYPES
 
 PARAMETERS = (
     "down_weight",
@@ -194,22 +186,18 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     return y.to(DTYPES[out]), empty, x.new_empty(0, dtype=torch.float32)
 
 
-def define(namespace: str) -> torch.library.Library:
-    """Declare the ops in ``namespace`` (schemas, fake kernels, autograd), without kernels."""
-    library = torch.library.Library(namespace, "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-    ops = getattr(torch.ops, namespace)
+def define(library: torch.library.Library) -> None:
+    """Declare the ops in ``library`` (schemas, fake kernels, autograd), without kernels."""
+    schemas.define(library, SCHEMAS, _FAKES)
+    ops = getattr(torch.ops, library.ns)
 
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_residual, *need = ctx.needs_input_grad[: 2 + len(PARAMETERS)]
-        dx, *others = autograd.gradients(ops.bottleneck_backward.default, ctx, dy, (need_x, *need))
+    def backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, *need, _ = needs
+        op = ops.bottleneck_backward.default
+        dx, *others = autograd.gradients(op, ctx, (dy,), (need_x, *need))
         return dx, dy if need_residual else None, *others, None
 
-    for name in SCHEMAS:
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
     autograd.register(library, "bottleneck_forward", backward, _reads)
-    return library
 
 
 def define_fallback(library: torch.library.Library) -> None:
@@ -217,26 +205,3 @@ def define_fallback(library: torch.library.Library) -> None:
     for key in ("CPU", "CUDA"):
         if not backends.has_kernel("bottleneck_forward", key):
             library.impl("bottleneck_forward", _eager_forward, key)
-
-
-def define_allow_tf32(library: torch.library.Library) -> None:
-    """Tell the compiled kernels, which ask at each float32 call, what precision PyTorch allows."""
-    library.define("allow_tf32() -> bool")
-    library.impl(
-        "allow_tf32",
-        lambda: torch.get_float32_matmul_precision() != "highest",
-        "CompositeExplicitAutograd",
-    )
-
-
-def implement_lazily(library: torch.library.Library, module: str) -> None:
-    """Make the ops the functions of their names in ``module``, imported at the first call."""
-
-    def implement(name: str) -> None:
-        def kernel(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), name)(*args)
-
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-
-    for name in SCHEMAS:
-        implement(name)

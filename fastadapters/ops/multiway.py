@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, schemas
 from .bottleneck import (
-    DTYPES,
     OPTIONS,
     PARAMETERS,
     allocate_gradients,
@@ -23,6 +22,7 @@ from .bottleneck import (
     declare,
     reads_of_adapter,
 )
+from .codes import DTYPES
 
 _N = len(PARAMETERS)
 _SIDES = ("_first", "_second")
@@ -87,10 +87,15 @@ def _reads(
     return values, *saved, *parameters
 
 
+_FAKES: dict[str, Callable[..., Any]] = {
+    "multiway_forward": _allocate_forward,
+    "multiway_backward": _allocate_backward,
+}
+
+
 def define(library: torch.library.Library, keys: Sequence[str]) -> None:
     """Declare the ops in ``library``, made of its ``bottleneck_*_out`` kernels for ``keys``."""
-    namespace = library.ns
-    ops = getattr(torch.ops, namespace)
+    ops = getattr(torch.ops, library.ns)
 
     def forward(x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
         y, *saved = _allocate_forward(x, residual, *rest)
@@ -114,20 +119,15 @@ def define(library: torch.library.Library, keys: Sequence[str]) -> None:
             ops.bottleneck_backward_out(dx_part, *others_part, dy_part, x_part, *saved_part, *side)
         return gradients
 
-    def autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_residual, *need = ctx.needs_input_grad[: 2 + 2 * _SIDE]
+    def autograd_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, *need = needs
         wanted = (need_x, *need[:_N], *need[_SIDE : _SIDE + _N])
-        dx, *others = autograd.gradients(ops.multiway_backward.default, ctx, dy, wanted)
+        dx, *others = autograd.gradients(ops.multiway_backward.default, ctx, (dy,), wanted)
         d_residual = dy if need_residual else None
         return dx, d_residual, *others[:_N], None, *others[_N:], None
 
-    kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "multiway_forward": (forward, _allocate_forward),
-        "multiway_backward": (backward, _allocate_backward),
-    }
-    for name, (kernel, fake) in kernels.items():
-        library.define(name + SCHEMAS[name])
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-        for key in keys:
-            library.impl(name, kernel, key)
+    schemas.define(library, SCHEMAS, _FAKES)
+    for key in keys:
+        library.impl("multiway_forward", forward, key)
+        library.impl("multiway_backward", backward, key)
     autograd.register(library, "multiway_forward", autograd_backward, _reads)

@@ -9,12 +9,12 @@ import triton
 from torch import Tensor
 
 from fastadapters.ops.bottleneck import (
-    DTYPES,
     PARAMETERS,
     allocate_gradients,
     allocate_saved,
     asked_for,
 )
+from fastadapters.ops.codes import DTYPES
 from fastadapters.reference.philox import dropout_threshold
 
 from ..launch import (

@@ -14,7 +14,7 @@ import device
 import torch
 from machine import HERE, build
 
-from fastadapters.ops import bottleneck, multiway
+from fastadapters import ops
 
 NAMESPACE = "fastadapters_simulated"
 CSRC = HERE.parents[1] / "csrc"
@@ -61,8 +61,6 @@ def load() -> Any:
         objects = pool.map(lambda s: str(compile_source(sources[s], s)), sources)
     runtime = ["-cudart", "shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
     library = compile_once(["nvcc", "-shared", *objects, *runtime], "cuda.so")
-    schemas = bottleneck.define(NAMESPACE)
-    multiway.define(schemas, ("CPU",))
-    load.library = schemas  # the schemas live as long as this
+    load.library = ops.define(NAMESPACE, ("CPU",))  # the schemas live as long as this
     device.load_cuda(library, torch_ops=True)
     return getattr(torch.ops, NAMESPACE)

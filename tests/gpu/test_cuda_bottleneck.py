@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastadapters import backends, ops
 from fastadapters.cuda_limits import cuda_fits
-from fastadapters.ops.bottleneck import DTYPE_CODES
+from fastadapters.ops.codes import DTYPE_CODES
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -20,7 +20,7 @@ import pytest
 import torch
 from compile_checks import PROCESSORS, Resources, cubin_resources, occupancy
 
-from fastadapters.ops.bottleneck import DTYPE_CODES
+from fastadapters.ops.codes import DTYPE_CODES
 
 TABLE = Path(__file__).parents[2] / "docs" / "cuda-resources.md"
 TESTED = (80, 90, 120)

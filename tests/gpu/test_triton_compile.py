@@ -15,7 +15,7 @@ import pytest
 import torch
 from compile_checks import Resources, occupancy, triton_resources
 
-from fastadapters.ops.bottleneck import DTYPE_CODES
+from fastadapters.ops.codes import DTYPE_CODES
 
 triton = pytest.importorskip("triton")
 

@@ -1,0 +1,79 @@
+"""Cross-modal attention as a PyTorch operator: schemas, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, schemas
+
+_TENSORS = "Tensor text_k, Tensor text_v, Tensor image_q, Tensor image_k, Tensor image_v"
+_OPTIONS = "float scale, float bias_tt, float bias_ti, float bias_it, float bias_ii, int outputs"
+# What `outputs` is a sum of.
+TEXT, IMAGE = 1, 2
+
+SCHEMAS = {
+    "cross_modal_attention_forward": f"(Tensor text_q, {_TENSORS}, {_OPTIONS}, bool save)"
+    " -> (Tensor text_out, Tensor image_out, Tensor state)",
+    "cross_modal_attention_backward": "(Tensor? d_text_out, Tensor? d_image_out, Tensor text_q,"
+    f" {_TENSORS}, Tensor state, {_OPTIONS}, int needs) -> (Tensor d_text_q, Tensor d_text_k,"
+    " Tensor d_text_v, Tensor d_image_q, Tensor d_image_k, Tensor d_image_v)",
+}
+
+# How many fp32 numbers the forward keeps for backward, by namespace and device: a function of
+# text_q, image_q and the options from scale to outputs.
+State = Callable[[Tensor, Tensor, Sequence[Any]], int]
+STATES: dict[tuple[str, str], State] = {}
+
+
+def allocate_forward(
+    text_q: Tensor, image_q: Tensor, outputs: int, state: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """text_out [B, C, H, d] and image_out [B, I, H, d], empty if not asked for, and the state."""
+    items, _, heads, width = image_q.shape
+    text = (items, text_q.shape[-3], heads, width) if outputs & TEXT else (0,)
+    image = image_q.shape if outputs & IMAGE else (0,)
+    return (
+        image_q.new_empty(text),
+        image_q.new_empty(image),
+        image_q.new_empty(state, dtype=torch.float32),
+    )
+
+
+def allocate_gradients(tensors: Sequence[Tensor], needs: int) -> tuple[Tensor, ...]:
+    """A gradient for each tensor whose bit is set in ``needs``; empty tensors else."""
+    return tuple(t.new_empty(t.shape if needs >> i & 1 else (0,)) for i, t in enumerate(tensors))
+
+
+def define(library: torch.library.Library) -> None:
+    """Declare the ops in ``library`` (schemas, fake kernels, autograd), without kernels."""
+    namespace = library.ns
+
+    def fake_forward(
+        text_q: Tensor, text_k: Tensor, text_v: Tensor, image_q: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *options, save = rest[2:]
+        size = STATES[namespace, image_q.device.type] if save else None
+        state = size(text_q, image_q, options) if size else 0
+        return allocate_forward(text_q, image_q, options[-1], state)
+
+    def fake_backward(
+        d_text_out: Tensor | None, d_image_out: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        return allocate_gradients(rest[:6], rest[-1])
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "cross_modal_attention_forward": fake_forward,
+        "cross_modal_attention_backward": fake_backward,
+    }
+    schemas.define(library, SCHEMAS, fakes)
+    ops = getattr(torch.ops, namespace)
+
+    def backward(ctx: Any, needs: Sequence[bool], *given: Tensor | None) -> tuple[Any, ...]:
+        op = ops.cross_modal_attention_backward.default
+        return tuple(autograd.gradients(op, ctx, given, needs))
+
+    autograd.register(library, "cross_modal_attention_forward", backward, results=2, saved_at=6)
