@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,20 +11,11 @@ import sys
 import zipfile
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from setup_script import ROOT, load_setup
 
-ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("setuptools", minversion="77")
-
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastadapters_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 build = load_setup()
 KNOWN = (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)

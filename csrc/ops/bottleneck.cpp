@@ -5,8 +5,7 @@
 
 #include <tuple>
 
-#include "devices.h"
-#include "marshal.h"
+#include "run.h"
 #ifdef FASTADAPTERS_CUDA
 #include "../cuda/bottleneck/bottleneck.h"
 #endif
@@ -52,22 +51,11 @@ void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
   args.seed = m.seed(o.seed);
 }
 
-#ifdef FASTADAPTERS_CUDA
-template <class Op>
-void run_cuda(const Op& args, const Tensor& like, int64_t (*workspace)(const Op&),
-              void (*launch)(const Op&, bool, void*, void*)) {
-  CudaStream stream(like);
-  int64_t bytes = workspace(args);
-  Tensor space = empty(like, {bytes / 4}, ScalarType::Float);
-  launch(args, args.dtype == Dtype::float32 && allow_tf32(),
-         bytes ? space.mutable_data_ptr() : nullptr, stream.get());
-}
-#endif
-
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
-    return run_cuda(args, x, &cuda::bottleneck_forward_workspace, &cuda::bottleneck_forward);
+    return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_forward_workspace,
+                    &cuda::bottleneck_forward);
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
@@ -80,7 +68,8 @@ void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
   if (on_cuda(x)) {
     STD_TORCH_CHECK(args.x.data || !args.needs_z() || !args.count(),
                     "x: expected values, of which z is made anew");
-    return run_cuda(args, x, &cuda::bottleneck_backward_workspace, &cuda::bottleneck_backward);
+    return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_backward_workspace,
+                    &cuda::bottleneck_backward);
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION

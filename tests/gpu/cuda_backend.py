@@ -13,6 +13,7 @@ from typing import Any
 import device
 import torch
 from machine import HERE, build
+from setup_script import load_setup
 
 from fastadapters import ops
 
@@ -37,9 +38,13 @@ def compile_once(
 def compile_source(command: list[str], source: pathlib.Path, suffix: str = "") -> pathlib.Path:
     """The object of a file of csrc/."""
     name = "-".join(source.relative_to(CSRC).with_suffix("").parts) + suffix
-    cuda = source.suffix == ".cu"
-    headers = [p for p in CSRC.rglob("*.*h") if not (cuda and p.is_relative_to(CSRC / "cpu"))]
-    return compile_once([*command, "-c", str(source)], f"{name}.o", [*headers, source])
+    headers = load_setup().included(source)
+    return compile_once([*command, "-c", str(source)], f"{name}.o", sorted(headers))
+
+
+def has_kernels(source: pathlib.Path) -> bool:
+    """Whether a file of csrc/ops is shared or about an op that has CUDA kernels."""
+    return not (CSRC / f"{source.stem}.h").exists() or (CSRC / "cuda" / source.stem).exists()
 
 
 @functools.cache
@@ -56,7 +61,7 @@ def load() -> Any:
     command += [f"-D{name}={value}" for name, value in defines.items()]
     command += [f"-I{root / 'include'}"]
     sources = {s: [*NVCC, "-gencode=arch=compute_80,code=compute_80"] for s in KERNELS}
-    sources |= {s: command for s in sorted((CSRC / "ops").glob("*.cpp"))}
+    sources |= {s: command for s in sorted((CSRC / "ops").glob("*.cpp")) if has_kernels(s)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = pool.map(lambda s: str(compile_source(sources[s], s)), sources)
     runtime = ["-cudart", "shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
