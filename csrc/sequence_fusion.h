@@ -19,7 +19,8 @@ struct Modality {
   int64_t dim = 0;                 // D_m
   int64_t width = 0;               // r_m
   int64_t factor_tokens = 0;       // the T of A
-  const int64_t* lengths = nullptr;  // [B]: tokens from there on do not count; all do if absent
+  const int64_t* lengths = nullptr;  // [B]: tokens from there on do not count; all do if absent;
+                                     // < 0 is 0, > T_m is T_m
   Parameter down_weight;             // [r_m, D_m]
   Parameter down_bias;               // [r_m]
   Parameter time_factor;             // A [time_rank, T, T_o]

@@ -30,6 +30,7 @@ NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
     "cross_modal_attention": (),
+    "multimodal": (),
     "sequence_fusion": (),
 }
 
@@ -104,10 +105,10 @@ def architecture(device: torch.device, dtype: torch.dtype) -> str:
     return f"sm_{major}{minor}"
 
 
-def limit(op: str, device: torch.device, dtype: torch.dtype) -> Limit:
-    """Up to which sizes the kernels beat `eager`."""
+def limit(op: str, device: torch.device, dtype: torch.dtype) -> Limit | None:
+    """Up to which sizes the kernels beat `eager`; None where they always do."""
     found = LIMITS.get((op, device.type, architecture(device, dtype), dtype))
-    return LIMITS[op, device.type, "other", dtype] if found is None else found
+    return LIMITS.get((op, device.type, "other", dtype)) if found is None else found
 
 
 def unavailable(name: str) -> str | None:
@@ -142,6 +143,8 @@ class Problem(NamedTuple):
     out: torch.dtype
     others: tuple[object, ...] = ()
     """the other arguments, tensors among them"""
+    refusal: str | None = None
+    """why no kernel takes these arguments"""
 
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
@@ -164,8 +167,10 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
         return "torch.func and forward-mode differentiation need plain PyTorch"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"
+    if problem is not None and problem.refusal is not None:
+        return problem.refusal
     missing = unavailable(name)
-    if missing is None and name == "cuda" and problem is not None:
+    if missing is None and op == "bottleneck" and name == "cuda" and problem is not None:
         dtypes = (problem.compute, x.dtype, problem.out)
         if not cuda_fits(problem.r, *dtypes, torch.cuda.get_device_capability(x.device)):
             return f"r = {problem.r} is too large for the shared memory of this GPU"
@@ -176,7 +181,8 @@ def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:
     """Why `eager` is faster than a kernel that can run."""
     if problem is None:
         return None
-    return limit(op, x.device, problem.compute).exceeded(problem.d, problem.r)
+    most = limit(op, x.device, problem.compute)
+    return None if most is None else most.exceeded(problem.d, problem.r)
 
 
 def chosen_by_name() -> bool:

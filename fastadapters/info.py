@@ -76,11 +76,16 @@ def _ops() -> Iterator[tuple[str, str]]:
                 yield f"{op} on {device}", f"{decision.backend}: {decision.reason}"
                 continue
             for dtype in backends.FUSED_DTYPES:
-                width, weight, source = backends.limit(op, x.device, dtype)
+                most = backends.limit(op, x.device, dtype)
+                sizes = (
+                    "always"
+                    if most is None
+                    else f"up to r = {most.width} and D * r = {most.weight}, then eager"
+                    f" ({backends.architecture(x.device, dtype)}; {most.source})"
+                )
                 yield (
                     f"{op} on {device}, {str(dtype).removeprefix('torch.')}",
-                    f"{decision.backend} up to r = {width} and D * r = {weight}, then eager"
-                    f" ({backends.architecture(x.device, dtype)}; {source})",
+                    f"{decision.backend} {sizes}",
                 )
 
 
