@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,14 +121,23 @@ def multimodal_features(
     num_heads: int,
     bias: Bias = MASKED,
     down_activation: str = "identity",
+    attention: Callable[..., Any] = cross_modal_attention,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and result as `fastadapters.reference.multimodal_features`."""
+    """Same arguments and result as `fastadapters.reference.multimodal_features`.
+
+    attention: what computes `cross_modal_attention`.
+    """
     n_texts = text.shape[-2]
     tokens = [mlp(x, down, down_activation) for x in (text, image[:, None])]
     text_qkv, image_qkv = ([_project(x, in_proj, i, num_heads) for i in range(3)] for x in tokens)
-    text_out, image_out = cross_modal_attention(*text_qkv, *image_qkv, bias=bias)
     if bias[0][0] == -math.inf:  # an item's texts see at most its one image: all get the same
-        text_out = text_out[:, :1]
+        first = text_qkv[0].narrow(-3, 0, 1)
+        text_out = _attend_both(
+            first, (text_qkv[1], text_qkv[2]), (image_qkv[1], image_qkv[2]), bias[0]
+        )
+        image_out = attention(*text_qkv, *image_qkv, bias=bias, outputs="image")
+    else:
+        text_out, image_out = attention(*text_qkv, *image_qkv, bias=bias, outputs="both")
     up = [_compose(up[0], out_proj), *up[1:]]
     text_out, image_out = (mlp(out.flatten(-2), up, "gelu") for out in (text_out, image_out))
     return text_out.expand(-1, n_texts, -1), image_out[:, 0]
@@ -169,7 +179,7 @@ def multimodal_logits(
     num_heads: int,
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
-    blend: float = 0.2,
+    blend: float | Tensor = 0.2,
     adapt: str = "both",
     down_activation: str = "identity",
 ) -> Tensor:

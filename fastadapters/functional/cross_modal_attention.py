@@ -10,8 +10,10 @@ from torch.fx import Proxy
 
 from .. import backends
 from ..checks import check_activations, check_bias, check_choice, check_number, check_tensor
+from ..ops import NAMESPACES, autograd
+from ..ops.cross_modal_attention import IMAGE, TEXT
 from ..reference.cross_modal_attention import MASKED, Bias
-from .arguments import PLAIN, compute_dtype, leaf, owned, without_autocast
+from .arguments import PLAIN, compute_dtype, leaf, owned, saves, without_autocast
 
 
 def _sees_one_key(bias: Sequence[float], keys: tuple[int, int]) -> bool:
@@ -79,10 +81,16 @@ def cross_modal_attention(
         scale = check_number("scale", scale, " or None")
 
     dtype = compute_dtype(image_q)
-    backend = PLAIN[backends.resolve("cross_modal_attention", image_q)]
-    tensors = (t.to(dtype) for t in (text_q, text_k, text_v, image_q, image_k, image_v))
+    given = (text_q, text_k, text_v, image_q, image_k, image_v)
+    _, heads, width = shared
+    problem = backends.Problem(heads * width, width, dtype, dtype, given)
+    name = backends.resolve("cross_modal_attention", image_q, problem)
+    tensors = tuple(t.to(dtype) for t in given)
+    if name not in PLAIN:
+        scale = width**-0.5 if scale is None else scale
+        return attend(name, tensors, bias, scale, outputs)
     with without_autocast(image_q):
-        out = backend.cross_modal_attention(*tensors, bias=bias, scale=scale, outputs=outputs)
+        out = PLAIN[name].cross_modal_attention(*tensors, bias=bias, scale=scale, outputs=outputs)
     outs = [
         owned(t, alias=_sees_one_key(row, (text_q.shape[-3], image_q.shape[1])))
         for t, row in zip(
@@ -92,3 +100,18 @@ def cross_modal_attention(
         )
     ]
     return (outs[0], outs[1]) if outputs == "both" else outs[0]
+
+
+def attend(name: str, tensors: Sequence[Tensor], bias: Bias, scale: float, outputs: str) -> Any:
+    """Cross-modal attention by the kernels of backend ``name``, on tensors of one dtype."""
+    which = {"text": TEXT, "image": IMAGE, "both": TEXT | IMAGE}[outputs]
+    text_out, image_out = autograd.call(
+        NAMESPACES[name].cross_modal_attention_forward.default,
+        [t if t.stride(-1) == 1 else t.contiguous() for t in tensors],
+        (scale, *bias[0], *bias[1], which, saves(tensors)),
+        results=2,
+    )
+    if outputs == "both":
+        return text_out, image_out
+    out: Tensor = text_out if outputs == "text" else image_out
+    return out

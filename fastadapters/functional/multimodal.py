@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .. import backends
+from .. import backends, eager
 from ..checks import (
     check_activations,
     check_bias,
@@ -18,9 +20,14 @@ from ..checks import (
     check_number,
     check_tensor,
 )
-from ..ops.codes import ACTIVATION_CODES
+from ..ops import NAMESPACES, autograd
+from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
+from ..ops.multimodal import ADAPT_CODES
 from ..reference.cross_modal_attention import MASKED, Bias, Layer
-from .arguments import PLAIN, compute_dtype, leaf, owned, without_autocast
+from .arguments import PLAIN, compute_dtype, leaf, owned, parameter, saves, without_autocast
+from .cross_modal_attention import attend
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
@@ -41,11 +48,21 @@ def check_features(text: Tensor, image: Tensor) -> None:
 def check_logits(text: Tensor, logit_scale: float | Tensor, adapt: str) -> None:
     if text.dim() != 2:
         raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
-    check_choice("adapt", adapt, ("both", "text", "image"))
-    if not isinstance(logit_scale, Tensor):
-        check_number("logit_scale", logit_scale, " or a tensor")
-    elif logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale: expected one element, got {list(logit_scale.shape)}")
+    check_choice("adapt", adapt, ADAPT_CODES)
+    _scalar("logit_scale", logit_scale)
+
+
+def _scalar(name: str, value: float | Tensor) -> float | Tensor:
+    """A number, or a tensor of one element as []."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, " or a tensor")
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got {list(value.shape)}")
+    return value.reshape(())
+
+
+def _number_or(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else value
 
 
 def _check_multimodal(
@@ -87,6 +104,10 @@ def _check_multimodal(
         raise ValueError(f"num_heads: expected a divisor of E = {e}, got {heads}")
     check_choice("down_activation", down_activation, ACTIVATION_CODES)
     return heads, check_bias("bias", bias)
+
+
+def _attention(name: str, *tensors: Tensor, bias: Bias, outputs: str) -> Any:
+    return attend(name, tensors, bias, tensors[0].shape[-1] ** -0.5, outputs)
 
 
 def multimodal_features(
@@ -132,11 +153,19 @@ def multimodal_features(
         text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
     )
     dtype = compute_dtype(image)
-    backend = PLAIN[backends.resolve("cross_modal_attention", image)]
+    e = out_proj[0].shape[0]
+    layers = (*down, in_proj, out_proj, *up)
+    others = (text, *(t for layer in layers for t in layer))
+    problem = backends.Problem(e, e // num_heads, dtype, dtype, others)
+    name = backends.resolve("cross_modal_attention", image, problem)
+    options: dict[str, Any] = {}
+    if name not in PLAIN:
+        options["attention"] = functools.partial(_attention, name)
     with without_autocast(image):
-        new_text, new_image = backend.multimodal_features(
+        new_text, new_image = PLAIN.get(name, eager).multimodal_features(
             text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
             _to(up, dtype), num_heads=num_heads, bias=bias, down_activation=down_activation,
+            **options,
         )  # fmt: skip
     return owned(new_text), owned(new_image)
 
@@ -152,7 +181,7 @@ def multimodal_logits(
     num_heads: int,
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
-    blend: float = 0.2,
+    blend: float | Tensor = 0.2,
     adapt: str = "both",
     down_activation: str = "identity",
 ) -> Tensor:
@@ -161,14 +190,16 @@ def multimodal_logits(
         new(f)  = unit(blend * unit(adapter(f)) + (1 - blend) * unit(f))
         logits  = logit_scale * new(image) . new(text)
 
-    Eagerly, nothing as large as [B, C, D] is held.
+    But for the reference backend, nothing as large as [B, C, D] is held, and where the compute
+    dtype has 16 bits all is computed in fp32 from the values as they are stored: only the logits
+    are rounded.
 
     Args:
         text: [C, D], one row per class.
         image, down, in_proj, out_proj, up, num_heads, bias, down_activation: as in
             `multimodal_features`.
         logit_scale: a number or a tensor of one element: the factor itself, not its logarithm.
-        blend: the adapter's share.
+        blend: the adapter's share, a number or a tensor of one element.
         adapt: "both", "text" or "image": the features that the adapter changes. With "image" the
             image feature is blended as it comes, not as a unit vector: so the published model.
 
@@ -184,18 +215,33 @@ def multimodal_logits(
         text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
     )
     check_logits(text, logit_scale, adapt)
-    blend = check_number("blend", blend)
-    if isinstance(logit_scale, Tensor):
-        logit_scale = logit_scale.reshape(())
-    else:
-        logit_scale = check_number("logit_scale", logit_scale)
+    blend, logit_scale = _scalar("blend", blend), _scalar("logit_scale", logit_scale)
     dtype = compute_dtype(image)
-    backend = PLAIN[backends.resolve("cross_modal_attention", image)]
-    with without_autocast(image):
-        logits: Tensor = backend.multimodal_logits(
-            text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
-            _to(up, dtype), num_heads=num_heads,
-            logit_scale=logit_scale.to(dtype) if isinstance(logit_scale, Tensor) else logit_scale,
-            bias=bias, blend=blend, adapt=adapt, down_activation=down_activation,
-        )  # fmt: skip
+    layers = (*down, in_proj, out_proj, *up)
+    others = (text, logit_scale, blend, *(t for layer in layers for t in layer))
+    problem = backends.Problem(image.shape[1], up[0][0].shape[0], dtype, dtype, others)
+    name = backends.resolve("multimodal", image, problem)
+    if name in PLAIN:
+        inside = dtype if name == "reference" or dtype not in _LOW_PRECISION else torch.float32
+        with without_autocast(image):
+            logits: Tensor = PLAIN[name].multimodal_logits(
+                text.to(inside), image.to(inside), _to(down, inside),
+                *_to((in_proj, out_proj), inside), _to(up, inside), num_heads=num_heads,
+                logit_scale=_number_or(logit_scale, inside), bias=bias,
+                blend=_number_or(blend, inside), adapt=adapt, down_activation=down_activation,
+            )  # fmt: skip
+        return logits.to(dtype)
+    absent: Any = ((None, None),)
+    layers = (*down, *absent * (2 - len(down)), in_proj, out_proj, *up, *absent * (2 - len(up)))
+    scalars = ((t.reshape(1) if isinstance(t, Tensor) else None) for t in (blend, logit_scale))
+    tensors = [
+        parameter(t, dtype)
+        for t in (text, image, *(t for layer in layers for t in layer), *scalars)
+    ]
+    values = (0.0 if isinstance(t, Tensor) else t for t in (blend, logit_scale))
+    logits = autograd.call(
+        NAMESPACES[name].multimodal_logits_forward.default, tensors,
+        (*values, num_heads, *bias[0], *bias[1], ADAPT_CODES[adapt],
+         ACTIVATION_CODES[down_activation], DTYPE_CODES[dtype], saves(tensors)),
+    )  # fmt: skip
     return logits

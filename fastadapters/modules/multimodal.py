@@ -213,7 +213,7 @@ class MultiModalAdapter(nn.Module):
                 text, image, logit_scale=logit_scale, blend=self.blend, adapt=adapt,
                 **self._arguments(),
             )  # fmt: skip
-        backends.call_layers("cross_modal_attention", reason)
+        backends.call_layers("multimodal", reason)
         new_text, new_image = self._call_layers(text, image)
         check_logits(text, logit_scale, adapt)
         logits = blended_logits(

@@ -96,7 +96,7 @@ def multimodal_logits(
     num_heads: int,
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
-    blend: float = 0.2,
+    blend: float | Tensor = 0.2,
     adapt: str = "both",
     down_activation: str = "identity",
 ) -> Tensor:
@@ -115,7 +115,7 @@ def blended_logits(
     new_image: Tensor,
     *,
     logit_scale: float | Tensor,
-    blend: float,
+    blend: float | Tensor,
     adapt: str,
 ) -> Tensor:
     """Logits of text [C, D] and image [B, D] and what the adapter makes of them.
