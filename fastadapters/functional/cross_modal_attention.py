@@ -102,7 +102,9 @@ def cross_modal_attention(
     return (outs[0], outs[1]) if outputs == "both" else outs[0]
 
 
-def attend(name: str, tensors: Sequence[Tensor], bias: Bias, scale: float, outputs: str) -> Any:
+def attend(
+    name: str, tensors: Sequence[Tensor], bias: Bias, scale: float, outputs: str
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-modal attention by the kernels of backend ``name``, on tensors of one dtype."""
     which = {"text": TEXT, "image": IMAGE, "both": TEXT | IMAGE}[outputs]
     text_out, image_out = autograd.call(
