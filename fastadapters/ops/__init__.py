@@ -37,7 +37,10 @@ for _op in _OPS:
     _stem = _op.__name__.rpartition(".")[2]
     implement_lazily(_triton, _op.SCHEMAS, f"fastadapters.kernels.{_stem}")
 
-flops.register("fastadapters", "fastadapters_triton")
+flops.register(
+    ("fastadapters", "fastadapters_triton"),
+    {name: formula for op in (*_OPS, multiway) for name, formula in op.FLOPS.items()},
+)
 
 # The namespace that each fused backend's kernels are in.
 NAMESPACES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends, eager
 from . import autograd, schemas
 from .codes import ACTIVATION_NAMES, DTYPES
+from .flops import Formula
 
 PARAMETERS = (
     "down_weight",
@@ -184,6 +185,49 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     )
     empty = x.new_empty(0, dtype=dtype)
     return y.to(DTYPES[out]), empty, x.new_empty(0, dtype=torch.float32)
+
+
+_BITS = {name: 1 << i for i, name in enumerate(("x", *PARAMETERS))}
+
+
+def _any_of(needs: int, *names: str) -> bool:
+    return any(needs & _BITS[name] for name in names)
+
+
+def flops_of_gradients(rows: int, d: int, r: int, needs: int, has_z: bool) -> int:
+    """FLOPs of the gradients whose bits are set in ``needs``, of one adapter on ``rows`` rows."""
+    products = (
+        not has_z and needs & ~_BITS["up_bias"] != 0,  # z again
+        needs & ~(_BITS["up_weight"] | _BITS["up_bias"]) != 0,  # dy Wu
+        _any_of(needs, "up_weight"),
+        _any_of(needs, "down_weight"),
+        _any_of(needs, "x", "norm_weight", "norm_bias"),  # dz Wd
+    )
+    return 2 * rows * d * r * sum(products)
+
+
+def _bottleneck_forward(a: Mapping[str, Any]) -> int:
+    r, d = a["down_weight"].shape
+    return 4 * int(math.prod(a["x"].shape[:-1])) * int(d * r)
+
+
+def _bottleneck_backward(a: Mapping[str, Any]) -> int:
+    r, d = a["down_weight"].shape
+    if "needs" in a:
+        needs = a["needs"]
+    else:
+        given = {"x": a["dx"]} | {name: a[f"d_{name}"] for name in PARAMETERS}
+        needs = sum(_BITS[name] for name, t in given.items() if t is not None)
+    has_z = a["z"] is not None and a["z"].dim() == 2
+    return flops_of_gradients(math.prod(a["dy"].shape[:-1]), d, r, needs, has_z)
+
+
+FLOPS: dict[str, Formula] = {
+    "bottleneck_forward": _bottleneck_forward,
+    "bottleneck_forward_out": _bottleneck_forward,
+    "bottleneck_backward": _bottleneck_backward,
+    "bottleneck_backward_out": _bottleneck_backward,
+}
 
 
 def define(library: torch.library.Library) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import autograd, schemas
+from .flops import Formula
 
 _TENSORS = "Tensor text_k, Tensor text_v, Tensor image_q, Tensor image_k, Tensor image_v"
 _OPTIONS = "float scale, float bias_tt, float bias_ti, float bias_it, float bias_ii, int outputs"
@@ -46,6 +48,47 @@ def allocate_forward(
 def allocate_gradients(tensors: Sequence[Tensor], needs: int) -> tuple[Tensor, ...]:
     """A gradient for each tensor whose bit is set in ``needs``; empty tensors else."""
     return tuple(t.new_empty(t.shape if needs >> i & 1 else (0,)) for i, t in enumerate(tensors))
+
+
+def _blocks(a: Mapping[str, Any], text: bool, image: bool) -> list[tuple[int, str, str]]:
+    """(multiply-adds of the scores, modality of the queries, of the keys) of what is not blocked.
+
+    text, image: of which queries.
+    """
+    (items, images, heads, width), shared = a["image_q"].shape, a["text_q"].dim() == 3
+    texts = a["text_q"].shape[-3]
+    counts = {"text": texts, "image": images}
+    blocks = []
+    for queries, wanted in (("text", text), ("image", image)):
+        for keys in ("text", "image"):
+            if wanted and a[f"bias_{queries[0]}{keys[0]}"] > -math.inf:
+                times = 1 if shared and queries == keys == "text" else items
+                size = times * counts[queries] * counts[keys] * heads * width
+                blocks.append((size, queries, keys))
+    return blocks
+
+
+def _forward_flops(a: Mapping[str, Any]) -> int:
+    outputs = a["outputs"]
+    return 4 * sum(size for size, *_ in _blocks(a, bool(outputs & TEXT), bool(outputs & IMAGE)))
+
+
+def _backward_flops(a: Mapping[str, Any]) -> int:
+    names = [f"{modality}_{part}" for modality in ("text", "image") for part in "qkv"]
+    needs = {name: bool(a["needs"] >> i & 1) for i, name in enumerate(names)}
+    total = 0
+    for size, queries, keys in _blocks(
+        a, a["d_text_out"] is not None, a["d_image_out"] is not None
+    ):
+        q, k, v = needs[f"{queries}_q"], needs[f"{keys}_k"], needs[f"{keys}_v"]
+        total += size * ((q or k or v) + (q or k) + q + k + v)
+    return 2 * total
+
+
+FLOPS: dict[str, Formula] = {
+    "cross_modal_attention_forward": _forward_flops,
+    "cross_modal_attention_backward": _backward_flops,
+}
 
 
 def define(library: torch.library.Library) -> None:

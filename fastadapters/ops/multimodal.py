@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import autograd, schemas
 from .codes import DTYPES
+from .flops import Formula
 
 PARAMETERS = (
     "down_weight",
@@ -79,6 +81,48 @@ def allocate_gradients(tensors: Sequence[Tensor | None], needs: int) -> tuple[Te
         like.new_empty(0) if t is None or not needs >> i & 1 else t.new_empty(t.shape)
         for i, t in enumerate(tensors)
     )
+
+
+def _multiply_adds(a: Mapping[str, Any]) -> tuple[int, int]:
+    """Of the pairs of a text and an image, and of all else."""
+    (texts, d), items = a["text"].shape, a["image"].shape[0]
+    rows, width, heads = texts + items, a["out_weight"].shape[0], a["num_heads"]
+    one_layer = a["up_weight_2"] is None
+    r = width if one_layer else a["up_weight"].shape[0]
+    adapts_text, adapts_image = (
+        a["adapt"] != ADAPT_CODES["image"],
+        a["adapt"] != ADAPT_CODES["text"],
+    )
+    sees = {name: a[f"bias_{name}"] > -math.inf for name in ("tt", "ti", "it", "ii")}
+
+    down = sum(a[name].numel() for name in ("down_weight", "down_weight_2") if a[name] is not None)
+    total = rows * (down + a["in_weight"].numel())
+    total += 0 if one_layer else r * width * width  # the two layers behind the attention as one
+    total += adapts_text * sees["tt"] * 2 * texts * texts * width
+    total += adapts_image * sees["it"] * 2 * items * texts * width
+    total += adapts_image * items * (width + d) * r
+    pairs = texts * items * d
+    if adapts_text:
+        total += rows * (width + d) * r + d * r * r
+        mixes = sees["tt"] and sees["ti"]
+        pairs += texts * items * (width + 2 * heads * r + r * r + 2 * r if mixes else r)
+    return pairs, total
+
+
+def _forward_flops(a: Mapping[str, Any]) -> int:
+    return 2 * sum(_multiply_adds(a))
+
+
+def _backward_flops(a: Mapping[str, Any]) -> int:
+    """Two products for each of the forward, and the pairs once more; what is not asked for too."""
+    pairs, others = _multiply_adds(a)
+    return 2 * (3 * pairs + 2 * others)
+
+
+FLOPS: dict[str, Formula] = {
+    "multimodal_logits_forward": _forward_flops,
+    "multimodal_logits_backward": _backward_flops,
+}
 
 
 def define(library: torch.library.Library) -> None:

@@ -6,7 +6,8 @@ y[..., :split, :] is the first adapter's and y[..., split:, :] the second's. Bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from .bottleneck import (
     allocate_saved,
     asked_for,
     declare,
+    flops_of_gradients,
     reads_of_adapter,
 )
 from .codes import DTYPES
+from .flops import Formula
 
 _N = len(PARAMETERS)
 _SIDES = ("_first", "_second")
@@ -90,6 +93,35 @@ def _reads(
 _FAKES: dict[str, Callable[..., Any]] = {
     "multiway_forward": _allocate_forward,
     "multiway_backward": _allocate_backward,
+}
+
+
+def _multiway_sides(a: Mapping[str, Any], shape: Sequence[int]) -> list[tuple[int, int, int, str]]:
+    """(rows, D, r, suffix of the names) of both adapters on x or dy of ``shape``."""
+    items, tokens = math.prod(shape[:-2]), shape[-2]
+    rows = items * a["split"], items * (tokens - a["split"])
+    return [
+        (n, *reversed(a[f"down_weight{suffix}"].shape), suffix)
+        for n, suffix in zip(rows, ("_first", "_second"), strict=True)
+    ]
+
+
+def _multiway_forward(a: Mapping[str, Any]) -> int:
+    return sum(4 * rows * d * r for rows, d, r, _ in _multiway_sides(a, a["x"].shape))
+
+
+def _multiway_backward(a: Mapping[str, Any]) -> int:
+    total, needs = 0, a["needs"]
+    for i, (rows, d, r, suffix) in enumerate(_multiway_sides(a, a["dy"].shape)):
+        of_side = needs >> len(PARAMETERS) * i & ~1 | needs & 1
+        of_side &= (2 << len(PARAMETERS)) - 1
+        total += flops_of_gradients(rows, d, r, of_side, a[f"z{suffix}"].dim() == 2)
+    return total
+
+
+FLOPS: dict[str, Formula] = {
+    "multiway_forward": _multiway_forward,
+    "multiway_backward": _multiway_backward,
 }
 
 

@@ -6,7 +6,7 @@ how many tokens count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import autograd, schemas
 from .codes import DTYPES
+from .flops import Formula
 
 _PARAMETERS = (
     "Tensor[] down_weights, Tensor[] down_biases, Tensor[] time_factors, Tensor[] feature_factors,"
@@ -107,6 +108,40 @@ def _reads(
     through = any(of_z) or any(need_features)
     every = [True] * len(need_x)
     return of_x, through, any(of_z), every, [not z] * len(need_x), every, every, True
+
+
+def _sizes(a: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Multiply-adds of each modality: of z, of P (= of dA) and of F (= of dU)."""
+    (time_rank, _, out_len), d = a["time_factors"][0].shape, a["feature_factors"][0].shape[2]
+    rank = 1 if a["summed"] else time_rank
+    sizes = []
+    for x, weight in zip(a["inputs"], a["down_weights"], strict=True):
+        items, tokens, width = x.shape
+        r = weight.shape[0]
+        per_rank = items * rank * out_len * r
+        sizes.append((items * tokens * width * r, per_rank * tokens, per_rank * d))
+    return sizes
+
+
+def _forward_flops(a: Mapping[str, Any]) -> int:
+    return 2 * sum(sum(sizes) for sizes in _sizes(a))
+
+
+def _backward_flops(a: Mapping[str, Any]) -> int:
+    m, needs, has_z, total = len(a["inputs"]), a["needs"], a["z"].numel() > 0, 0
+    for i, (of_z, of_p, of_f) in enumerate(_sizes(a)):
+        x, weight, bias, time, feature = (bool(needs >> m * j + i & 1) for j in range(5))
+        dz = x or weight or bias
+        total += of_z * (x + weight + (not has_z and (dz or time)))
+        total += of_p * (time + dz)
+        total += of_f * (feature + (dz or time) + (m > 1))
+    return 2 * total
+
+
+FLOPS: dict[str, Formula] = {
+    "sequence_fusion_forward": _forward_flops,
+    "sequence_fusion_backward": _backward_flops,
+}
 
 
 def define(library: torch.library.Library) -> None:
