@@ -18,7 +18,7 @@ CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 .PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-seeds sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | column -t -s :
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Pins of the tools are in pyproject.toml. The pure build is only the way to install them: it needs no PyTorch.
 $(VENV)/tools.stamp: pyproject.toml
@@ -115,8 +115,9 @@ bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of t
 	pytest benches/test_bottleneck.py --every --threads 1,$(shell nproc) --benchmark-quiet --benchmark-json=build/bench-auto.json
 	python -m benches.report --auto build/bench-auto.json
 
-wheel: setup ## Build the wheel into dist/
-	pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+wheel: setup ## Build the wheel into dist/, with every architecture where it has CUDA kernels
+	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 wheel-check: wheel ## Test the wheel on a newer PyTorch (5 GB), from site-packages
 	$(PYTHON) -m venv --clear build/newer

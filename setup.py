@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -36,6 +37,7 @@ BUILDS = ("auto", "pure", "cpu", "cuda")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_TORCH = (2, 11)
 OLDEST_NVCC = (12, 8)
+OLDEST_SETUPTOOLS = 77
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -74,6 +76,8 @@ class Tools(NamedTuple):
     torch: Torch | None
     compiler: str | None
     nvcc: Nvcc | None
+    gpus: str = ""
+    """the architectures of its GPUs, in the form of TORCH_CUDA_ARCH_LIST"""
 
 
 class Plan(NamedTuple):
@@ -112,7 +116,7 @@ def plan(env: Mapping[str, str], tools: Tools, *, system: str, cuda_sources: boo
 
     No GPU is needed for `cuda`, nor a CUDA build of PyTorch: no .cu file includes a PyTorch header.
     """
-    torch, compiler, nvcc = tools
+    torch, compiler, nvcc, gpus = tools
     wanted = env.get("FASTADAPTERS_BUILD") or "auto"
     if wanted not in BUILDS:
         raise ValueError(f"FASTADAPTERS_BUILD: expected one of {', '.join(BUILDS)}, got {wanted!r}")
@@ -150,7 +154,7 @@ def plan(env: Mapping[str, str], tools: Tools, *, system: str, cuda_sources: boo
         missing = f"nvcc {found} is older than {oldest}"
     else:
         default = ";".join(f"{a / 10}" for a in ARCHITECTURES if a in nvcc.architectures)
-        requested = env.get("TORCH_CUDA_ARCH_LIST") or f"{default}+PTX" * bool(default)
+        requested = env.get("TORCH_CUDA_ARCH_LIST") or gpus or f"{default}+PTX" * bool(default)
         flags, skipped = gencode(requested, nvcc.architectures)
         if not flags:
             missing = f"nvcc supports nothing in {requested or ARCHITECTURES}"
@@ -260,6 +264,18 @@ def commands(
     return compiles, [*cxx, "-shared", "-s"], libraries
 
 
+def describe(made: Plan, sources: int) -> str:
+    """What is about to be compiled, how long it takes, and how to choose."""
+    if made.build == "cpu":
+        return f"compiling {sources} files of CPU kernels, {made.jobs} at a time: a minute or two"
+    names = " ".join(flag.rpartition("=")[2] for flag in made.gencode)
+    return (
+        f"compiling {sources} files, {made.jobs} at a time, the CUDA ones for {names}: some minutes"
+        " for each architecture and core. TORCH_CUDA_ARCH_LIST chooses the architectures,"
+        " FASTADAPTERS_BUILD=cpu leaves CUDA out"
+    )
+
+
 class BuildLibrary(build_ext):
     """Compiles each source with its own flags, MAX_JOBS at a time, and links _C.abi3.so."""
 
@@ -271,6 +287,7 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiles, link, libraries = commands(self.made, self.tools, read_sources())
+        print(describe(self.made, len(compiles)), flush=True)
 
         def compile_object(source: Path) -> str:
             # Named after all that goes into it, so that a rebuild compiles only what has changed.
@@ -313,7 +330,7 @@ class BuildPython(build_py):
 
 
 def facts(made: Plan, tools: Tools) -> dict[str, object]:
-    torch, compiler, nvcc = tools
+    torch, compiler, nvcc, _ = tools
     built: dict[str, object] = {"build": made.build, "notes": made.notes}
     if made.build != "pure" and torch and compiler:
         version = run(*shlex.split(compiler), "--version") or compiler
@@ -324,12 +341,23 @@ def facts(made: Plan, tools: Tools) -> dict[str, object]:
     return built
 
 
+def gpu_architectures() -> str:
+    """Those of the GPUs of this machine, in the form of TORCH_CUDA_ARCH_LIST."""
+    found = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
+    return ";".join(sorted({line for line in found.split() if re.fullmatch(r"\d+\.\d", line)}))
+
+
 def main() -> None:
+    if tuple(map(int, re.findall(r"\d+", setuptools.__version__)[:1])) < (OLDEST_SETUPTOOLS,):
+        sys.exit(
+            f"error: setuptools {setuptools.__version__} is older than {OLDEST_SETUPTOOLS}:"
+            " pip install --upgrade setuptools"
+        )
     sources = read_sources()
     cuda_sources = any(source.suffix == ".cu" for source in sources)
     compiler = find_compiler([*CXX_FLAGS, *itertools.chain(*sources.values())])
     nvcc = find_nvcc(compiler) if cuda_sources else None
-    tools = Tools(find_torch(), compiler, nvcc)
+    tools = Tools(find_torch(), compiler, nvcc, gpu_architectures() if nvcc else "")
     try:
         made = plan(os.environ, tools, system=platform.system(), cuda_sources=cuda_sources)
     except ValueError as error:

@@ -11,6 +11,9 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import struct
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,14 +60,30 @@ class Decision(NamedTuple):
     reason: str
 
 
+def _whole(library: Path) -> bool:
+    """Whether a 64-bit ELF file goes on to its end, where the table of sections is.
+
+    What is cut short, by a full disk say, kills the process that loads it.
+    """
+    header = library.read_bytes()[:64]
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False
+    table, entry, count = struct.unpack("<40xQ10xHH2x", header)
+    return bool(library.stat().st_size >= table + entry * count)
+
+
 def _load_library() -> str | None:
     """Load the compiled kernels; None, or why there are none."""
     if not LIBRARY.exists():
         return f"{LIBRARY.name} was not built (see docs/building.md)"
+    if not _whole(LIBRARY):
+        return f"{LIBRARY.name} is damaged: install the package again"
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
         return f"{LIBRARY.name} did not load: {error.__cause__ or error}"
+    if not hasattr(ctypes.CDLL(str(LIBRARY)), "fastadapters_cpu_isa_for"):
+        return f"{LIBRARY.name} has none of the ops: install the package again"
     return None
 
 
@@ -185,6 +204,23 @@ def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:
     return None if most is None else most.exceeded(problem.d, problem.r)
 
 
+_warned = False
+
+
+def _warn_once(op: str, x: Tensor) -> None:
+    """Say, once, that plain PyTorch runs what the compiled library would have run faster."""
+    global _warned
+    served = "cpu" in KERNELS[op] and x.device.type == "cpu" and x.dtype in FUSED_DTYPES
+    if served and not _warned and sys.platform == "linux" and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"fastadapters runs {op} in plain PyTorch, slower than its kernels: {library_error}."
+            " They are compiled by `pip install --no-build-isolation --force-reinstall --no-deps"
+            " fastadapters` in an environment that has PyTorch and a C++ compiler",
+            stacklevel=2,
+        )
+
+
 def chosen_by_name() -> bool:
     """Whether the user named a backend, whose definition then holds to the mask of dropout."""
     return _selected != "auto"
@@ -202,6 +238,8 @@ def resolve(op: str, x: Tensor, problem: Problem | None = None) -> str:
             if why is None:
                 break
             reason += f"; not {name}: {why}"
+        if name == "eager" and library_error is not None and problem is not None:
+            _warn_once(op, x)
         if name == "eager" and problem is not None and not _all_plain(x, problem):
             name = "reference"  # each operation as published: what subclasses are known to take
     else:

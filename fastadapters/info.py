@@ -42,6 +42,21 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def _copies() -> Iterator[tuple[str, str]]:
+    """Where the package that runs lies, and that another one is installed, if it is."""
+    here = Path(__file__).parent
+    yield "package", str(here)
+    try:
+        installed = importlib.metadata.distribution("fastadapters")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    paths = [file for file in installed.files or () if file.match("fastadapters/info.py")]
+    for path in paths:  # none where it is an editable installation
+        other = Path(str(installed.locate_file(path))).resolve().parent
+        if other != here.resolve():
+            yield "note", f"another copy is installed in {other}: run this in another folder"
+
+
 def _library() -> Iterator[tuple[str, str]]:
     yield "path", backends.library_error or str(backends.LIBRARY)
     record = backends.LIBRARY.with_name("_build.json")
@@ -106,7 +121,7 @@ def report() -> str:
         ("cuda", _cuda()),
     )
     sections: dict[str, Iterable[tuple[str, str]]] = {
-        "versions": versions,
+        "versions": (*versions, *_copies()),
         "library": _library(),
         "backends": _backends(),
         "what auto runs": _ops(),

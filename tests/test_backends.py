@@ -329,7 +329,7 @@ def test_explain_lists_the_calls_in_order() -> None:
     assert decisions == [
         ("bottleneck", "eager", "chosen by name"),
         ("sequence_fusion", "eager", "chosen by name"),
-        ("cross_modal_attention", "reference", "chosen by name"),
+        ("multimodal", "reference", "chosen by name"),
         ("bottleneck", "eager", "chosen by name"),
     ]
 

@@ -246,15 +246,71 @@ def test_without_the_library_everything_works_and_info_says_why(pure):
     assert re.search(r"bottleneck on cpu +eager: .*_C\.abi3\.so was not built", report)
 
 
-def test_with_a_library_that_does_not_load_everything_works_and_info_says_why(pure):
+def damaged(tree: Path) -> dict[str, tuple[bytes, str]]:
+    """What may lie in the library's place, and what is said of it."""
+    source, other = tree / "other.c", tree / "other.so"
+    source.write_text("int nothing;")
+    subprocess.run(["cc", "-shared", "-o", other, source], check=True)
+    whole = other.read_bytes()
+    return {
+        "no library": (b"\x7fELF, but only just", "is damaged"),
+        "empty": (b"", "is damaged"),
+        "cut short": (whole[: len(whole) // 2], "is damaged"),
+        "without symbols": (whole.replace(b"\x7fELF\x02\x01", b"\x7fELF\x02\x02"), "did not load"),
+        "another library": (whole, "has none of the ops"),
+    }
+
+
+def test_with_a_library_that_does_not_load_everything_works_and_info_says_why(pure, tmp_path):
     library = pure / "fastadapters" / "_C.abi3.so"
-    library.write_bytes(b"\x7fELF, but only just")
-    try:
-        run_installed(pure, "-c", USE)
-        report = run_installed(pure, "-m", "fastadapters.info")
-    finally:
-        library.unlink()
-    assert re.search(r"_C\.abi3\.so did not load: .*(too short|invalid ELF header)", report)
+    for contents, said in damaged(tmp_path).values():
+        library.write_bytes(contents)
+        try:
+            run_installed(pure, "-c", USE)
+            report = run_installed(pure, "-m", "fastadapters.info")
+        finally:
+            library.unlink()
+        assert re.search(rf"_C\.abi3\.so {said}", report)
+
+
+def test_info_says_which_copy_it_looks_at(pure):
+    report = run_installed(pure, "-m", "fastadapters.info")
+    assert re.search(rf"package +{pure}/fastadapters$", report, re.M)
+    code = (
+        "from fastadapters import info; info.__file__ = '/elsewhere/info.py'; print(info.report())"
+    )
+    report = run_installed(pure, "-c", code)
+    assert f"another copy is installed in {pure}/fastadapters" in report
+
+
+def test_without_the_library_the_first_op_warns(pure):
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    {USE.strip().replace(chr(10), chr(10) + "    ")}
+    y = fastadapters.functional.bottleneck(x, torch.randn(2, 8), torch.randn(8, 2))
+(only,) = caught
+print(only.message)
+"""
+    said = run_installed(pure, "-c", code)
+    assert "_C.abi3.so was not built" in said and "pip install --no-build-isolation" in said
+
+
+def test_an_old_setuptools_is_named(monkeypatch):
+    monkeypatch.setattr(build.setuptools, "__version__", "68.2.0")
+    with pytest.raises(SystemExit, match=r"setuptools 68\.2\.0 is older than 77: pip install"):
+        build.main()
+
+
+def test_cuda_kernels_are_for_the_gpus_that_are_here():
+    tools = build.Tools(CUDA_TORCH, "c++", NVCC, "8.9;9.0")
+    made = build.plan({}, tools, system="Linux", cuda_sources=True)
+    assert [flag.rpartition("=")[2] for flag in made.gencode] == ["sm_89", "sm_90"]
+    asked = build.plan({"TORCH_CUDA_ARCH_LIST": "8.0"}, tools, system="Linux", cuda_sources=True)
+    assert len(asked.gencode) == 1
+    assert "sm_89 sm_90" in build.describe(made, 20)
+    assert "FASTADAPTERS_BUILD=cpu" in build.describe(made, 20)
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "cuda"])
