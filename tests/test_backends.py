@@ -82,13 +82,14 @@ def test_the_choice_is_process_wide() -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_a_gpu_backend_on_cpu_tensors(name: str) -> None:
+def test_a_gpu_backend_on_cpu_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, not a fallback, in one sentence; an op without a kernel says so first."""
     with fastadapters.backend(name):
         with pytest.raises(RuntimeError) as raised:
             call()
         problem = "cannot run bottleneck: it runs on cuda tensors, not on cpu"
         assert str(raised.value) == f"backend {name!r} {problem}"
+        monkeypatch.setitem(backends.KERNELS, "sequence_fusion", ())
         fuse = WanderAdapter(8, (3,), 2, feature_rank=1, time_rank=1)
         with pytest.raises(RuntimeError) as raised:
             fuse([torch.ones(2, 3, 8)])
@@ -348,7 +349,8 @@ def test_nested_explain_tells_both() -> None:
     assert outer == inner and len(inner) == 1
 
 
-def test_ops_without_kernels_run_eagerly_without_excuses() -> None:
+def test_ops_without_kernels_run_eagerly_without_excuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.KERNELS, "sequence_fusion", ())
     fuse = WanderAdapter(8, (3,), 2, feature_rank=1, time_rank=1)
     with fastadapters.backend("auto"):
         decisions = fastadapters.explain(fuse, [torch.ones(2, 3, 8)])

@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_fusion_forward(
   int64_t sizes[] = {args.items, args.out_len, args.dim};
   Tensor y = empty(x, sizes, 3, scalar_type(args.out_dtype));
   Tensor saved_products = empty(x, {save ? products : 0}, ScalarType::Float);
-  Tensor saved_z = empty(x, {save && !on_cuda(x) ? z : 0}, scalar_type(args.dtype));
+  Tensor saved_z = empty(x, {save ? z : 0}, scalar_type(args.dtype));
   if (residual)
     a.rows(args.residual, *residual, args.items, args.out_len, args.dim, args.out_dtype, true,
            "residual");

@@ -132,7 +132,9 @@ def register(
             raise RuntimeError(f"{qualified}: save=True is needed for gradients")
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[results:])
-        _save(ctx, formula, ctx.needs_input_grad[:n], inputs[:n], inputs[n:], output)
+        # Here, unlike in the backward, PyTorch has the elements of lists one by one.
+        needs = _nested(ctx.needs_input_grad, _sizes(inputs))
+        _save(ctx, formula, needs[:n], inputs[:n], inputs[n:], output)
 
     def traced_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         inputs = len(ctx.needs_input_grad)

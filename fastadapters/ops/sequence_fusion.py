@@ -31,11 +31,6 @@ SCHEMAS = {
 }
 
 
-def _saves_z(x: Tensor) -> bool:
-    """Whether z is saved; elsewhere computing it again costs less."""
-    return x.device.type == "cpu"
-
-
 def allocate_forward(
     inputs: Sequence[Tensor],
     down_weights: Sequence[Tensor],
@@ -55,7 +50,7 @@ def allocate_forward(
     y = x.new_empty((items, length, feature_factors[0].shape[2]), dtype=DTYPES[out_dtype])
     products = sum(widths) * items * (1 if summed else rank) * length if save else 0
     z = 0
-    if save and _saves_z(x):
+    if save:
         z = sum(items * t.shape[1] * r for t, r in zip(inputs, widths, strict=True))
     return (
         y,
@@ -100,14 +95,20 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def _reads(
     needs: Sequence[Any], tensors: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Any]:
-    """x is read where the gradient of its down-projection is wanted, and where z was not saved."""
+    """x is read where the gradient of its down-projection is wanted, biases never."""
     need_x, _, need_weights, need_biases, need_times, need_features, _ = needs
-    z = _saves_z(outputs[0])
-    of_z = [any(group) for group in zip(need_x, need_weights, need_biases, need_times, strict=True)]
-    of_x = [weight or (not z and wanted) for weight, wanted in zip(need_weights, of_z, strict=True)]
-    through = any(of_z) or any(need_features)
+    of_z = any(map(any, (need_x, need_weights, need_biases, need_times)))
     every = [True] * len(need_x)
-    return of_x, through, any(of_z), every, [not z] * len(need_x), every, every, True
+    return (
+        need_weights,
+        of_z or any(need_features),
+        of_z,
+        every,
+        [False] * len(every),
+        every,
+        every,
+        True,
+    )
 
 
 def _sizes(a: Mapping[str, Any]) -> list[tuple[int, int, int]]:

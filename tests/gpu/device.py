@@ -192,6 +192,15 @@ def ptx(
 # ---- Triton
 
 
+def _flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """(kind, value) of what a kernel argument is, a tuple or one value; none of a constant."""
+    if isinstance(kind, tuple):
+        for each in zip(kind, value, strict=True):
+            yield from _flat(*each)
+    elif kind != "constexpr":
+        yield kind, value
+
+
 def _pack_triton(kind: str, value: Any) -> bytes:
     if kind.startswith("*"):
         return struct.pack("<Q", 0 if value is None else value.data_ptr())
@@ -210,12 +219,16 @@ def _run_triton(simulation: Simulation, kernel: Any, arguments: dict[str, Any], 
     if metadata.global_scratch_size or metadata.num_ctas != 1:
         raise NotImplementedError("scratch memory and clusters")
     module = _module(kernel.asm["ptx"])
-    kinds = [(name, kind) for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-    values = [_pack_triton(kind, arguments[name]) for name, kind in kinds]
+    flat = [
+        pair
+        for name, kind in kernel.src.signature.items()
+        for pair in _flat(kind, arguments.get(name))
+    ]
+    values = [_pack_triton(*pair) for pair in flat]
     hidden = len(module.parameters[metadata.name]) - len(
         values
     )  # pointers to scratch memory, unused
-    tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
+    tensors = [value for _, value in flat if isinstance(value, torch.Tensor)]
     limit = shared_limit(simulation.arch)
     if metadata.shared > limit:
         raise Fault(
