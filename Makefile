@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-seeds sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,12 +83,21 @@ test-triton-versions: $(TRITON_VERSIONS:%=build/triton/%.stamp) ## Test the Trit
 	  PYTHONPATH=build/triton/$$version pytest -n 2 tests/gpu/test_triton_compile.py tests/test_triton_interpreter.py || exit 1; \
 	done
 
+CPP_TESTS = $(notdir $(basename $(wildcard tests/cpp/test_*.cpp)))
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
 	for kind in address,undefined thread; do \
 	  $(CMAKE) -S . -B build/sanitize-$$kind -DFASTADAPTERS_SANITIZE=$$kind && \
-	  cmake --build build/sanitize-$$kind --target test_bottleneck && \
+	  cmake --build build/sanitize-$$kind --target $(CPP_TESTS) && \
 	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
+
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+AARCH64 := aarch64-linux-gnu
+test-aarch64: setup ## The C++ kernel tests compiled for 64-bit ARM, run by qemu-user (needs its g++, too)
+	$(CMAKE) -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(AARCH64)-g++ '-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/$(AARCH64)'
+	cmake --build build/aarch64 --target $(CPP_TESTS)
+	ctest --test-dir build/aarch64 --output-on-failure
 
 # The cache of PyTorch's allocator would hide what is out of bounds.
 sanitize-device: setup ## With a GPU: the CUDA kernels under compute-sanitizer

@@ -169,13 +169,13 @@ def plan(env: Mapping[str, str], tools: Tools, *, system: str, cuda_sources: boo
 
 
 def read_sources() -> dict[Path, list[str]]:
-    """The sources, each with flags of its own (instruction sets of x86-64, dropped elsewhere)."""
+    """The sources, each with flags of its own: those are for x86-64, and so is the source."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = {}
     for line in (CSRC / "sources.txt").read_text().splitlines():
         name, *flags = line.partition("#")[0].split() or [""]
-        if name:
-            sources[CSRC / name] = flags if x86 else []
+        if name and (x86 or not flags):
+            sources[CSRC / name] = flags
     return sources
 
 

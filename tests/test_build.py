@@ -297,6 +297,14 @@ print(only.message)
     assert "_C.abi3.so was not built" in said and "pip install --no-build-isolation" in said
 
 
+def test_other_cpus_compile_what_needs_no_flags(monkeypatch):
+    here = build.read_sources()
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    there = build.read_sources()
+    assert set(there) == {source for source, flags in here.items() if not flags}
+    assert build.CSRC / "cpu" / "bottleneck" / "portable.cpp" in there
+
+
 def test_an_old_setuptools_is_named(monkeypatch):
     monkeypatch.setattr(build.setuptools, "__version__", "68.2.0")
     with pytest.raises(SystemExit, match=r"setuptools 68\.2\.0 is older than 77: pip install"):
