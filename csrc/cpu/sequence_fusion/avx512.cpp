@@ -1,0 +1,8 @@
+#include "backward.h"
+#include "kernels.h"
+
+namespace fastadapters::cpu {
+
+const SequenceFusionKernels avx512_sequence_fusion = {forward, backward};
+
+}  // namespace fastadapters::cpu

@@ -1,0 +1,214 @@
+// Forward: x is read once, y is written once, neither h nor a factor reaches memory.
+#pragma once
+
+#include "operands.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+// The P of a modality is the sum over splits of this many tokens.
+constexpr int64_t kSplit = 128;
+
+// What the calls share about one modality.
+struct ForwardModality {
+  Down down;
+  Up up;
+  int64_t products, splits, slot, time_stride;
+  Values factors;
+  float* time;   // A_q^T for each q: [R T_o, T]
+  float* parts;  // P of each split: [B, splits, slot]
+
+  ForwardModality(Carver& c, const SequenceFusion& p, const Modality& m)
+      : down(c, p, m),
+        up(c, p, m),
+        products(p.rank() * p.out_len * m.width),
+        splits(divide_up(m.tokens, kSplit)),
+        slot(round_up(products + kLanes, kLanes)),
+        time_stride(round_up(m.tokens, kLanes)),
+        factors(c, m.time_factor, p.time_rank, m.factor_tokens * p.out_len, p.summed, p.dtype),
+        time(c.take<float>(p.rank() * p.out_len * time_stride)),
+        parts(c.take<float>(p.items * splits * slot)) {}
+
+  void pack(const SequenceFusion& p, const Modality& m) const {
+    down.pack(m);
+    up.pack(p, m);
+    const float* values = factors.get();
+    for (int64_t q = 0; q < p.rank(); ++q)
+      transpose_into(values + q * m.factor_tokens * p.out_len, p.out_len, m.tokens, p.out_len,
+                     time + q * p.out_len * time_stride, time_stride);
+  }
+};
+
+struct ForwardShared {
+  std::vector<ForwardModality> modality;
+  ForwardShared(Carver& c, const SequenceFusion& p) {
+    for (int m = 0; m < p.modalities; ++m) modality.emplace_back(c, p, p.modality[m]);
+  }
+};
+
+struct ForwardTask {
+  float *stage, *h;
+  const char** rows;
+  ForwardTask(Carver& c, const SequenceFusion& p)
+      : stage(c.take<float>(stage_size(p))),
+        h(c.take<float>(kSplit * widest(p) + kLanes)),
+        rows(c.take<const char*>(kSplit)) {}
+};
+
+// The P of a unit's items, each from the tokens that are in the unit.
+inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, const Unit& unit,
+                       const ForwardTask& task) {
+  const Modality& m = p.modality[unit.modality];
+  int64_t r = m.width;
+  collect_rows(m, m.x, m.x_dtype, unit, task.rows);
+  project(p, m, shared.down, task.rows, unit.rows, task.stage, task.h);
+  if (p.z)
+    unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
+      write_values(task.h + row * r, n * r, z_of(p, unit.modality, item, unit.token), p.dtype);
+    });
+  for (int64_t j = 0; j < unit.rows * r; j += kLanes)
+    store(task.h + j, activate(p.activation, read<Vec>(task.h + j)).value);
+  unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
+    float* part = shared.parts + (item * shared.splits + unit.token / kSplit) * shared.slot;
+    multiply<false>(p.rank() * p.out_len, n, shared.time + unit.token, shared.time_stride,
+                    task.h + row * r, r, r, part, r);
+  });
+}
+
+// The rows of the result that belong to a few items.
+struct ResultTask {
+  float* products[kMaxModalities];  // of each modality [R, rows, r]
+  float* tile;
+  const char** residual;
+  ResultTask(Carver& c, const SequenceFusion& p) {
+    int64_t rows = items_at_a_time(p) * p.out_len;
+    for (int m = 0; m < p.modalities; ++m)
+      products[m] = c.take<float>(p.rank() * rows * p.modality[m].width);
+    tile = c.take<float>(rows * Gemm<Single>::kPanel * kLanes);
+    residual = c.take<const char*>(rows);
+  }
+};
+
+// Sums the splits of P for items from `first` on, and saves the sums.
+inline void sum_splits(const SequenceFusion& p, const ForwardShared& shared, int64_t first,
+                       int64_t items, const ResultTask& task) {
+  for (int i = 0; i < p.modalities; ++i) {
+    const Modality& m = p.modality[i];
+    const ForwardModality& own = shared.modality[i];
+    int64_t n = p.out_len * m.width;  // of one q
+    for (int64_t item = first; item < first + items; ++item) {
+      int64_t splits = divide_up(counted(m, item), kSplit);
+      float* sum = own.parts + item * own.splits * own.slot;
+      if (splits == 0) std::memset(sum, 0, own.products * sizeof(float));
+      for (int64_t split = 1; split < splits; ++split)
+        for (int64_t j = 0; j < own.products; ++j) sum[j] += sum[split * own.slot + j];
+      if (p.products) std::memcpy(products_of(p, i, item), sum, own.products * sizeof(float));
+      for (int64_t q = 0; q < p.rank(); ++q)
+        std::memcpy(task.products[i] + (q * items + item - first) * n, sum + q * n,
+                    n * sizeof(float));
+    }
+  }
+}
+
+// One panel of the sum over q of the products over the modalities.
+template <int vectors>
+void multiply_factors(const SequenceFusion& p, const ForwardShared& shared, int64_t panel,
+                      int64_t rows, const ResultTask& task) {
+  constexpr int block = kBlockRows<vectors>;
+  for (int64_t i = 0; i < rows; i += block) {
+    Vec total[block][vectors] = {};
+    for (int64_t q = 0; q < p.rank(); ++q) {
+      Vec product[block][vectors];
+#pragma GCC unroll 8
+      for (int l = 0; l < block; ++l)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) product[l][j] = broadcast(1);
+      for (int m = 0; m < p.modalities; ++m) {
+        int64_t r = p.modality[m].width;
+        const float* factors[block];
+        block_of_rows(
+            i, rows, [&](int64_t row) { return task.products[m] + (q * rows + row) * r; }, factors);
+        Vec sum[block][vectors];
+        sum_products<int32_t>(r, factors, shared.modality[m].up.panel(p.modality[m], q, panel),
+                              vectors * kLanes, sum, [](int64_t) {});
+#pragma GCC unroll 8
+        for (int l = 0; l < block; ++l)
+#pragma GCC unroll 8
+          for (int j = 0; j < vectors; ++j) product[l][j] *= sum[l][j];
+      }
+#pragma GCC unroll 8
+      for (int l = 0; l < block; ++l)
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) total[l][j] += product[l][j];
+    }
+    for (int l = 0; l < least(block, rows - i); ++l)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j)
+        store(task.tile + ((i + l) * vectors + j) * kLanes, total[l][j]);
+  }
+}
+
+// y of the items from `first` on.
+inline void write_result(const SequenceFusionForward& p, const ForwardShared& shared, int64_t first,
+                         int64_t items, const ResultTask& task) {
+  sum_splits(p, shared, first, items, task);
+  int64_t rows = items * p.out_len;
+  for (int64_t row = 0; row < rows; ++row)
+    task.residual[row] =
+        p.residual.data ? row_of(p.residual, p.out_dtype, first + row / p.out_len, row % p.out_len)
+                        : nullptr;
+  for (int64_t item = first; p.add_leading && item < first + items; ++item)
+    leading_tokens(p, item, [&](int m, int64_t row, int64_t n) {
+      for (int64_t i = 0; i < n; ++i)
+        task.residual[(item - first) * p.out_len + row + i] =
+            row_of(p.modality[m].x, p.out_dtype, item, i);
+    });
+
+  const Columns& columns = shared.modality[0].up.columns;
+  for (int64_t panel = 0; panel < columns.count; ++panel) {
+    int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
+    with_vectors<Gemm<Single>>(columns.size(panel), [&](auto vectors) {
+      multiply_factors<vectors>(p, shared, panel, rows, task);
+    });
+    with_type({p.y.data, p.out_dtype}, [&](auto* y) {
+      using T = std::remove_pointer_t<decltype(y)>;
+      for (int64_t row = 0; row < rows; ++row) {
+        auto* to = (T*)row_of(p.y, p.out_dtype, first + row / p.out_len, row % p.out_len);
+        const auto* residual = (const T*)task.residual[row];
+        for (int64_t j = 0; j < width && column + j < p.dim; j += kLanes) {
+          int64_t n = p.dim - column - j;
+          Vec v = read<Vec>(task.tile + row * width + j);
+          if (residual) v += load(residual + column + j, n);
+          store(to + column + j, v, n);
+        }
+      }
+    });
+  }
+}
+
+inline void forward(const SequenceFusionForward& p, const Threads& threads) {
+  if (p.items == 0) return;
+  auto shared = carve<ForwardShared>(shared_scratch(), p);
+  std::vector<Unit> units;
+  for (int m = 0; m < p.modalities; ++m) {
+    shared.modality[m].pack(p, p.modality[m]);
+    cut(p, m, kSplit, units);
+  }
+  in_tasks(p, threads, int64_t(units.size()), [&](int64_t begin, int64_t end) {
+    auto task = carve<ForwardTask>(task_scratch(), p);
+    for (int64_t i = begin; i < end; ++i)
+      sum_tokens(p, shared.modality[units[i].modality], units[i], task);
+  });
+  int64_t group = items_at_a_time(p);
+  in_tasks(p, threads, divide_up(p.items, group), [&](int64_t begin, int64_t end) {
+    auto task = carve<ResultTask>(task_scratch(), p);
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t first = i * group, items = least(group, p.items - first);
+      write_result(p, shared, first, items, task);
+      clear_uncounted(p, first, items);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

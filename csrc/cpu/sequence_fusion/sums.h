@@ -1,0 +1,69 @@
+// The gradients of parameters, summed over rows in levels.
+#pragma once
+
+#include "../pack.h"
+#include "../scratch.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+// fp32 sums over some rows, which now and then join a total in double: rounding errors do not grow
+// with the number of rows.
+struct Sums {
+  static constexpr int64_t kRows = 1024;
+
+  int64_t n = 0, rows = 0;
+  float* part = nullptr;
+  double* total = nullptr;
+
+  Sums() = default;
+  Sums(Carver& c, int64_t size, bool wanted)
+      : n(round_up(size, kLanes)),
+        part(c.take<float>(n + kLanes, wanted)),
+        total(c.take<double>(n + kLanes, wanted)) {}
+
+  void clear() {
+    if (!part) return;
+    std::memset(part, 0, (n + kLanes) * sizeof(float));
+    std::memset(total, 0, (n + kLanes) * sizeof(double));
+  }
+  // To be told after what `more` rows have added.
+  void advance(int64_t more) {
+    if ((rows += more) >= kRows) flush();
+  }
+  void flush() {
+    if (!part || rows == 0) return;
+    for (int64_t i = 0; i < n; ++i) total[i] += double(part[i]);
+    std::memset(part, 0, n * sizeof(float));
+    rows = 0;
+  }
+  void add(const Sums& other) const {
+    if (part)
+      for (int64_t i = 0; i < n; ++i) total[i] += other.total[i];
+  }
+};
+
+// n totals to the gradient, from its element `index` on.
+inline void write_totals(const double* totals, int64_t n, const Parameter& out, int64_t index) {
+  with_type(out, [&](auto* to) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      float lanes[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = float(totals[j + lane]);
+      store(to + index + j, load(lanes), n - j);
+    }
+  });
+}
+
+// Sums kept as panels of columns (gemm.h), [rows, columns], to the gradient.
+inline void write_panels(const double* totals, int64_t rows, int64_t columns,
+                         const Panels<Gemm<Single>>& panels, const Parameter& out, int64_t index) {
+  for (int64_t p = 0; p < panels.count; ++p) {
+    int64_t first = panels.first(p) * kLanes, width = panels.size(p) * kLanes;
+    for (int64_t i = 0; i < rows; ++i)
+      write_totals(totals + rows * first + i * width, least(width, columns - first), out,
+                   index + i * columns + first);
+  }
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu
