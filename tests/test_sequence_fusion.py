@@ -213,13 +213,17 @@ def test_compile() -> None:
     check_compiled(fuse, [sample(batch=b, rank=2, dtype=torch.float64) for b in batches])
 
 
-def test_chosen_backend_without_kernel_raises() -> None:
-    for name in ("cpu", "triton", "cuda"):
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+def test_chosen_backend_that_cannot_run_raises(name: str) -> None:
+    """No kernel takes float64 or nine modalities; `auto` runs eagerly."""
+    nine = sample((2,) * 9, (4,) * 9, width=2, out_len=2, out_dim=4)
+    for tensors in (sample(dtype=torch.float64), nine):
         with (
             fastadapters.backend(name),
             pytest.raises(RuntimeError, match=f"backend '{name}' cannot run sequence_fusion"),
         ):
-            fuse(sample())
+            fuse(tensors)
+        assert fastadapters.explain(fuse, tensors)[0].backend == "eager"
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
