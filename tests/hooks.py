@@ -63,6 +63,8 @@ def load() -> ModuleType:
         "bottleneck_backward",
         "bottleneck_forward_out",
         "bottleneck_backward_out",
+        "sequence_fusion_forward",
+        "sequence_fusion_backward",
     ):
         schema = getattr(torch.ops.fastadapters, name).default._schema
         module.library.define(str(schema).partition("::")[2])

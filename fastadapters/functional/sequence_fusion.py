@@ -136,10 +136,10 @@ def _check(
             )
     elif residual is not None:
         check_tensor("residual", residual, "[B, T_o, D]", (n_items, out_len, d), device)
-    return residual, _stacked(inputs, lengths)
+    return residual, stack_lengths(inputs, lengths)
 
 
-def _stacked(
+def stack_lengths(
     inputs: Sequence[Tensor], lengths: Sequence[Tensor | None] | Tensor | None
 ) -> Tensor | None:
     """Lengths as one tensor [M, B] of int64."""
@@ -193,7 +193,8 @@ def _dispatch(
     elif residual is not None:
         out = torch.promote_types(out, residual.dtype)
     groups = (inputs, down_weights, down_biases, time_factors, feature_factors)
-    others = (residual, lengths, *(t for group in groups for t in group))
+    given = None if isinstance(residual, str) else residual
+    others = (given, lengths, *(t for group in groups for t in group))
     r, d = max(weight.shape[0] for weight in down_weights), feature_factors[0].shape[2]
     refusal = f"it takes 8 modalities, not {len(inputs)}" if len(inputs) > 8 else None
     problem = backends.Problem(d, r, dtype, out, others, refusal)

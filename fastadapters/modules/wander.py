@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import backends, functional
 from ..checks import check_activations, check_choice, check_sizes, check_tensor
+from ..functional.sequence_fusion import stack_lengths
+from ..reference.sequence_fusion import counted, leading_tokens
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 # How large the fused branch is at first, next to inputs of unit variance.
@@ -24,12 +27,13 @@ class WanderAdapter(nn.Module):
     [feature_rank, bottleneck, D], ``factor_t_list.i`` [time_rank, T_i, out_len].
 
     Args:
-        dim: D, the width of every modality.
-        seq_lens: the lengths T_m; M = len(seq_lens) modalities.
+        dim: D, the width of every modality, or one for each: then D, the output's, is the first.
+        seq_lens: the lengths T_m, at most; M = len(seq_lens) modalities.
         bottleneck: the width after the down-projections.
         feature_rank: number of feature factors per modality.
         time_rank: number of time factors per modality.
-        out_len: T_o, by default ``bottleneck``; at most the sum of the lengths.
+        out_len: T_o, by default ``bottleneck``; at most the sum of the lengths of the modalities in
+            front that have width D.
         fusion: "summed" sums the factors over their ranks before the modalities are multiplied, as
             published; "cp" multiplies modality by modality within a rank and sums the products,
             which needs feature_rank == time_rank.
@@ -45,7 +49,7 @@ class WanderAdapter(nn.Module):
 
     def __init__(
         self,
-        dim: int,
+        dim: int | Sequence[int],
         seq_lens: Sequence[int],
         bottleneck: int,
         *,
@@ -59,21 +63,30 @@ class WanderAdapter(nn.Module):
     ) -> None:
         super().__init__()
         out_len = bottleneck if out_len is None else out_len
-        dim, bottleneck, feature_rank, time_rank, out_len, *lengths = check_sizes(
-            dim=dim, bottleneck=bottleneck, feature_rank=feature_rank, time_rank=time_rank,
-            out_len=out_len, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
+        modalities = len(seq_lens)
+        if isinstance(dim, Sequence) and len(dim) != modalities:
+            raise ValueError(f"dim: expected one number or M = {modalities}, got {len(dim)}")
+        given = dict.fromkeys(("dim",), dim)
+        if isinstance(dim, Sequence):
+            given = {f"dim[{i}]": d for i, d in enumerate(dim)}
+        bottleneck, feature_rank, time_rank, out_len, *sizes = check_sizes(
+            bottleneck=bottleneck, feature_rank=feature_rank, time_rank=time_rank,
+            out_len=out_len, **given, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
         )  # fmt: skip
+        dims, lengths = sizes[: len(given)] * (modalities // len(given)), sizes[len(given) :]
         check_choice("fusion", fusion, ("summed", "cp"))
         check_choice("init", init, ("trainable", "published"))
         if fusion == "cp" and feature_rank != time_rank:
             raise ValueError(
                 f"time_rank: expected feature_rank = {feature_rank} with 'cp', got {time_rank}"
             )
-        if out_len > sum(lengths):
-            raise ValueError(
-                f"out_len: expected at most {sum(lengths)} (all tokens), got {out_len}"
-            )
-        self.dim = dim
+        leading = list(takewhile(lambda size: size[0] == dims[0], zip(dims, lengths, strict=True)))
+        most = sum(length for _, length in leading)
+        if out_len > most:
+            which = "all tokens" if len(leading) == modalities else f"tokens of width {dims[0]}"
+            raise ValueError(f"out_len: expected at most {most} ({which}), got {out_len}")
+        self.dim = dims[0]
+        self.dims = tuple(dims)
         self.seq_lens = tuple(lengths)
         self.out_len = out_len
         self.fusion = fusion
@@ -83,10 +96,10 @@ class WanderAdapter(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.down = nn.ModuleList(
-            nn.Linear(dim, bottleneck, device=device, dtype=dtype) for _ in self.seq_lens
+            nn.Linear(d, bottleneck, device=device, dtype=dtype) for d in self.dims
         )
         self.factor_dim_list = nn.ParameterList(
-            empty(feature_rank, bottleneck, dim) for _ in self.seq_lens
+            empty(feature_rank, bottleneck, self.dim) for _ in self.seq_lens
         )
         self.factor_t_list = nn.ParameterList(empty(time_rank, t, out_len) for t in self.seq_lens)
         self.reset_parameters()
@@ -117,77 +130,125 @@ class WanderAdapter(nn.Module):
             nn.init.normal_(time_factor, std=share * (n_tokens * ranks) ** -0.5)
         keep_initial_values(self)
 
-    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """M tensors [B, T_m, D] to [B, T_o, D]; what is fused is added to the first T_o tokens."""
-        leaf: Tensor | None = as_leaf(self, inputs)
+    def forward(
+        self,
+        inputs: Sequence[Tensor | None],
+        lengths: Sequence[Tensor | None] | Tensor | None = None,
+    ) -> Tensor:
+        """M tensors [B, T, D_m], T <= T_m, to [B, T_o, D].
+
+        What is fused is added to the first T_o of all tokens of width D laid end to end, zeros
+        where there are no more.
+
+        Args:
+            inputs: a missing modality's is None: its factor is left out of the product, and its
+                parameters get no gradient.
+            lengths: how many tokens of each item count, as in `functional.sequence_fusion`; those
+                of a missing modality are not looked at.
+        """
+        leaf: Tensor | None = as_leaf(self, inputs, lengths)
         if leaf is not None:
             return leaf
-        if len(inputs) != len(self.seq_lens):
+        modalities = len(self.seq_lens)
+        if len(inputs) != modalities:
             raise ValueError(
-                f"inputs: expected M = {len(self.seq_lens)} tensors [B, T_m, D], got {len(inputs)}"
+                f"inputs: expected M = {modalities} tensors [B, T_m, D], got {len(inputs)}"
             )
-        for i, (x, length) in enumerate(zip(inputs, self.seq_lens, strict=True)):
+        there = [(i, x) for i, x in enumerate(inputs) if x is not None]
+        if not there:
+            raise ValueError("inputs: expected at least one tensor, got None for all")
+        first = there[0][1]
+        for i, x in there:
             check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
-            shape = (inputs[0].shape[0], length, self.dim)
-            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, inputs[0].device)
-        time_factors, feature_factors = list(self.factor_t_list), list(self.factor_dim_list)
-        reason = self._why_called(inputs)
-        if self.fusion == "summed":
-            time_factors = [factor.sum(dim=0, keepdim=True) for factor in time_factors]
-            feature_factors = [factor.sum(dim=0, keepdim=True) for factor in feature_factors]
+            shape = (first.shape[0], min(x.shape[1], self.seq_lens[i]), self.dims[i])
+            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, first.device)
+        if lengths is not None:
+            if len(lengths) != modalities:
+                raise ValueError(f"lengths: expected M = {modalities}, got {len(lengths)}")
+            if len(there) < modalities:
+                lengths = [lengths[i] for i, _ in there]
+        places, xs = [i for i, _ in there], [x for _, x in there]
+        counts = stack_lengths(xs, lengths)
+        residual = self._residual(xs, counts)
+        reason = self._why_called(places, xs)
         if reason is not None:
             backends.call_layers("sequence_fusion", reason)
-            residual = self._leading_tokens(inputs)
-            return residual + self._call_layers(inputs, time_factors, feature_factors)
+            if isinstance(residual, str):
+                residual = leading_tokens(xs, self.out_len, counts)
+            fused = self._call_layers(places, xs, counts)
+            return fused if residual is None else residual + fused
+        downs = self._downs()
         return functional.sequence_fusion(
-            inputs,
-            [down.weight for down in self._downs()],
-            [down.bias for down in self._downs()],
-            time_factors,
-            feature_factors,
-            residual=self._leading_tokens(inputs),
+            xs,
+            [downs[i].weight for i in places],
+            [downs[i].bias for i in places],
+            [self.factor_t_list[i] for i in places],
+            [self.factor_dim_list[i] for i in places],
+            residual=residual,
+            lengths=counts,
+            fusion=self.fusion,
         )
 
-    def _why_called(self, inputs: Sequence[Tensor]) -> str | None:
+    def _residual(self, inputs: list[Tensor], lengths: Tensor | None) -> Tensor | str | None:
+        """The leading tokens, as `functional.sequence_fusion` takes a residual.
+
+        Where the op does not lay them end to end itself, for widths differ or there are too few.
+        """
+        leading = list(takewhile(lambda x: x.shape[2] == self.dim, inputs))
+        enough = sum(x.shape[1] for x in leading) >= self.out_len
+        if enough and (lengths is None or len(leading) == len(inputs)):
+            return "leading"
+        if not leading:
+            return None
+        n_items = inputs[0].shape[0]
+        zeros = inputs[0].new_zeros(n_items, self.out_len, self.dim)
+        if lengths is not None:
+            behind = lengths.new_full((1, n_items), self.out_len)
+            lengths = torch.cat([lengths[: len(leading)], behind])
+        return leading_tokens([*leading, zeros], self.out_len, lengths)
+
+    def _why_called(self, places: list[int], inputs: list[Tensor]) -> str | None:
         """Why the down-projections must be called; None where the op does all that they do."""
         groups = {
             "inputs": inputs,
-            "factor_dim_list": self.factor_dim_list,
-            "factor_t_list": self.factor_t_list,
+            "factor_dim_list": [self.factor_dim_list[i] for i in places],
+            "factor_t_list": [self.factor_t_list[i] for i in places],
         }
         reason = why_all_called(
-            **{f"{name}[{i}]": t for name, group in groups.items() for i, t in enumerate(group)}
+            **{
+                f"{name}[{i}]": t
+                for name, group in groups.items()
+                for i, t in zip(places, group, strict=True)
+            }
         )
-        for i, down in enumerate(self.down):
-            reason = reason or why_called(f"down.{i}", down)
+        for i in places:
+            reason = reason or why_called(f"down.{i}", self.down[i])
         return reason
 
     def _call_layers(
-        self, inputs: Sequence[Tensor], time_factors: list[Tensor], feature_factors: list[Tensor]
+        self, places: list[int], inputs: list[Tensor], lengths: Tensor | None
     ) -> Tensor:
         """What is added to the leading tokens, each down-projection called."""
 
         def branch() -> Tensor:
             product: Tensor | float = 1.0
-            for x, down, a, u in zip(inputs, self.down, time_factors, feature_factors, strict=True):
-                combined = torch.einsum("qto,btr->bqor", a, F.gelu(down(x)))
+            for n, (i, x) in enumerate(zip(places, inputs, strict=True)):
+                a, u = self.factor_t_list[i][:, : x.shape[1]], self.factor_dim_list[i]
+                if self.fusion == "summed":
+                    a, u = a.sum(dim=0, keepdim=True), u.sum(dim=0, keepdim=True)
+                mask = None if lengths is None else counted(x.shape[1], lengths[n])
+                h = F.gelu(self.down[i](x if mask is None else torch.where(mask, x, 0.0)))
+                if mask is not None:
+                    h = torch.where(mask, h, 0.0)
+                combined = torch.einsum("qto,btr->bqor", a, h)
                 product = product * torch.einsum("bqor,qrd->bqod", combined, u)
             return torch.as_tensor(product).sum(dim=1)
 
         return like_an_op(inputs[0], branch)
 
-    def _leading_tokens(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The first T_o tokens of the modalities laid end to end; usually a view of the first."""
-        leading, missing = [], self.out_len
-        for x in inputs:
-            leading.append(x[:, :missing])
-            missing -= leading[-1].shape[1]
-            if missing == 0:
-                break
-        return leading[0] if len(leading) == 1 else torch.cat(leading, dim=1)
-
     def extra_repr(self) -> str:
+        dim = self.dim if len({*self.dims}) == 1 else self.dims
         return (
-            f"dim={self.dim}, seq_lens={self.seq_lens}, out_len={self.out_len}, "
+            f"dim={dim}, seq_lens={self.seq_lens}, out_len={self.out_len}, "
             f"fusion={self.fusion!r}, init={self.init!r}"
         )
