@@ -34,7 +34,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
     "cross_modal_attention": (),
     "multimodal": (),
-    "sequence_fusion": ("cpu", "triton"),
+    "sequence_fusion": ("cpu", "cuda", "triton"),
 }
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
