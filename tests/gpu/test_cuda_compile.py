@@ -90,21 +90,29 @@ def parse(name: str) -> Kernel | None:
 
 
 @functools.cache
-def compiled(architectures: tuple[int, ...]) -> list[Resources]:
-    """Of every kernel. Its code is the same for all architectures, up to the assembler."""
+def compiled(architectures: tuple[int, ...]) -> dict[str, list[Resources]]:
+    """Of every kernel, by op. Its code is the same for all architectures, up to the assembler."""
     codes = ",".join(f"sm_{arch}" for arch in architectures)
     command = [*cuda_backend.NVCC, f"-gencode=arch=compute_80,code=[{codes}]"]
     with ThreadPoolExecutor(2) as pool:
         compile_source = functools.partial(cuda_backend.compile_source, command, suffix="-sm")
         objects = list(pool.map(compile_source, cuda_backend.KERNELS))
-    return [*itertools.chain(*map(cubin_resources, objects))]
+    found: dict[str, list[Resources]] = {}
+    for source, built in zip(cuda_backend.KERNELS, objects, strict=True):
+        found.setdefault(source.parent.name, []).extend(cubin_resources(built))
+    return found
+
+
+@functools.cache
+def of_op(op: str, arch: int) -> list[Resources]:
+    found = compiled(TESTED if arch in TESTED else ARCHITECTURES)
+    return [r for r in found[op] if r.arch == f"sm_{arch}"]
 
 
 @functools.cache
 def resources(arch: int) -> dict[Kernel | str, Resources]:
-    """Of every kernel, by what it is, or by its mangled name if it multiplies nothing."""
-    found = compiled(TESTED if arch in TESTED else ARCHITECTURES)
-    return {parse(r.name) or r.name: r for r in found if r.arch == f"sm_{arch}"}
+    """Of the bottleneck, by what a kernel is, or by its mangled name if it multiplies nothing."""
+    return {parse(r.name) or r.name: r for r in of_op("bottleneck", arch)}
 
 
 @functools.cache
