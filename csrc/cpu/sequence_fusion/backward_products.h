@@ -11,9 +11,10 @@ struct FactorTask {
   float *products[kMaxModalities], *transposed[kMaxModalities], *d_products[kMaxModalities];
   float* factors[kMaxModalities];  // F, then G, of one panel
   float* dy;
+  const char** dy_rows;
   FactorTask(Carver& c, const SequenceFusionBackward& p, const BackwardShared& shared) {
     int64_t rows = items_at_a_time(p) * p.out_len;
-    int64_t tile = rows * Gemm<Single>::kPanel * kLanes;
+    int64_t tile = rows * Columns::kPanel * kLanes;
     stride = round_up(rows, kLanes);
     for (int i = 0; i < p.modalities; ++i) {
       const Modality& m = p.modality[i];
@@ -24,6 +25,7 @@ struct FactorTask {
       factors[i] = c.take<float>(tile);
     }
     dy = c.take<float>(tile);
+    dy_rows = c.take<const char*>(rows);
   }
 };
 
@@ -63,14 +65,19 @@ inline void differentiate_products(const SequenceFusionBackward& p, BackwardShar
       std::memset(task.d_products[i], 0, rank * rows * own.r_stride * sizeof(float));
   }
 
-  const Columns& columns = shared.modality[0].up.columns;
+  for (int64_t item = 0; item < items; ++item)
+    for (int64_t i = 0; i < p.out_len; ++i)
+      task.dy_rows[item * p.out_len + i] = row_of(p.dy, p.out_dtype, first + item, i);
+  const int64_t d = p.dim;
+  const Columns columns = shared.modality[0].up.columns;
   for (int64_t panel = 0; panel < columns.count; ++panel) {
     int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
+    float* to = task.dy;
     with_reader(p.out_dtype, p.out_dtype, [&](auto read) {
       for (int64_t row = 0; row < rows; ++row) {
-        const char* dy = row_of(p.dy, p.out_dtype, first + row / p.out_len, row % p.out_len);
+        const char* dy = task.dy_rows[row];
         for (int64_t j = 0; j < width; j += kLanes)
-          store(task.dy + row * width + j, read(dy, column + j, p.dim - column - j));
+          store(to + row * width + j, read(dy, column + j, d - column - j));
       }
     });
     for (int64_t q = 0; q < rank; ++q) {

@@ -63,12 +63,12 @@ FASTADAPTERS_INLINE void write_dx_block(int64_t n, int64_t r, int64_t d, const f
 
 template <class T>
 void write_dx(const Modality& m, const BackwardModality& own, int64_t rows, const UnitTask& task) {
-  constexpr int block = kBlockRows<Gemm<Single>::kPanel>;
+  constexpr int block = kBlockRows<Columns::kPanel>;
   const int64_t r = m.width, d = m.dim;
   for (int64_t i = 0; i < rows; i += block)
     for (int64_t panel = 0; panel < own.columns.count; ++panel) {
       int64_t column = own.columns.first(panel) * kLanes;
-      with_vectors<Gemm<Single>>(own.columns.size(panel), [&](auto vectors) {
+      with_size(own.columns.size(panel), [&](auto vectors) {
         write_dx_block<T, block, vectors>(
             rows - i, r, d, task.dz + i * r, own.down_rows + r * column, column, task.dx + i,
             greatest(0, least(block, rows - i - block)), task.add + i);

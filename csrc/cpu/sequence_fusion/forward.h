@@ -80,12 +80,14 @@ struct ResultTask {
   float* products[kMaxModalities];  // of each modality [R, rows, r]
   float* tile;
   const char** residual;
+  char** y;
   ResultTask(Carver& c, const SequenceFusion& p) {
     int64_t rows = items_at_a_time(p) * p.out_len;
     for (int m = 0; m < p.modalities; ++m)
       products[m] = c.take<float>(p.rank() * rows * p.modality[m].width);
-    tile = c.take<float>(rows * Gemm<Single>::kPanel * kLanes);
+    tile = c.take<float>(rows * Columns::kPanel * kLanes);
     residual = c.take<const char*>(rows);
+    y = c.take<char*>(rows);
   }
 };
 
@@ -153,10 +155,11 @@ inline void write_result(const SequenceFusionForward& p, const ForwardShared& sh
                          int64_t items, const ResultTask& task) {
   sum_splits(p, shared, first, items, task);
   int64_t rows = items * p.out_len;
-  for (int64_t row = 0; row < rows; ++row)
-    task.residual[row] =
-        p.residual.data ? row_of(p.residual, p.out_dtype, first + row / p.out_len, row % p.out_len)
-                        : nullptr;
+  for (int64_t item = first, row = 0; item < first + items; ++item)
+    for (int64_t i = 0; i < p.out_len; ++i, ++row) {
+      task.y[row] = row_of(p.y, p.out_dtype, item, i);
+      task.residual[row] = p.residual.data ? row_of(p.residual, p.out_dtype, item, i) : nullptr;
+    }
   for (int64_t item = first; p.add_leading && item < first + items; ++item)
     leading_tokens(p, item, [&](int m, int64_t row, int64_t n) {
       for (int64_t i = 0; i < n; ++i)
@@ -164,19 +167,19 @@ inline void write_result(const SequenceFusionForward& p, const ForwardShared& sh
             row_of(p.modality[m].x, p.out_dtype, item, i);
     });
 
-  const Columns& columns = shared.modality[0].up.columns;
+  const int64_t d = p.dim;
+  const Columns columns = shared.modality[0].up.columns;
   for (int64_t panel = 0; panel < columns.count; ++panel) {
     int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
-    with_vectors<Gemm<Single>>(columns.size(panel), [&](auto vectors) {
-      multiply_factors<vectors>(p, shared, panel, rows, task);
-    });
+    with_size(columns.size(panel),
+              [&](auto vectors) { multiply_factors<vectors>(p, shared, panel, rows, task); });
     with_type({p.y.data, p.out_dtype}, [&](auto* y) {
       using T = std::remove_pointer_t<decltype(y)>;
       for (int64_t row = 0; row < rows; ++row) {
-        auto* to = (T*)row_of(p.y, p.out_dtype, first + row / p.out_len, row % p.out_len);
+        auto* to = (T*)task.y[row];
         const auto* residual = (const T*)task.residual[row];
-        for (int64_t j = 0; j < width && column + j < p.dim; j += kLanes) {
-          int64_t n = p.dim - column - j;
+        for (int64_t j = 0; j < width && column + j < d; j += kLanes) {
+          int64_t n = d - column - j;
           Vec v = read<Vec>(task.tile + row * width + j);
           if (residual) v += load(residual + column + j, n);
           store(to + column + j, v, n);

@@ -75,9 +75,7 @@ struct BackwardModality {
     for (int64_t q = 0; needs.products && q < p.rank(); ++q)
       transpose_into(features + q * m.width * p.dim, p.dim, m.width, p.dim,
                      up_transposed + q * p.dim * r_stride, r_stride);
-    auto rows = weight(down.weights.get(), m.width, m.dim);
-    for (int64_t i = 0; needs.dx && i < columns.count; ++i)
-      pack_rows<Gemm<Single>>(rows, columns, i, m.width, down_rows);
+    if (needs.dx) cpu::pack(down.weights.get(), m.width, columns, m.dim, down_rows);
     const float* values = factors.get();
     if (!time) {
       time = (float*)values;

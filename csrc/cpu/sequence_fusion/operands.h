@@ -154,10 +154,6 @@ struct Values {
   }
 };
 
-inline Weight<float> weight(const float* values, int64_t rows, int64_t columns) {
-  return {{(void*)values, Dtype::float32}, rows, columns};
-}
-
 // Wd^T as the B of x Wd^T, and the bias.
 struct Down {
   Columns columns;
@@ -174,9 +170,9 @@ struct Down {
         bias(c.take<float>(columns.columns())) {}
 
   void pack(const Modality& m) const {
-    auto down = weight(weights.get(), m.width, m.dim);
-    for (int64_t p = 0; p < columns.count; ++p)
-      pack_columns<Gemm<Single>>(down, columns, p, words, packed);
+    if (words > m.dim)
+      std::memset(packed + m.dim * columns.columns(), 0, columns.columns() * sizeof(float));
+    pack_transposed(weights.get(), m.dim, columns, m.width, words, packed);
     fold(columns, words, packed);
     const float* given = constants.get();
     for (int64_t j = 0; j < columns.columns(); j += kLanes)
@@ -198,9 +194,8 @@ struct Up {
   void pack(const SequenceFusion& p, const Modality& m) const {
     const float* values = factors.get();
     for (int64_t q = 0; q < p.rank(); ++q)
-      for (int64_t i = 0; i < columns.count; ++i)
-        pack_rows<Gemm<Single>>(weight(values + q * m.width * p.dim, m.width, p.dim), columns, i,
-                                m.width, packed + q * m.width * columns.columns());
+      cpu::pack(values + q * m.width * p.dim, m.width, columns, p.dim,
+                packed + q * m.width * columns.columns());
   }
   const float* panel(const Modality& m, int64_t q, int64_t i) const {
     return packed + m.width * (q * columns.columns() + columns.first(i) * kLanes);
@@ -232,7 +227,7 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
           for (int64_t next = i + rows; next < least(i + 2 * rows, count); ++next)
             prefetch_columns<0, 3>(x[next] + begin, least(bytes, d * size - begin));
       };
-      with_vectors<Gemm<Single>>(down.columns.size(panel), [&](auto vectors) {
+      with_size(down.columns.size(panel), [&](auto vectors) {
         if constexpr (rows == kBlockRows<vectors>) {
           Vec sum[rows][vectors];
           sum_products<Step>(divide_up(d, per_step), a, down.packed + down.words * first,

@@ -1,13 +1,38 @@
 // Products of small matrices: a block of C stays in registers while k runs.
 #pragma once
 
-#include "../pack.h"
+#include "../unit.h"
 
 namespace fastadapters::cpu {
 namespace {
 
-// A packed B is made of these panels of columns (gemm.h).
-using Columns = Panels<Gemm<Single>>;
+// N columns as panels of kPanel vectors; the last two share what would leave a single one. A packed
+// B [k, N] keeps panel p at offset k * kLanes * first(p).
+struct Columns {
+  static constexpr int64_t kPanel = 3;
+  int64_t vectors, count, shift;
+  bool narrow;  // half of the lanes would be idle
+
+  explicit Columns(int64_t columns)
+      : vectors(divide_up(columns, kLanes)),
+        count(divide_up(vectors, kPanel)),
+        shift(vectors % kPanel == 1 && count > 1),
+        narrow(2 * columns <= kLanes) {}
+  int64_t first(int64_t p) const { return p * kPanel - (p == count - 1 ? shift : 0); }
+  int64_t size(int64_t p) const { return (p == count - 1 ? vectors : first(p + 1)) - first(p); }
+  int64_t columns() const { return vectors * kLanes; }
+};
+
+// Calls f with the number of vectors of a panel as a compile-time constant.
+template <class F>
+FASTADAPTERS_INLINE void with_size(int64_t vectors, const F& f) {
+  if (vectors == 3)
+    f(std::integral_constant<int, 3>());
+  else if (vectors == 2)
+    f(std::integral_constant<int, 2>());
+  else
+    f(std::integral_constant<int, 1>());
+}
 
 // Sums along k are made of chains of this many additions: rounding errors grow with their length.
 constexpr int64_t kChain = 64;
@@ -44,9 +69,12 @@ FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[row
     for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
   before(0);
   add_products<Step>(least(steps, kChain), a, b, ldb, c);
+  if (steps <= kChain) return;
+  Vec total[rows][vectors];
+  std::memcpy(total, c, sizeof c);
   for (int64_t k = kChain; k < steps; k += kChain) {
     before(k);
-    asm("" : "+m"(c));  // else what c holds takes the registers that the chain needs
+    asm("" : "+m"(total));  // in memory, for the chain needs the registers
     Vec part[rows][vectors] = {};
     const float* rest[rows];
     for (int i = 0; i < rows; ++i) rest[i] = (const float*)((const Step*)a[i] + k);
@@ -54,8 +82,9 @@ FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[row
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) c[i][j] += part[i][j];
+      for (int j = 0; j < vectors; ++j) total[i][j] += part[i][j];
   }
+  std::memcpy(c, total, sizeof c);
 }
 
 // Row i of m and those behind it, the last one again where there are no more.
@@ -102,7 +131,7 @@ void multiply(int64_t m, int64_t k, const float* a, int64_t lda, const float* b,
   Columns n(columns);
   for (int64_t p = n.count - 1; p >= 0; --p) {
     int64_t first = n.first(p) * kLanes;
-    with_vectors<Gemm<Single>>(n.size(p), [&](auto vectors) {
+    with_size(n.size(p), [&](auto vectors) {
       multiply_columns<add, vectors>(m, k, a, lda, b + first, ldb, c + first, ldc);
     });
   }
@@ -121,6 +150,35 @@ inline void transpose_into(const float* in, int64_t ld, int64_t rows, int64_t co
       for (int64_t l = 0; l < least(kLanes, columns - j); ++l)
         store(out + (j + l) * ld_out + i, block[l]);
     }
+}
+
+// A packed B = W^T, from W [n, k].
+inline void pack_transposed(const float* w, int64_t k, Columns n, int64_t n_columns, int64_t depth,
+                            float* b) {
+  for (int64_t p = 0; p < n.count; ++p) {
+    int64_t first = n.first(p) * kLanes, width = n.size(p) * kLanes;
+    transpose_into(w + first * k, k, least(width, n_columns - first), k, b + depth * first, width);
+  }
+}
+
+// A packed B = W, from W [k, n].
+inline void pack(const float* w, int64_t k, Columns n, int64_t n_columns, float* b) {
+  for (int64_t p = 0; p < n.count; ++p) {
+    int64_t first = n.first(p) * kLanes, width = n.size(p) * kLanes;
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < width; j += kLanes)
+        store(b + k * first + i * width + j,
+              load(w + i * n_columns + first + j, n_columns - first - j));
+  }
+}
+
+// Two words of k side by side for each column of a narrow B, packed as usual, in place.
+inline void fold(Columns n, int64_t k, float* b) {
+  if (!n.narrow) return;
+  for (int64_t i = 0; i < k; i += 2)
+    store(b + i / 2 * kLanes,
+          interleave_low(read<Vec>(b + i * kLanes), read<Vec>(b + (i + 1) * kLanes),
+                         std::make_index_sequence<kLanes>()));
 }
 
 }  // namespace

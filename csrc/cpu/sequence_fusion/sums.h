@@ -1,8 +1,8 @@
 // The gradients of parameters, summed over rows in levels.
 #pragma once
 
-#include "../pack.h"
 #include "../scratch.h"
+#include "product.h"
 
 namespace fastadapters::cpu {
 namespace {
@@ -54,9 +54,9 @@ inline void write_totals(const double* totals, int64_t n, const Parameter& out, 
   });
 }
 
-// Sums kept as panels of columns (gemm.h), [rows, columns], to the gradient.
-inline void write_panels(const double* totals, int64_t rows, int64_t columns,
-                         const Panels<Gemm<Single>>& panels, const Parameter& out, int64_t index) {
+// Sums kept as panels of columns, [rows, columns], to the gradient.
+inline void write_panels(const double* totals, int64_t rows, int64_t columns, const Columns& panels,
+                         const Parameter& out, int64_t index) {
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t first = panels.first(p) * kLanes, width = panels.size(p) * kLanes;
     for (int64_t i = 0; i < rows; ++i)
