@@ -75,5 +75,21 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
         64, 262144, "model of the H100, D = 768: r 64 wins, r 256 loses; others reckoned"),
     ("bottleneck", "cuda", "other", torch.float32): Limit(
         32, 131072, "reckoned: without tensor cores arithmetic binds earlier"),
+    ("sequence_fusion", "cpu", "avx2", torch.bfloat16): Limit(
+        4096, 4194304, "Zen 3, busy: measured up to r 64 (5 and more), beyond reckoned"),
+    ("sequence_fusion", "cpu", "avx2", torch.float16): Limit(
+        4096, 4194304, "reckoned from bfloat16"),
+    ("sequence_fusion", "cpu", "avx2", torch.float32): Limit(
+        128, 131072, "Zen 3, busy: r 128 1.1 and 1.1, r 256 1.1 and 1.0 at D 256, 768"),
+    ("sequence_fusion", "cpu", "avx512", torch.float32): Limit(
+        128, 131072, "reckoned from avx2"),
+    ("sequence_fusion", "cpu", "other", torch.bfloat16): Limit(
+        64, 131072, "reckoned"),
+    ("sequence_fusion", "cpu", "other", torch.float16): Limit(
+        64, 131072, "reckoned"),
+    ("sequence_fusion", "cpu", "other", torch.float32): Limit(
+        16, 12288, "as portable"),
+    ("sequence_fusion", "cpu", "portable", torch.float32): Limit(
+        16, 12288, "Zen 3, busy: D 768 r 8 1.9 and 1.15, r 64 0.7; D 40 r 64 1.0"),
 }
 # fmt: on
