@@ -2,6 +2,7 @@
 
 from . import functional
 from .backends import backend, explain
+from .interop import patch
 from .modules import (
     AlignmentEnhancer,
     BottleneckAdapter,
@@ -23,4 +24,5 @@ __all__ = [
     "explain",
     "functional",
     "keep_pages",
+    "patch",
 ]

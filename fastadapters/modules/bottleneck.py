@@ -25,6 +25,22 @@ INITS = ("lora", "houlsby", "bert")
 LAYERNORMS = (None, "in", "out")
 
 
+def normalize(y: Tensor, norm: nn.LayerNorm, scale: float | Tensor) -> Tensor:
+    """A LayerNorm behind the op: as autocast has it, else in the dtype of y.
+
+    A learnable scale precedes it here, not in the op: the LayerNorm takes almost all of its
+    gradient away, and what is left is right only if the product is not rounded in between.
+    """
+    autocast = not y.is_meta and torch.is_autocast_enabled(y.device.type)
+    if isinstance(scale, Tensor):
+        y = y * (scale if autocast else scale.to(y.dtype))
+    if autocast:
+        normed: Tensor = norm(y)
+        return normed
+    weight, bias = (None if t is None else t.to(y.dtype) for t in (norm.weight, norm.bias))
+    return F.layer_norm(y, norm.normalized_shape, weight, bias, norm.eps)
+
+
 class BottleneckAdapter(nn.Module):
     """residual + scale * (dropout(activation(norm(x) Wd^T + bd)) Wu^T + bu).
 
@@ -128,11 +144,7 @@ class BottleneckAdapter(nn.Module):
         )  # fmt: skip
 
     def _scales_last(self) -> bool:
-        """Whether the scale is left to `normalize`.
-
-        The LayerNorm behind it takes almost all of a learnable one's gradient away: what is left
-        is right only if the product is not rounded in between.
-        """
+        """Whether the scale is left to `normalize`."""
         return self.layernorm == "out" and isinstance(self.scale, Tensor)
 
     def options(self) -> tuple[object, ...]:
@@ -225,16 +237,8 @@ class BottleneckAdapter(nn.Module):
         return y if residual is None else y + residual
 
     def normalize(self, y: Tensor) -> Tensor:
-        """The LayerNorm of ``layernorm="out"``: as autocast has it, else in the dtype of y."""
-        norm, scale = self.adapter_layer_norm_before, self.scale
-        autocast = not y.is_meta and torch.is_autocast_enabled(y.device.type)
-        if isinstance(scale, Tensor):
-            y = y * (scale if autocast else scale.to(y.dtype))
-        if autocast:
-            normed: Tensor = norm(y)
-            return normed
-        weight, bias = (None if t is None else t.to(y.dtype) for t in (norm.weight, norm.bias))
-        return F.layer_norm(y, norm.normalized_shape, weight, bias, norm.eps)
+        """What is left to do behind the op with ``layernorm="out"``."""
+        return normalize(y, self.adapter_layer_norm_before, self.scale)
 
     @property
     def norm_eps(self) -> float:

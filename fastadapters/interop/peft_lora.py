@@ -1,0 +1,78 @@
+"""LoRA of `peft` (0.21.2, peft/tuners/lora/layer.py, `Linear`).
+
+The frozen layer and the dropout in front of A are called as they are there. Skipped: layers with
+more or fewer channels out than in, and the variants (DoRA and others). Merged, disabled or mixed
+adapters run in peft's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import backends
+from .bottlenecks import Bottleneck, run, why_called_on, why_not_plain
+from .patching import Client, Forward
+
+
+def bottleneck_of(module: Any, name: str) -> Bottleneck | str:
+    """What one adapter adds, or why no op does."""
+    if name in module.lora_variant:
+        return f"{name} is a variant of LoRA: {type(module.lora_variant[name]).__name__}"
+    b = Bottleneck(module.lora_A[name], module.lora_B[name], "identity", module.scaling[name])
+    return why_not_plain(b, (f"lora_A.{name}", f"lora_B.{name}", "")) or b
+
+
+def why_not(module: Any, holder: nn.Module | None) -> str | None:
+    if not len(module.lora_A):
+        return "it has no LoRA adapter"
+    found = (bottleneck_of(module, name) for name in module.lora_A)
+    return next((b for b in found if isinstance(b, str)), None)
+
+
+def _active(self: Any, x: Tensor) -> list[tuple[str, Bottleneck]] | str:
+    """The adapters to add to what the frozen layer makes of x, or why peft has to do it."""
+    if self.disable_adapters or self.merged:
+        return "its adapters are disabled or merged"
+    active = []
+    for name in self.active_adapters:
+        if name in self.lora_A:
+            b = bottleneck_of(self, name)
+            if isinstance(b, str):
+                return b
+            weight: Any = b.down._parameters["weight"]
+            reason = why_called_on(b, self._cast_input_dtype(x, weight.dtype))
+            if reason is not None:
+                return reason
+            active.append((name, b))
+    return active
+
+
+def override(own: Forward) -> Forward:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = "it is called with more than x" if args or kwargs else _active(self, x)
+        if isinstance(active, str):
+            backends.call_layers("bottleneck", active)
+            y: Tensor = own(self, x, *args, **kwargs)
+            return y
+        result: Tensor = self.base_layer(x)
+        dtype = result.dtype
+        for name, b in active:
+            weight: Any = b.down._parameters["weight"]
+            x = self._cast_input_dtype(x, weight.dtype)
+            result = run(b, self.lora_dropout[name](x), result, self.training)
+        return result.to(dtype)
+
+    return forward
+
+
+CLIENTS = [
+    Client(
+        "peft",
+        frozenset(["33969d320c7d70ee"]),
+        frozenset(["base_layer", "lora_A", "lora_B"]),
+        why_not,
+        override,
+    )
+]
