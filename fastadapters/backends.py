@@ -33,7 +33,7 @@ NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
     "cross_modal_attention": (),
-    "multimodal": (),
+    "multimodal": ("cpu",),
     "sequence_fusion": ("cpu", "cuda", "triton"),
 }
 

@@ -1,11 +1,8 @@
 """The best that plain PyTorch calls can do: the fallback, and the baseline to beat."""
 
 from .bottleneck import bottleneck
-from .cross_modal_attention import (
-    cross_modal_attention,
-    multimodal_features,
-    multimodal_logits,
-)
+from .cross_modal_attention import cross_modal_attention
+from .multimodal import multimodal_features, multimodal_logits
 from .sequence_fusion import sequence_fusion
 
 __all__ = [

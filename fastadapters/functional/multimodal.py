@@ -23,7 +23,8 @@ from ..checks import (
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..ops.multimodal import ADAPT_CODES
-from ..reference.cross_modal_attention import MASKED, Bias, Layer
+from ..reference.cross_modal_attention import MASKED, Bias
+from ..reference.multimodal import Layer
 from .arguments import PLAIN, compute_dtype, leaf, owned, parameter, saves, without_autocast
 from .cross_modal_attention import attend
 

@@ -13,7 +13,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends, functional
 from ..checks import check_bias, check_choice, check_number, check_sizes
 from ..functional.multimodal import check_features, check_logits
-from ..reference.cross_modal_attention import MASKED, Bias, Layer, blended_logits
+from ..reference.cross_modal_attention import MASKED, Bias
+from ..reference.multimodal import Layer, blended_logits
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
 _MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}

@@ -59,6 +59,20 @@ _NAMES = (
 )
 
 
+def _cpu_state(of: Mapping[str, Any]) -> int:
+    """What csrc/cpu/multimodal/state.h lays out."""
+    (c, d), b = of["text"].shape, of["image"].shape[0]
+    e, heads = of["out_weight"].shape[0], of["num_heads"]
+    hidden = 0 if of["down_weight_2"] is None else of["down_weight"].shape[0]
+    r = e if of["up_weight_2"] is None else of["up_weight"].shape[0]
+    rows = (c + b) * (hidden + 5 * e + heads)
+    texts = c * (r + 2) + (r + 1) ** 2
+    return rows + texts + b * (e + r + 2 * d + 3) + c * b
+
+
+STATES["fastadapters", "cpu"] = _cpu_state
+
+
 def allocate_forward(namespace: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """logits [B, C] and the state, empty if not to be saved, for the inputs of the forward."""
     *values, save = inputs

@@ -1,11 +1,8 @@
 """The ops as plain, naive PyTorch: the definition that every backend is compared with."""
 
 from .bottleneck import bottleneck
-from .cross_modal_attention import (
-    cross_modal_attention,
-    multimodal_features,
-    multimodal_logits,
-)
+from .cross_modal_attention import cross_modal_attention
+from .multimodal import multimodal_features, multimodal_logits
 from .sequence_fusion import sequence_fusion
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Attention across modalities and the adapter head built on it, as their definitions."""
+"""Attention across modalities, as its definition."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .bottleneck import ACTIVATIONS
-
-Layer = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
 Bias = Sequence[Sequence[float]]
 MASKED: Bias = ((-math.inf, 0.0), (0.0, -math.inf))
 
@@ -51,82 +47,3 @@ def cross_modal_attention(
     if outputs == "both":
         return text_out, image_out
     return text_out if outputs == "text" else image_out
-
-
-def mlp(x: Tensor, layers: Sequence[Layer], activation: str) -> Tensor:
-    """One or more linear layers with the activation between them."""
-    for i, (weight, bias) in enumerate(layers):
-        x = F.linear(x if i == 0 else ACTIVATIONS[activation](x), weight, bias)
-    return x
-
-
-def multimodal_features(
-    text: Tensor,
-    image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
-    *,
-    num_heads: int,
-    bias: Bias = MASKED,
-    down_activation: str = "identity",
-) -> tuple[Tensor, Tensor]:
-    """Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler."""
-    tokens = torch.cat([text.expand(image.shape[0], -1, -1), image[:, None]], dim=1)
-    x = mlp(tokens, down, down_activation)
-    q, k, v = F.linear(x, *in_proj).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
-    text_part, image_part = slice(None, -1), slice(-1, None)
-    text_out, image_out = cross_modal_attention(
-        *(t[:, text_part] for t in (q, k, v)), *(t[:, image_part] for t in (q, k, v)), bias=bias
-    )
-    out = F.linear(torch.cat([text_out, image_out], dim=1).flatten(-2), *out_proj)
-    out = mlp(out, up, "gelu")
-    return out[:, text_part], out[:, -1]
-
-
-def multimodal_logits(
-    text: Tensor,
-    image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
-    *,
-    num_heads: int,
-    logit_scale: float | Tensor,
-    bias: Bias = MASKED,
-    blend: float | Tensor = 0.2,
-    adapt: str = "both",
-    down_activation: str = "identity",
-) -> Tensor:
-    """logit_scale * cosine of each item's image with each text, both blended with the adapter's."""
-    features = multimodal_features(
-        text, image, down, in_proj, out_proj, up,
-        num_heads=num_heads, bias=bias, down_activation=down_activation,
-    )  # fmt: skip
-    return blended_logits(text, image, *features, logit_scale=logit_scale, blend=blend, adapt=adapt)
-
-
-def blended_logits(
-    text: Tensor,
-    image: Tensor,
-    new_text: Tensor,
-    new_image: Tensor,
-    *,
-    logit_scale: float | Tensor,
-    blend: float | Tensor,
-    adapt: str,
-) -> Tensor:
-    """Logits of text [C, D] and image [B, D] and what the adapter makes of them.
-
-    Published models differ in one detail: the one that adapts only the image blends the image
-    feature as it comes, the others blend unit vectors.
-    """
-    text = F.normalize(text, dim=-1).expand_as(new_text)
-    if adapt != "image":
-        image = F.normalize(image, dim=-1)
-        text = F.normalize(blend * F.normalize(new_text, dim=-1) + (1 - blend) * text, dim=-1)
-    if adapt != "text":
-        image = blend * F.normalize(new_image, dim=-1) + (1 - blend) * image
-    return logit_scale * torch.einsum("bd,bcd->bc", F.normalize(image, dim=-1), text)
