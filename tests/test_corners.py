@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from module_cases import KINDS, D
-from test_cross_modal_attention import arguments as head_arguments
-from test_cross_modal_attention import head_tensors
+from multimodal_cases import arguments as head_arguments
+from multimodal_cases import head_tensors
 from torch import Tensor
 
 import fastadapters

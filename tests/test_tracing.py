@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from test_cross_modal_attention import arguments as head_arguments
-from test_cross_modal_attention import head_tensors
+from multimodal_cases import arguments as head_arguments
+from multimodal_cases import head_tensors
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

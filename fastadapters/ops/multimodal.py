@@ -67,7 +67,8 @@ def _cpu_state(of: Mapping[str, Any]) -> int:
     r = e if of["up_weight_2"] is None else of["up_weight"].shape[0]
     rows = (c + b) * (hidden + 5 * e + heads)
     texts = c * (r + 2) + (r + 1) ** 2
-    return rows + texts + b * (e + r + 2 * d + 3) + c * b
+    size: int = rows + texts + b * (e + r + 2 * d + 3) + c * b
+    return size
 
 
 STATES["fastadapters", "cpu"] = _cpu_state
