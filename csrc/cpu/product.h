@@ -71,9 +71,10 @@ __attribute__((noinline)) void product_block(int64_t rows, int64_t n, int64_t k,
 }
 
 // C = A B, or C += A B, for a panel of B with `ldb` from row to row.
-__attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m, int64_t n, int64_t k, View a, const float* b,
-                           int64_t ldb, float* c, int64_t ldc, bool add,
-                           const float* bias = nullptr) {
+__attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m, int64_t n,
+                                                     int64_t k, View a, const float* b, int64_t ldb,
+                                                     float* c, int64_t ldc, bool add,
+                                                     const float* bias = nullptr) {
   with_vectors<Single_>(vectors, [&](auto vectors) {
     for (int64_t i = 0; i < m; i += kBlockRows)
       product_block<vectors>(least(kBlockRows, m - i), n, k, a.from(i, 0), b, ldb, c + i * ldc, ldc,
@@ -82,7 +83,8 @@ __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m,
 }
 
 // A panel of B: [k, vectors * kLanes], 0 from column n on.
-__attribute__((noinline)) inline void pack_panel(View b, int64_t k, int64_t n, int64_t vectors, float* out) {
+__attribute__((noinline)) inline void pack_panel(View b, int64_t k, int64_t n, int64_t vectors,
+                                                 float* out) {
   if (b.column == 1) {
     for (int64_t row = 0; row < k; ++row)
       for (int64_t j = 0; j < vectors; ++j, out += kLanes)
@@ -113,8 +115,9 @@ __attribute__((noinline)) inline void pack(View b, int64_t k, int64_t n, float* 
 inline int64_t packed_size(int64_t k, int64_t n) { return k * round_up(n, kLanes); }
 
 // C = A B + bias, or C += A B, with B packed.
-__attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int64_t k, View a, const float* b, float* c,
-                            int64_t ldc, bool add, const float* bias = nullptr) {
+__attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int64_t k, View a,
+                                                      const float* b, float* c, int64_t ldc,
+                                                      bool add, const float* bias = nullptr) {
   Panels<Single_> panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes, ldb = panels.size(p) * kLanes;
@@ -126,8 +129,9 @@ __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int6
 }
 
 // The same for any B. Each element of C is computed by one task, in one order.
-__attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n, int64_t k, View a, View b,
-                     float* c, int64_t ldc, bool add = false, const float* bias = nullptr) {
+__attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
+                                               int64_t k, View a, View b, float* c, int64_t ldc,
+                                               bool add = false, const float* bias = nullptr) {
   Panels<Single_> panels(n);
   int64_t blocks = divide_up(m, kBlockRows);
   int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));
@@ -154,13 +158,15 @@ __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m
 
 // The sum of each column of m rows, added to `sums`: in levels, as rounding errors grow with the
 // length of a chain.
-__attribute__((noinline)) inline void add_column_sums(int64_t m, int64_t n, const float* rows, int64_t ld, float* sums) {
+__attribute__((noinline)) inline void add_column_sums(int64_t m, int64_t n, const float* rows,
+                                                      int64_t ld, float* sums) {
   constexpr int64_t chain = 32;
   for (int64_t j = 0; j < n; j += kLanes) {
     Vec total = {}, middle = {};
     for (int64_t begin = 0; begin < m; begin += chain) {
       Vec part = {};
-      for (int64_t i = begin; i < least(begin + chain, m); ++i) part += load(rows + i * ld + j, n - j);
+      for (int64_t i = begin; i < least(begin + chain, m); ++i)
+        part += load(rows + i * ld + j, n - j);
       middle += part;
       if (begin / chain % chain == chain - 1) {
         total += middle;
@@ -184,7 +190,8 @@ FASTADAPTERS_INLINE float sum_of_columns(int64_t n, const F& f) {
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
-  return sum_of_columns(n, [=](int64_t j, int64_t left) { return load(a + j, left) * load(b + j, left); });
+  return sum_of_columns(
+      n, [=](int64_t j, int64_t left) { return load(a + j, left) * load(b + j, left); });
 }
 inline float sum(const float* a, int64_t n) {
   return sum_of_columns(n, [=](int64_t j, int64_t left) { return load(a + j, left); });

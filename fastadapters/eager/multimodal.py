@@ -58,7 +58,7 @@ def multimodal_features(
         text_out, image_out = attention(*text_qkv, *image_qkv, bias=bias, outputs="both")
     up = [_compose(up[0], out_proj), *up[1:]]
     text_out, image_out = (mlp(out.flatten(-2), up, "gelu") for out in (text_out, image_out))
-    return text_out.expand(-1, n_texts, -1), image_out[:, 0]
+    return text_out.expand(len(image), n_texts, -1), image_out[:, 0]
 
 
 def _merged_hidden(
@@ -156,6 +156,11 @@ def multimodal_logits(
     else:
         hidden = _merged_hidden(q, text_kv, image_kv, bias[0], inner)
     e = activation(hidden)  # [C or 1, B or 1, R]
+    # Where u = W e + c is small because the terms cancel for every e, e is nearly the same
+    # everywhere: near to any of them, both terms are small.
+    center = e.detach()[:1, :1].sum(dim=(0, 1))
+    e = e - center
+    constant = constant + F.linear(center.double(), weight.double()).to(e.dtype)
     square = _length_square(e, weight, constant)
     text_dot = torch.einsum("cr,cbr->cb", text @ weight, e) + (text @ constant)[:, None]
     image_dot = torch.linalg.vecdot(e, image @ weight) + image @ constant

@@ -66,7 +66,7 @@ def _cpu_state(of: Mapping[str, Any]) -> int:
     hidden = 0 if of["down_weight_2"] is None else of["down_weight"].shape[0]
     r = e if of["up_weight_2"] is None else of["up_weight"].shape[0]
     rows = (c + b) * (hidden + 5 * e + heads)
-    texts = c * (r + 2) + (r + 1) ** 2
+    texts = c * (r + 2) + (r + 1) ** 2 + r
     size: int = rows + texts + b * (e + r + 2 * d + 3) + c * b
     return size
 

@@ -60,9 +60,9 @@ inline float exponentiate(int64_t n, float factor, float* scores, float* lse) {
   };
   for (j = 0; j + 4 * kLanes <= n; j += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) part[i] += power(j + i * kLanes, read<Vec>(scores + j + i * kLanes));
-  for (; j < n; j += kLanes)
-    part[0] += first_lanes(power(j, read<Vec>(scores + j)), n - j);
+    for (int i = 0; i < 4; ++i)
+      part[i] += power(j + i * kLanes, read<Vec>(scores + j + i * kLanes));
+  for (; j < n; j += kLanes) part[0] += first_lanes(power(j, read<Vec>(scores + j)), n - j);
   float total = sum((part[0] + part[1]) + (part[2] + part[3]));
   *lse = highest * factor * kLn2 + std::log(total);
   return total;
@@ -151,7 +151,8 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
       float delta[kBackwardStrip], lse[kBackwardStrip];
       for (int64_t r = 0; r < n; ++r) {
         int64_t at = (row + r) * h.heads + i;
-        delta[r] = dot(d_o.data + r * d_o.row, s.attended + (row + r) * h.width + i * d, d) - d_lse[at];
+        delta[r] =
+            dot(d_o.data + r * d_o.row, s.attended + (row + r) * h.width + i * d, d) - d_lse[at];
         lse[r] = s.lse[at] * kLog2E;
       }
       for (int64_t p = 0; p < panels.count; p += kKeyPanels) {

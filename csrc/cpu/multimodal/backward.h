@@ -51,7 +51,7 @@ inline void mixtures_backward(const BackwardArrays& a, const MultimodalState& s,
     for (int64_t i = 0; i < h.heads; ++i) {
       ImageOdds odds = image_odds(h, s, item, i);
       int64_t row = h.texts + item, at = row * qkv + i * h.head;
-      const float *d = a.d_mixed + item * h.width + i * h.head;
+      const float* d = a.d_mixed + item * h.width + i * h.head;
       const float *q = s.qkv + at, *k = q + h.width, *v = k + h.width;
       const float* o = s.attended + row * h.width + i * h.head;
       float *dq = a.d_qkv + at, *dk = dq + h.width, *dv = dk + h.width;
@@ -78,8 +78,9 @@ inline void layer_gradients(const BackwardArrays& a, const Threads& threads, con
     std::memset(a.weight, 0, n_out * n_in * sizeof(float));
     for (int group = 0; group < 2; ++group)
       if (h.samples(group))
-        multiply(threads, n_out, n_in, h.count(group), columns_of(d + h.first_row(group) * n_out, n_out),
-                 inputs(group), a.weight, n_in, true);
+        multiply(threads, n_out, n_in, h.count(group),
+                 columns_of(d + h.first_row(group) * n_out, n_out), inputs(group), a.weight, n_in,
+                 true);
     write_gradient(weight, a.weight, n_out * n_in);
   }
   if (bias.data) {
@@ -99,15 +100,17 @@ inline const float* projections_backward(const BackwardArrays& a, const Multimod
   const MultimodalParameters& out = p.gradients;
   int64_t width = h.width, n = h.down_hidden;
   auto features = [&](int group) { return h.features_of(group); };
-  layer_gradients(a, threads, a.d_qkv, 3 * width, width, [&](int group) {
-    return rows_of(s.x + h.first_row(group) * width, width);
-  }, out.in_weight, out.in_bias);
+  layer_gradients(
+      a, threads, a.d_qkv, 3 * width, width,
+      [&](int group) { return rows_of(s.x + h.first_row(group) * width, width); }, out.in_weight,
+      out.in_bias);
   if (!a.needs.text && !a.needs.image && !a.needs.down) return nullptr;
   for (int group = 0; group < 2; ++group) {
     int64_t row = h.first_row(group);
     if (h.samples(group))
-      multiply(threads, h.count(group), width, 3 * width, rows_of(a.d_qkv + row * 3 * width, 3 * width),
-               rows_of(h.in, width), a.d_x + row * width, width);
+      multiply(threads, h.count(group), width, 3 * width,
+               rows_of(a.d_qkv + row * 3 * width, 3 * width), rows_of(h.in, width),
+               a.d_x + row * width, width);
   }
   if (!n) {
     layer_gradients(a, threads, a.d_x, width, h.dim, features, out.down_weight, out.down_bias);
@@ -124,12 +127,14 @@ inline const float* projections_backward(const BackwardArrays& a, const Multimod
       Vec z = load(s.hidden + row * n + i, left);
       Activated at_z = activate(p.down_activation, z);
       store(hidden + i, at_z.value, left);
-      store(d_hidden + i, backpropagate(p.down_activation, z, at_z, load(d_hidden + i, left)), left);
+      store(d_hidden + i, backpropagate(p.down_activation, z, at_z, load(d_hidden + i, left)),
+            left);
     }
   }
-  layer_gradients(a, threads, a.d_x, width, n, [&](int group) {
-    return rows_of(a.hidden + h.first_row(group) * n, n);
-  }, out.down_weight_2, out.down_bias_2);
+  layer_gradients(
+      a, threads, a.d_x, width, n,
+      [&](int group) { return rows_of(a.hidden + h.first_row(group) * n, n); }, out.down_weight_2,
+      out.down_bias_2);
   layer_gradients(a, threads, a.d_hidden, n, h.dim, features, out.down_weight, out.down_bias);
   return a.d_hidden;
 }
@@ -175,9 +180,8 @@ inline void read_gradients(const MultimodalBackward& p, float* to, int64_t ld) {
       for (int64_t text = 0; text < p.texts; text += kLanes) {
         Vec block[kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
-          block[i] = item + i < p.items
-                         ? load(from + (item + i) * p.texts + text, p.texts - text)
-                         : Vec{};
+          block[i] =
+              item + i < p.items ? load(from + (item + i) * p.texts + text, p.texts - text) : Vec{};
         transpose(block);
         for (int64_t i = 0; i < least(kLanes, p.texts - text); ++i)
           store(to + (text + i) * ld + item, block[i]);
@@ -191,6 +195,7 @@ inline void backward(const MultimodalBackward& p, const MultimodalState& s,
   const Head& h = a.h;
   const Needs& needs = a.needs;
   PairGradients& g = a.of_pairs;
+  center_last_layer(h, s);
   g.clear(h);
   read_gradients(p, g.dots, g.ld);
   if (Pairs::wanted(h)) {

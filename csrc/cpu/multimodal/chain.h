@@ -20,17 +20,17 @@ struct BackwardArrays {
   SeparateBackwardArrays apart;
   PackedTexts packed;
   AttentionGradients attention;
-  float* along;               // [C]: of a unit text's gradient, what lies along it
-  float* d_image;             // [B, D]: by the unit vector that meets the texts, then by the image
-  float* d_adapted;           // [B, D]
-  float *e, *d_inner;         // [B, R + 1], [B, R] of the images
+  float* along;        // [C]: of a unit text's gradient, what lies along it
+  float* d_image;      // [B, D]: by the unit vector that meets the texts, then by the image
+  float* d_adapted;    // [B, D]
+  float *e, *d_inner;  // [B, R + 1], [B, R] of the images
   float *d_inner_weight, *d_inner_bias;  // [R, E], [R]
-  float *d_mixed;             // [B, E]
-  float *d_attended, *d_lse;  // [N, E], [N, H]
-  float *d_qkv, *d_x;         // [N, 3 E], [N, E]
-  float *hidden, *d_hidden;   // [N, down_hidden]: activated
-  float *weight, *bias;       // gradients of any parameter, as fp32
-  float* block;               // [kTextRows, D]
+  float* d_mixed;                        // [B, E]
+  float *d_attended, *d_lse;             // [N, E], [N, H]
+  float *d_qkv, *d_x;                    // [N, 3 E], [N, E]
+  float *hidden, *d_hidden;              // [N, down_hidden]: activated
+  float *weight, *bias;                  // gradients of any parameter, as fp32
+  float* block;                          // [kTextRows, D]
 
   BackwardArrays(Carver& c, const MultimodalBackward& p, const Threads& threads)
       : h(c, p),
@@ -58,9 +58,9 @@ struct BackwardArrays {
         d_hidden(c.take<float>(h.rows * h.down_hidden, needs.tokens)),
         block(c.take<float>(kTextRows * h.dim, needs.text)) {
     int64_t down = h.down_hidden ? h.down_hidden : h.width;
-    weight = c.take<float>(greatest(greatest(down * h.dim, h.width * h.down_hidden),
-                                    greatest(greatest(3 * h.width, h.inner) * h.width,
-                                             h.dim * h.columns)));
+    weight = c.take<float>(
+        greatest(greatest(down * h.dim, h.width * h.down_hidden),
+                 greatest(greatest(3 * h.width, h.inner) * h.width, h.dim * h.columns)));
     bias = c.take<float>(greatest(greatest(down, 3 * h.width), h.inner));
   }
 };
@@ -108,14 +108,15 @@ inline double images_backward(const BackwardArrays& a, const MultimodalBackward&
   double share = 0;
   for (int64_t b = 0; b < h.items; ++b) {
     float *d = a.d_image + b * h.dim, *d_adapted = a.d_adapted + b * h.dim;
-    const float *lengths = s.lengths + 3 * b, *blended = s.image + b * h.dim;
-    const float *image = h.image.data + b * h.image.row, *adapted = s.adapted + b * h.dim;
+    const float *lengths = s.lengths + 3 * b, *adapted = s.adapted + b * h.dim;
+    const float* image = h.image.data + b * h.image.row;
+    through_unit(d, s.image + b * h.dim, lengths[2], h.dim);
+    float from_image = unit ? 1 / std::fmax(lengths[0], kFloor) : 1;
     if (!h.adapts_image) {
-      through_unit(d, blended, lengths[0], h.dim);
+      float along = lengths[0] >= kFloor ? dot(d, image, h.dim) * from_image * from_image : 0;
+      for (int64_t j = 0; j < h.dim; ++j) d[j] = from_image * (d[j] - along * image[j]);
       continue;
     }
-    through_unit(d, blended, lengths[2], h.dim);
-    float from_image = unit ? 1 / std::fmax(lengths[0], kFloor) : 1;
     float from_adapted = 1 / std::fmax(lengths[1], kFloor);
     float by_image = dot(d, image, h.dim) * from_image;
     float by_adapted = dot(d, adapted, h.dim) * from_adapted;
@@ -154,7 +155,7 @@ inline void last_layer_backward(const BackwardArrays& a, const MultimodalBackwar
     multiply(threads, h.dim, n, n, rows_of(h.last, n), rows_of(g.form, g.padded), d, n, true);
   }
   if (h.adapts_image) {
-    activate_rows(h, h.items, s.inner, a.e);
+    activate_rows(h, h.items, s.inner, s.center, a.e);
     multiply(threads, h.dim, n, h.items, columns_of(a.d_adapted, h.dim), rows_of(a.e, n), d, n,
              true);
   }
@@ -162,6 +163,7 @@ inline void last_layer_backward(const BackwardArrays& a, const MultimodalBackwar
   const Parameter& weight = h.gelu ? out.up_weight_2 : out.up_weight;
   const Parameter& bias = h.gelu ? out.up_bias_2 : out.up_bias;
   for (int64_t i = 0; i < h.dim; ++i) {
+    for (int64_t j = 0; j < h.inner; ++j) d[i * n + j] += d[i * n + h.inner] * s.center[j];
     if (weight.data) write_row(weight, i * h.inner, d + i * n, h.inner);
     if (bias.data) write_row(bias, i, d + i * n + h.inner, 1);
   }

@@ -11,10 +11,10 @@ namespace {
 constexpr float kFloorSquare = 1e-24f;
 
 struct Products {
-  Vec square;     // |u|^2
-  Vec text_dot;   // u . t
-  Vec image_dot;  // u . i
-  Vec dot;        // t . i
+  Vec square;       // |u|^2
+  Vec text_dot;     // u . t
+  Vec image_dot;    // u . i
+  Vec dot;          // t . i
   Vec text_square;  // |t|^2: 1, or less where the length of a text is below the floor
 };
 
@@ -54,13 +54,14 @@ inline ProductGradients cosine_backward(const Head& h, const Products& p, Vec gr
   d.by.dot = h.rest * d_cosine;
   d.by.text_square = h.rest * h.rest * d_square;
   // Through |u n|^2 nothing comes, unless |u| is below the floor.
-  d.by.square = p.square < kFloorSquare ? h.share * h.share * c.n * c.n * d_square
-                                        : -0.5f * c.n * c.n *
-                                              (p.image_dot * d.by.image_dot + p.text_dot * d.by.text_dot);
-  d.share = (p.image_dot * c.n - p.dot) * d_cosine +
-            (2 * h.share * c.unit - 2 * h.rest * p.text_square +
-             2 * (1 - 2 * h.share) * p.text_dot * c.n) *
-                d_square;
+  d.by.square =
+      p.square < kFloorSquare
+          ? h.share * h.share * c.n * c.n * d_square
+          : -0.5f * c.n * c.n * (p.image_dot * d.by.image_dot + p.text_dot * d.by.text_dot);
+  d.share =
+      (p.image_dot * c.n - p.dot) * d_cosine + (2 * h.share * c.unit - 2 * h.rest * p.text_square +
+                                                2 * (1 - 2 * h.share) * p.text_dot * c.n) *
+                                                   d_square;
   return d;
 }
 

@@ -24,9 +24,9 @@ inline void factor(const Head& h, double* gram, float* form) {
       for (int64_t j = 0; j < n; ++j) block[i * ld + j] = h.last[(row + i) * n + j];
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = i / 8 * 8; j < ld; ++j)
-        gram[i * ld + j] += block[i] * block[j] + block[ld + i] * block[ld + j] +
-                            (block[2 * ld + i] * block[2 * ld + j] +
-                             block[3 * ld + i] * block[3 * ld + j]);
+        gram[i * ld + j] +=
+            block[i] * block[j] + block[ld + i] * block[ld + j] +
+            (block[2 * ld + i] * block[2 * ld + j] + block[3 * ld + i] * block[3 * ld + j]);
   }
   std::memset(form, 0, n * n * sizeof(float));
   for (int64_t i = 0; i < n; ++i) block[i] = 1e-14 * gram[i * ld + i];
@@ -38,6 +38,27 @@ inline void factor(const Head& h, double* gram, float* form) {
     for (int64_t j = k; j < n; ++j) form[k * n + j] = float(row[j] *= inverse);
     for (int64_t i = k + 1; i < n; ++i)
       for (int64_t j = i / 8 * 8; j < ld; ++j) gram[i * ld + j] -= row[i] * row[j];
+  }
+}
+
+// u = W e + b = W (e - center) + (b + W center): where u is small because the terms cancel for
+// every e, e is nearly the same everywhere, and near to it both terms are small.
+inline void find_center(const Head& h, const MultimodalState& s) {
+  const float* values = h.hidden == Hidden::text ? s.attended
+                        : h.needs[1][2]          ? s.qkv + (h.texts * 3 + 2) * h.width
+                                                 : nullptr;
+  for (int64_t i = 0; i < h.inner; ++i) {
+    float z = h.inner_bias[i];
+    if (values && h.items) z += dot(values, h.inner_weight + i * h.width, h.width);
+    s.center[i] = h.gelu ? gelu(broadcast(z)).value[0] : z;
+  }
+}
+inline void center_last_layer(const Head& h, const MultimodalState& s) {
+  for (int64_t i = 0; i < h.dim; ++i) {
+    float* row = h.last + i * h.columns;
+    double bias = row[h.inner];
+    for (int64_t j = 0; j < h.inner; ++j) bias += double(row[j]) * s.center[j];
+    row[h.inner] = float(bias);
   }
 }
 
@@ -105,7 +126,7 @@ inline void finish_images(const Head& h, const MultimodalState& s, const Threads
     mix_images(h, s);
     multiply(threads, h.items, h.inner, h.width, rows_of(s.mixed, h.width),
              columns_of(h.inner_weight, h.width), s.inner, h.inner, false, h.inner_bias);
-    activate_rows(h, h.items, s.inner, e);
+    activate_rows(h, h.items, s.inner, s.center, e);
     multiply(threads, h.items, h.dim, h.columns, rows_of(e, h.columns),
              columns_of(h.last, h.columns), s.adapted, h.dim);
   }
@@ -124,7 +145,6 @@ inline void finish_images(const Head& h, const MultimodalState& s, const Threads
       if (h.adapts_image) v += load(u + j, h.dim - j) * from_adapted;
       store(to + j, v, h.dim - j);
     }
-    if (!h.adapts_image) continue;
     lengths[2] = std::sqrt(dot(to, to, h.dim));
     for (int64_t j = 0; j < h.dim; j += kLanes)
       store(to + j, load(to + j, h.dim - j) / std::fmax(lengths[2], kFloor), h.dim - j);
@@ -155,8 +175,8 @@ inline void write_logits(const MultimodalForward& p, const float* logits, int64_
       for (int64_t text = 0; text < p.texts; text += kLanes) {
         Vec block[kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
-          block[i] = text + i < p.texts ? load(logits + (text + i) * ld + item, p.items - item)
-                                        : Vec{};
+          block[i] =
+              text + i < p.texts ? load(logits + (text + i) * ld + item, p.items - item) : Vec{};
         transpose(block);
         for (int64_t i = 0; i < least(kLanes, p.items - item); ++i)
           store(to + (item + i) * p.texts + text, block[i], p.texts - text);
@@ -197,6 +217,8 @@ inline void forward(const MultimodalForward& p, const MultimodalState& saved,
     a.packed.fill(h, threads, s.qkv);
     attend(h, a.packed, threads, s);
   }
+  find_center(h, s);
+  center_last_layer(h, s);
   finish_images(h, s, threads, p, a.e);
   finish_texts(h, s, threads, a.gram);
   if (!h.adapts_text) {

@@ -18,17 +18,17 @@ struct Head {
   int64_t dim, width, heads, head;      // D, E, H, d = E / H
   int64_t down_hidden, inner, columns;  // columns = R + 1: the last layer and its bias
   bool adapts_text, adapts_image, gelu;
-  bool sees[2][2];   // [queries of texts, images][keys of texts, images]
-  bool needs[2][3];  // [texts, images][queries, keys, values]
+  bool sees[2][2];                  // [queries of texts, images][keys of texts, images]
+  bool needs[2][3];                 // [texts, images][queries, keys, values]
   int64_t first_query, last_query;  // rows that attend over the texts
   Hidden hidden;
   float scale, share, rest, logit_scale;  // d^-1/2; blend, 1 - blend
   float text_odds, image_odds;            // bias of image keys less that of text keys
   View text, image;
   const float *down, *down_bias, *down_2, *down_bias_2, *in, *in_bias, *out, *out_bias;
-  const float *up, *up_bias;                 // the first of two layers, if there are two
-  const float *inner_weight, *inner_bias;    // [R, E], [R]: that layer after `out`, or `out`
-  float* last;                               // [D, R + 1]: the last layer, its bias as a column
+  const float *up, *up_bias;               // the first of two layers, if there are two
+  const float *inner_weight, *inner_bias;  // [R, E], [R]: that layer after `out`, or `out`
+  float* last;  // [D, R + 1]: the last layer, its bias as a column; see `find_center`
 
   Head(Carver& c, const Multimodal& p)
       : texts(p.texts),
@@ -101,9 +101,7 @@ struct Head {
   }
 
   // Whether a group of rows, texts (0) or images (1), passes through the down-sampler.
-  bool samples(int group) const {
-    return needs[group][0] || needs[group][1] || needs[group][2];
-  }
+  bool samples(int group) const { return needs[group][0] || needs[group][1] || needs[group][2]; }
   int64_t first_row(int group) const { return group ? texts : 0; }
   int64_t count(int group) const { return group ? items : texts; }
   View features_of(int group) const { return group ? image : text; }
@@ -136,12 +134,13 @@ struct Head {
 
 constexpr float kFloor = 1e-12f;  // of a length that is divided by
 
-// Rows (activation(z) ; 1).
-inline void activate_rows(const Head& h, int64_t m, const float* z, float* e) {
+// Rows (e ; 1), e = activation(z) - center.
+inline void activate_rows(const Head& h, int64_t m, const float* z, const float* center, float* e) {
   for (int64_t i = 0; i < m; ++i, z += h.inner, e += h.columns) {
     for (int64_t j = 0; j < h.inner; j += kLanes) {
       Vec v = load(z + j, h.inner - j);
-      store(e + j, h.gelu ? gelu(v).value : v, h.inner - j);
+      v = (h.gelu ? gelu(v).value : v) - load(center + j, h.inner - j);
+      store(e + j, v, h.inner - j);
     }
     e[h.inner] = 1;
   }

@@ -9,9 +9,15 @@ namespace {
 // The features' dtype matters at loads and stores alone.
 const MultimodalKernels* const kernels[kIsas] = {
 #if defined(__x86_64__)
-    nullptr, nullptr, &avx512_multimodal, &avx2_multimodal,
+    nullptr,
+    nullptr,
+    &avx512_multimodal,
+    &avx2_multimodal,
 #else
-    nullptr, nullptr, nullptr, nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 #endif
     &portable_multimodal,
 };
@@ -25,7 +31,7 @@ int64_t multimodal_logits_state(const Multimodal& args) {
 }
 
 void multimodal_logits_forward(const MultimodalForward& args, const Threads& threads) {
-  if (args.items > 0) chosen().forward(args, MultimodalState(args, args.state), threads);
+  chosen().forward(args, MultimodalState(args, args.state), threads);
 }
 
 void multimodal_logits_backward(const MultimodalBackward& args, const Threads& threads) {

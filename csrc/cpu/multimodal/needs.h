@@ -9,9 +9,9 @@ namespace {
 
 struct Needs {
   bool text, image, down, in, out, up, last, blend;
-  bool tokens;  // gradients of queries, keys and values
-  bool hidden;  // those of what the activation before the last layer sees
-  bool blended; // those of the images as they meet the texts
+  bool tokens;   // gradients of queries, keys and values
+  bool hidden;   // those of what the activation before the last layer sees
+  bool blended;  // those of the images as they meet the texts
 
   Needs(const Head& h, const MultimodalBackward& p) {
     const MultimodalParameters& g = p.gradients;
@@ -32,11 +32,11 @@ struct Needs {
 // Rows of `padded` numbers hold the R + 1 of (W | b).
 struct PairGradients {
   int64_t ld, padded;
-  float* dots;          // [C, ld]: those of the logits, to become those of text times image
-  float* text_dots;     // [C, padded]
-  float* image_dots;    // [B, padded]
-  float* form;          // [R + 1, padded]: 2 sum of d|u|^2 (e ; 1) (e ; 1)^T
-  float* text_square;   // [C]
+  float* dots;         // [C, ld]: those of the logits, to become those of text times image
+  float* text_dots;    // [C, padded]
+  float* image_dots;   // [B, padded]
+  float* form;         // [R + 1, padded]: 2 sum of d|u|^2 (e ; 1) (e ; 1)^T
+  float* text_square;  // [C]
   double scale = 0, share = 0;
 
   PairGradients(Carver& c, const Head& h)

@@ -3,7 +3,8 @@
 // a row of a panel of product.h.
 //
 //     z = sum over heads of v from_text + w from_image      w = 1 - v = sigmoid(odds)
-//     e = gelu(z)    |u|^2 = |L (e ; 1)|^2    u.t = text_dots . (e ; 1)    u.i = image_dots . (e ; 1)
+//     e = gelu(z) - center    |u|^2 = |L (e ; 1)|^2    u.t = text_dots . (e ; 1)    u.i =
+//     image_dots . (e ; 1)
 #pragma once
 
 #include "cosine.h"
@@ -17,10 +18,10 @@ constexpr int64_t kTextBlock = 16 * kTexts;  // texts that meet an image before 
 
 // What pairs are made of, besides the state.
 struct Pairs {
-  int64_t ld;       // of a row of images, whole vectors
-  int64_t inner;    // R, whole vectors
-  int64_t columns;  // R + 1, whole vectors
-  float* odds;       // [H, C, ld]: q.k, in backward to become their gradient
+  int64_t ld;         // of a row of images, whole vectors
+  int64_t inner;      // R, whole vectors
+  int64_t columns;    // R + 1, whole vectors
+  float* odds;        // [H, C, ld]: q.k, in backward to become their gradient
   float* from_text;   // [C, H, inner]
   float* from_image;  // [B, H, inner]
   float* image_dots;  // [B, columns]: unit image times (W | b)
@@ -67,10 +68,10 @@ struct Pairs {
 
 // A tile's rows, and the rows of its images.
 struct PairTile {
-  float *from_image, *image_dots;        // [H * inner, kLanes], [columns, kLanes]
-  float *text_weight, *image_weight;     // v, w [H, kTile]
-  float *e;                              // [inner, kTile]
-  float *slope, *form;                   // of the activation, L (e ; 1): the same
+  float *from_image, *image_dots;     // [H * inner, kLanes], [columns, kLanes]
+  float *text_weight, *image_weight;  // v, w [H, kTile]
+  float* e;                           // [inner, kTile]
+  float *slope, *form;                // of the activation, L (e ; 1): the same
 
   PairTile(Carver& c, const Head& h, const Pairs& p, bool backward)
       : from_image(c.take<float>(h.heads * p.inner * kLanes)),
@@ -132,13 +133,15 @@ inline void mix_pairs(const Head& h, const Pairs& p, const MultimodalState& s, i
 }
 
 template <bool backward>
-inline void activate_pairs(const Head& h, PairTile& t) {
-  for (int64_t i = 0; i < h.inner * kTile; i += kLanes) {
-    Vec z = read<Vec>(t.e + i);
-    Activated a = h.gelu ? gelu(z) : Activated{z, broadcast(1)};
-    store(t.e + i, a.value);
-    if (backward) store(t.slope + i, a.derivative);
-  }
+inline void activate_pairs(const Head& h, const MultimodalState& s, PairTile& t) {
+  for (int64_t r = 0; r < h.inner; ++r)
+#pragma GCC unroll 8
+    for (int64_t i = r * kTile; i < (r + 1) * kTile; i += kLanes) {
+      Vec z = read<Vec>(t.e + i);
+      Activated a = h.gelu ? gelu(z) : Activated{z, broadcast(1)};
+      store(t.e + i, a.value - s.center[r]);
+      if (backward) store(t.slope + i, a.derivative);
+    }
 }
 
 // The products of each text of a tile with its images.
@@ -220,7 +223,7 @@ inline void pair_forward(const Head& h, const Pairs& p, const MultimodalState& s
         [&](int64_t text, int64_t item) {
           Products products[kTexts];
           mix_pairs(h, p, s, text, item, t);
-          activate_pairs<false>(h, t);
+          activate_pairs<false>(h, s, t);
           finish_pairs<false>(h, s, text, item, t, products);
           for (int i = 0; i < kTexts && text + i < h.texts; ++i)
             store(logits + (text + i) * p.ld + item, logit(h, products[i]));

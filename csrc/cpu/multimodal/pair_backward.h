@@ -29,7 +29,7 @@ struct PairSums {
 
 struct PairBackwardArrays {
   int64_t tasks;
-  size_t bytes = 0;  // of a task's sums
+  size_t bytes = 0;               // of a task's sums
   float *from_text, *from_image;  // gradients [C, H, inner], [B, H, inner]
   char* sums;
 
@@ -52,10 +52,10 @@ struct PairBackwardArrays {
 
 // A tile, and the sums over those of a block of texts with the same images, images in the lanes.
 struct PairBackwardTile : PairTile {
-  float *weighted, *dz;              // d|u|^2 e, dz [inner, kTile]
-  float *e_rows, *dz_rows;           // e, dz as [kTile, inner]
+  float *weighted, *dz;                // d|u|^2 e, dz [inner, kTile]
+  float *e_rows, *dz_rows;             // e, dz as [kTile, inner]
   float *d_from_image, *d_image_dots;  // [H * inner, kLanes], [columns, kLanes]
-  float *gram, *bell;                // sums of weighted e^T [inner, inner], of weighted [inner, kLanes]
+  float *gram, *bell;  // sums of weighted e^T [inner, inner], of weighted [inner, kLanes]
   Vec corner = {}, scale = {}, share = {};
 
   PairBackwardTile(Carver& c, const Head& h, const Pairs& p)
@@ -73,7 +73,8 @@ struct PairBackwardTile : PairTile {
 };
 
 // dz, and what is summed of e and d|u|^2, from the gradients by the products.
-inline void pair_hidden_backward(const Head& h, const MultimodalState& s, const Products (&by)[kTexts],
+inline void pair_hidden_backward(const Head& h, const MultimodalState& s,
+                                 const Products (&by)[kTexts],
                                  const float* const (&text_dots)[kTexts], PairBackwardTile& t) {
   int64_t n = h.columns;
   for (int64_t row = 0; row < h.inner; row += kBlockRows) {
@@ -163,7 +164,7 @@ inline void pair_tile_backward(const Head& h, const Pairs& p, const MultimodalSt
                                int64_t item, float* d_from_text, PairBackwardTile& t) {
   Products products[kTexts], by[kTexts];
   mix_pairs(h, p, s, text, item, t);
-  activate_pairs<true>(h, t);
+  activate_pairs<true>(h, s, t);
   finish_pairs<true>(h, s, text, item, t, products);
 
   const float* text_dots[kTexts];

@@ -10,13 +10,13 @@ namespace {
 
 struct Separate {
   bool by_text;
-  int64_t rows, ld;  // ld: of a row of images, whole vectors
-  float *z, *e;      // [rows, R], [rows, R + 1]
-  float *form;       // [rows, R + 1]: L (e ; 1)
-  float *square;     // [rows]: |u|^2
-  float *own;        // [rows]: u times the unit vector of the same row
-  float *cross;      // [C, ld]: u times the other unit vector
-  float *image_dots;  // [B, R + 1]: unit image times (W | b)
+  int64_t rows, ld;   // ld: of a row of images, whole vectors
+  float *z, *e;       // [rows, R], [rows, R + 1]
+  float* form;        // [rows, R + 1]: L (e ; 1)
+  float* square;      // [rows]: |u|^2
+  float* own;         // [rows]: u times the unit vector of the same row
+  float* cross;       // [C, ld]: u times the other unit vector
+  float* image_dots;  // [B, R + 1]: unit image times (W | b)
 
   static bool wanted(const Head& h) { return h.adapts_text && h.hidden != Hidden::pair; }
 
@@ -45,7 +45,7 @@ struct Separate {
     int64_t n = h.columns, width = by_text || h.sees[0][1] ? h.width : 0;
     multiply(threads, rows, h.inner, width, attention(h, s), columns_of(h.inner_weight, h.width), z,
              h.inner, false, h.inner_bias);
-    activate_rows(h, rows, z, e);
+    activate_rows(h, rows, z, s.center, e);
     multiply(threads, rows, n, n, rows_of(e, n), columns_of(s.form, n), form, n);
     multiply(threads, h.items, n, h.dim, rows_of(s.image, h.dim), rows_of(h.last, n), image_dots,
              n);
@@ -73,8 +73,8 @@ struct Separate {
 inline void separate_forward(const Head& h, const Separate& p, const MultimodalState& s,
                              const Threads& threads, float* logits) {
   parallel(threads, threads.count, [&](int64_t task) {
-    for (int64_t text = h.texts * task / threads.count;
-         text < h.texts * (task + 1) / threads.count; ++text)
+    for (int64_t text = h.texts * task / threads.count; text < h.texts * (task + 1) / threads.count;
+         ++text)
       for (int64_t item = 0; item < h.items; item += kLanes)
         store(logits + text * p.ld + item, logit(h, p.products(h, s, text, item)));
   });

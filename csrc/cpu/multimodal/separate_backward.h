@@ -9,11 +9,11 @@ namespace {
 
 struct SeparateBackwardArrays {
   int64_t tasks;
-  float *square, *own;         // gradients [rows], padded to whole vectors
-  float *item_sums;            // [tasks, 2 levels, 2, ld]: those of a task, by item
-  double *scale, *share;       // [tasks]
-  float *e, *z;                // gradients [rows, R + 1], [rows, R]
-  float *weighted;             // [rows, R + 1]
+  float *square, *own;    // gradients [rows], padded to whole vectors
+  float* item_sums;       // [tasks, 2 levels, 2, ld]: those of a task, by item
+  double *scale, *share;  // [tasks]
+  float *e, *z;           // gradients [rows, R + 1], [rows, R]
+  float* weighted;        // [rows, R + 1]
 
   SeparateBackwardArrays(Carver& c, const Head& h, const Separate& p, const Threads& threads)
       : tasks(threads.count) {

@@ -14,6 +14,7 @@ struct MultimodalState {
   float* attended;   // [N, E]: attention of a row over the texts
   float* lse;        // [N, H]: log-sum-exp of its scores
   float* inverse;    // [C]: 1 / length of a text
+  float* center;     // [R]: what is taken off the activations e, see `find_center`
   float* text_dots;  // [C, R + 1]: unit text times (W | b), the last layer
   float* form;       // [R + 1, R + 1]: L, |W e + b| = |L (e ; 1)|
   float* mixed;      // [B, E]: attention of an image
@@ -31,6 +32,7 @@ struct MultimodalState {
     attended = take(n * p.width);
     lse = take(n * p.heads);
     inverse = take(c);
+    center = take(r);
     text_dots = take(c * (r + 1));
     form = take((r + 1) * (r + 1));
     mixed = take(b * p.width);
