@@ -65,6 +65,8 @@ def load() -> ModuleType:
         "bottleneck_backward_out",
         "sequence_fusion_forward",
         "sequence_fusion_backward",
+        "cross_modal_attention_forward",
+        "cross_modal_attention_backward",
     ):
         schema = getattr(torch.ops.fastadapters, name).default._schema
         module.library.define(str(schema).partition("::")[2])

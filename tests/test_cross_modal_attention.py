@@ -175,7 +175,7 @@ def test_gradcheck(bias: Sequence[Sequence[float]], backend: str) -> None:
 
 
 def test_chosen_backend_without_kernel_raises() -> None:
-    for name in ("cpu", "triton", "cuda"):
+    for name in ("triton", "cuda"):
         with (
             fastadapters.backend(name),
             pytest.raises(RuntimeError, match=f"backend '{name}' cannot run cross_modal_attention"),

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "run.h"
@@ -32,6 +33,11 @@ struct Options {
   int64_t outputs;
 };
 
+// -inf blocks; what else is beyond 1e30 decides alone, and stays finite in fp32.
+float finite_or_blocked(double bias) {
+  return bias == -INFINITY ? -INFINITY : float(std::fmin(std::fmax(bias, -1e30), 1e30));
+}
+
 Heads& at(Attended& text, Attended& image, int i) {
   Attended& of = i < 3 ? text : image;
   return i % 3 == 0 ? of.q : i % 3 == 1 ? of.k : of.v;
@@ -58,10 +64,10 @@ class Arguments {
     args.shared = text.dim() == 3;
     args.texts = text.size(-3);
     args.scale = float(o.scale);
-    args.bias[0][0] = float(o.bias_tt);
-    args.bias[0][1] = float(o.bias_ti);
-    args.bias[1][0] = float(o.bias_it);
-    args.bias[1][1] = float(o.bias_ii);
+    args.bias[0][0] = finite_or_blocked(o.bias_tt);
+    args.bias[0][1] = finite_or_blocked(o.bias_ti);
+    args.bias[1][0] = finite_or_blocked(o.bias_it);
+    args.bias[1][1] = finite_or_blocked(o.bias_ii);
     for (int i = 0; i < 6; ++i)
       at(args.text, args.image, i) = read(args, tensors[i], i < 3, names[i]);
   }

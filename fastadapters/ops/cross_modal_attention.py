@@ -28,7 +28,19 @@ SCHEMAS = {
 # How many fp32 numbers the forward keeps for backward, by namespace and device: a function of
 # text_q, image_q and the options from scale to outputs.
 State = Callable[[Tensor, Tensor, Sequence[Any]], int]
-STATES: dict[tuple[str, str], State] = {}
+
+
+def rows_of_state(text_q: Tensor, image_q: Tensor, options: Sequence[Any]) -> int:
+    """Of each head of each token, the attention and two constants for each modality of keys."""
+    width = image_q.shape[-1]
+    return (text_q.numel() + image_q.numel()) // width * (width + 4)
+
+
+STATES: dict[tuple[str, str], State] = {
+    ("fastadapters", "cpu"): rows_of_state,
+    ("fastadapters_triton", "cuda"): rows_of_state,
+    ("fastadapters_triton", "cpu"): rows_of_state,
+}
 
 
 def allocate_forward(

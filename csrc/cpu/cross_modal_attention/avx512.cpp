@@ -1,0 +1,8 @@
+#include "backward.h"
+#include "kernels.h"
+
+namespace fastadapters::cpu {
+
+const CrossModalAttentionKernels avx512_cross_modal_attention = {forward, backward};
+
+}  // namespace fastadapters::cpu

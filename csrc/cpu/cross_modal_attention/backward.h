@@ -1,0 +1,319 @@
+// Backward: weights are computed again from the log-sum-exps; d_out is read once.
+//
+//     delta = d_out . out                     d_score = weight * (d_out . v - delta)
+//     dq = d_score k      dk = d_score^T q    dv = weight^T d_out
+//
+// A text query's weights of the texts are its share w of the item times those of the attention
+// over texts alone, so that over all items
+//
+//     sum of d_score = weight * (d_texts . v - d_delta),   d_texts = sum w d_out, d_delta = sum w
+//     delta
+//
+// and the products with the texts are done once for all items.
+#pragma once
+
+#include "forward.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+// Which gradients are asked for, of text and of image tokens.
+struct Wanted {
+  bool q[2], k[2], v[2];
+  explicit Wanted(const CrossModalAttentionBackward& p)
+      : q{p.d_text.q.data != nullptr, p.d_image.q.data != nullptr},
+        k{p.d_text.k.data != nullptr, p.d_image.k.data != nullptr},
+        v{p.d_text.v.data != nullptr, p.d_image.v.data != nullptr} {}
+  bool keys(int modality) const { return k[modality] || v[modality]; }
+};
+
+// The gradients of the keys and values of a head of a group, [n, ld] of each: a part's share.
+struct KeyGradients {
+  float *text_k, *text_v, *image_k, *image_v;
+  KeyGradients(Carver& c, const Sizes& s, const Wanted& w)
+      : text_k(c.take<float>(s.texts * s.ld, w.k[0])),
+        text_v(c.take<float>(s.texts * s.ld, w.v[0])),
+        image_k(c.take<float>(s.image_rows() * s.ld, w.k[1])),
+        image_v(c.take<float>(s.image_rows() * s.ld, w.v[1])) {}
+};
+
+struct BackwardTask {
+  ForwardTask forward;
+  KeyGradients sums;
+  float *weights, *d_scores;             // [kTile, kScores]
+  float *d_out, *dq, *delta;             // of a tile
+  float *d_texts, *d_delta;              // of a tile of texts, over all items
+  float *some_d_texts, *some_d_delta;    // over some items
+  float *d_rows, *d_weights, *d_values;  // kLanes rows of d_out; of the image keys of some items
+  BackwardTask(Carver& c, const Sizes& s, const Wanted& w) : forward(c, s), sums(c, s, w) {
+    int64_t image_rows = greatest(kItemRows, s.images);
+    forward.texts.turned_values = c.take<float>(turned_size(s, s.texts), s.text_keys());
+    forward.own.turned_values = c.take<float>(turned_size(s, s.images));
+    weights = c.take<float>(kTile * kScores);
+    d_scores = c.take<float>(kTile * kScores);
+    d_out = c.take<float>((kTile + kRows) * s.ld);
+    dq = c.take<float>(kTile * s.ld);
+    delta = c.take<float>(kTexts);
+    d_texts = c.take<float>((kTile + kRows) * s.ld);
+    d_delta = c.take<float>(kTexts);
+    some_d_texts = c.take<float>(kTile * s.ld);
+    some_d_delta = c.take<float>(kTexts);
+    d_rows = c.take<float>(kLanes * s.ld);
+    d_weights = c.take<float>((image_rows + kRows) * kTexts);
+    d_values = c.take<float>(image_rows * s.ld);
+  }
+};
+
+inline void add_to(float* sum, const float* part, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store(sum + i, read<Vec>(sum + i) + read<Vec>(part + i));
+}
+
+// What one item's d_out gives: adds to the sums over items, and leaves the gradients of its scores
+// and of its image values in d_weights and d_values. `text_weights` and `weights` are the item's.
+inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t, const Head& d_out,
+                               int64_t first, int64_t n, const float* values,
+                               const float* text_weights, const float* weights, float* d_weights,
+                               float* d_values) {
+  int64_t images = s.sees[0][1] ? s.images : 0, width = s.vectors * kLanes;
+  for (int64_t c = 0; c < n; c += kLanes) {
+    int64_t rows = least(kLanes, n - c);
+    d_out.read_rows(first + c, rows, 1, t.d_rows, s.ld);
+    Vec share = s.sees[0][0] ? read<Vec>(text_weights + c) : Vec{};
+    Vec delta = {};
+    if (s.sees[0][0]) delta = share * dots(s, rows, t.d_rows, t.forward.out + c * s.ld, s.ld);
+    for (int64_t i = 0; i < images; ++i) {
+      Vec by_weight = dots(s, rows, t.d_rows, values + i * s.ld, 0);
+      delta += read<Vec>(weights + i * kTexts + c) * by_weight;
+      store(d_weights + i * kTexts + c, by_weight);
+    }
+    for (int64_t i = 0; i < images; ++i) {
+      float* of_image = d_weights + i * kTexts + c;
+      store(of_image, read<Vec>(weights + i * kTexts + c) * (read<Vec>(of_image) - delta));
+      for (int64_t j = 0; w.v[1] && j < width; j += kLanes) {
+        Vec sum = {};
+        for (int64_t r = 0; r < rows; ++r)
+          sum += weights[i * kTexts + c + r] * read<Vec>(t.d_rows + r * s.ld + j);
+        store(d_values + i * s.ld + j, read<Vec>(d_values + i * s.ld + j) + sum);
+      }
+    }
+    if (!s.sees[0][0]) continue;
+    store(t.some_d_delta + c, read<Vec>(t.some_d_delta + c) + share * delta);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < width; j += kLanes) {
+        float* to = t.some_d_texts + (c + r) * s.ld + j;
+        store(to, read<Vec>(to) + text_weights[c + r] * read<Vec>(t.d_rows + r * s.ld + j));
+      }
+  }
+}
+
+// As `spread_images`: the gradients of an item's image values are the sums over its texts, to
+// [H, ld].
+inline void gather_images(const CrossModalAttentionBackward& p, const Sizes& s, int64_t item,
+                          float* part, float* sums) {
+  const Heads& d_out = p.d_text_out;
+  const int64_t size = s.heads * s.ld;
+  clear(sums, size);
+  for (int64_t first = 0; first < s.texts; first += kTile) {
+    clear(part, size);
+    with_type(Parameter{d_out.data, p.dtype}, [&](auto* rows) {
+      rows += item * d_out.item;
+      for (int64_t c = first; c < least(first + kTile, s.texts); ++c)
+        for (int64_t head = 0; head < s.heads; ++head)
+          for (int64_t j = 0; j < s.d; j += kLanes) {
+            float* to = part + head * s.ld + j;
+            Vec v = load(rows + c * d_out.token + head * d_out.head + j, s.d - j);
+            store(to, read<Vec>(to) + v);
+          }
+    });
+    add_to(sums, part, size);
+  }
+}
+
+inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s, const Wanted& w,
+                           BackwardTask& t, const KeyGradients& sums, int64_t group, int64_t head,
+                           int64_t first) {
+  ForwardTask& f = t.forward;
+  int64_t n = least(kTile, s.texts - first);
+  bool texts = s.sees[0][0], images = s.sees[0][1];
+  Head(p.text.q, p.dtype, group, s.texts, head, s.d).read_rows(first, n, s.scale, f.q, s.ld);
+  if (texts) {
+    State state(p, s, group, head);
+    state.read_rows(first, n, f.out, s.ld);
+    f.softmax.copy(state.texts.from(first), n);
+    f.clear_softmax(n);
+  }
+  if (images) turn(s, f.q, n, f.turned_q, kTexts);
+  clear(t.dq, n * s.ld);
+  clear(t.d_texts, n * s.ld);
+  clear(t.d_delta, kTexts);
+  each_items(s, [&](int64_t item, int64_t items) {
+    int64_t row = images ? item * s.images : 0, rows = images ? items * s.images : 0;
+    weigh(s, n, f.turned_q, f.softmax, items, f.images.rows + row * s.ld, f.weights,
+          f.text_weights);
+    clear(t.some_d_texts, n * s.ld);
+    clear(t.some_d_delta, kTexts);
+    clear(t.d_values, rows * s.ld);
+    for (int64_t i = 0; i < items; ++i) {
+      int64_t begin = images ? i * s.images : 0;
+      differentiate_item(s, w, t, Head(p.d_text_out, p.dtype, group + item + i, s.texts, head, s.d),
+                         first, n, f.images.value_rows + (row + begin) * s.ld,
+                         f.text_weights + i * kTexts, f.weights + begin * kTexts,
+                         t.d_weights + begin * kTexts, t.d_values + begin * s.ld);
+    }
+    add_to(t.d_texts, t.some_d_texts, n * s.ld);
+    add_to(t.d_delta, t.some_d_delta, kTexts);
+    if (w.v[1]) add_to(sums.image_v + row * s.ld, t.d_values, rows * s.ld);
+    if (w.k[1])
+      multiply<false, true>(rows, s.vectors, n, t.d_weights, kTexts, f.q, s.ld,
+                            sums.image_k + row * s.ld, s.ld);
+    if (w.q[0] && rows)
+      multiply<true, true>(n, s.vectors, rows, t.d_weights, kTexts, f.images.rows + row * s.ld,
+                           s.ld, t.dq, s.ld);
+  });
+  if (texts)
+    differentiate(s, f.texts, {n, f.q, t.d_texts, f.softmax, t.d_delta, s.single(0)}, t.weights,
+                  t.d_scores, w.q[0] ? t.dq : nullptr, sums.text_k, sums.text_v);
+  if (w.q[0])
+    Head(p.d_text.q, p.dtype, group, s.texts, head, s.d).write_rows(first, n, s.scale, t.dq, s.ld);
+}
+
+// As `attend_own`.
+inline void differentiate_own(const Sizes& s, BackwardTask& t, const KeyGradients& sums,
+                              int64_t row, int64_t n, const Softmax& softmax, float* dq) {
+  ForwardTask& f = t.forward;
+  if (s.images == 1) {
+    const float *keys = f.images.rows + row * s.ld, *values = f.images.value_rows + row * s.ld;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      int64_t rows = least(kLanes, n - i), at = i * s.ld;
+      Vec score = dots(s, rows, f.q + at, keys + at, s.ld);
+      Vec weight = exp(score - load(softmax.top + i, rows)) * load(softmax.factor + i, rows);
+      Vec by_weight = dots(s, rows, t.d_out + at, values + at, s.ld);
+      Vec d_score = weight * (by_weight - read<Vec>(t.delta + i));
+      auto add = [&](float* sum, Vec factor, const float* x) {
+        for (int64_t r = 0; sum && r < rows; ++r)
+          for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes) {
+            float* to = sum + at + r * s.ld + j;
+            store(to, read<Vec>(to) + factor[r] * read<Vec>(x + at + r * s.ld + j));
+          }
+      };
+      add(dq, d_score, keys);
+      add(sums.image_k ? sums.image_k + row * s.ld : nullptr, d_score, f.q);
+      add(sums.image_v ? sums.image_v + row * s.ld : nullptr, weight, t.d_out);
+    }
+    return;
+  }
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    int64_t item = (row + begin) / s.images, at = begin * s.ld, to = item * s.images * s.ld;
+    end = least(n, (item + 1) * s.images - row);
+    take_item(s, f.images, item, f.own);
+    Queries own{end - begin,         f.q + at,        t.d_out + at,
+                softmax.from(begin), t.delta + begin, s.single(1)};
+    differentiate(s, f.own, own, t.weights, t.d_scores, dq ? dq + at : nullptr,
+                  sums.image_k ? sums.image_k + to : nullptr,
+                  sums.image_v ? sums.image_v + to : nullptr);
+  }
+}
+
+// As `forward_images`.
+inline void backward_images(const CrossModalAttentionBackward& p, const Sizes& s, const Wanted& w,
+                            BackwardTask& t, const KeyGradients& sums, int64_t group, int64_t head,
+                            int64_t row, int64_t n) {
+  ForwardTask& f = t.forward;
+  State state(p, s, group, head);
+  Head(p.image.q, p.dtype, group, s.images, head, s.d).read_rows(row, n, s.scale, f.q, s.ld);
+  Head(p.d_image_out, p.dtype, group, s.images, head, s.d).read_rows(row, n, 1, t.d_out, s.ld);
+  state.read_rows(s.texts + row, n, f.out, s.ld);
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(t.delta + i, dots(s, least(kLanes, n - i), t.d_out + i * s.ld, f.out + i * s.ld, s.ld));
+  clear(t.dq, n * s.ld);
+  float* dq = w.q[1] ? t.dq : nullptr;
+  if (s.sees[1][0])
+    differentiate(s, f.texts,
+                  {n, f.q, t.d_out, state.texts.from(s.texts + row), t.delta, s.single(1)},
+                  t.weights, t.d_scores, dq, sums.text_k, sums.text_v);
+  if (s.sees[1][1]) differentiate_own(s, t, sums, row, n, state.images.from(s.texts + row), dq);
+  if (dq)
+    Head(p.d_image.q, p.dtype, group, s.images, head, s.d).write_rows(row, n, s.scale, dq, s.ld);
+}
+
+// Writes rows of n tokens, the sum of those of all parts in their order.
+inline void write_sum(const Sizes& s, const Head& out, int64_t n, int64_t parts, int64_t stride,
+                      float* sum) {
+  if (!out.data) return;
+  for (int64_t part = 1; part < parts; ++part) add_to(sum, sum + part * stride, n * s.ld);
+  out.write_rows(0, n, 1, sum, s.ld);
+}
+
+void backward(const CrossModalAttentionBackward& p, const Threads& threads) {
+  Sizes s(p);
+  Wanted w(p);
+  const bool gathers = p.d_text_out.data && w.v[1] && spreads(s);
+  const bool texts = p.d_text_out.data && !s.blind(0) && !spreads(s);
+  const bool images = p.d_image_out.data && !s.blind(1);
+  int64_t text_tiles = s.text_tiles(), tiles = text_tiles + s.image_tiles();
+  int64_t parts = s.parts(s.small() ? 1 : threads.count);
+
+  // The sums of several parts, which are added up in the end; a single one has them to itself.
+  Carver counter;
+  KeyGradients(counter, s, w);
+  const size_t size = counter.used;
+  const int64_t tasks = s.groups * s.heads * parts, gathered_row = s.heads * s.ld;
+  const int64_t gathered_size = gathers ? 2 * p.items * gathered_row : 0;
+  auto* gathered = (float*)shared_scratch().reserve(size_t(gathered_size) * sizeof(float) +
+                                                    size_t(parts > 1 ? tasks : 0) * size);
+  char* shared = (char*)(gathered + gathered_size);
+  auto sums_of = [&](int64_t group, int64_t head, int64_t part) {
+    Carver carver{shared + size_t((group * s.heads + head) * parts + part) * size, 0};
+    return KeyGradients(carver, s, w);
+  };
+  auto finish = [&](int64_t group, int64_t head, const KeyGradients& sums) {
+    auto write = [&](const Heads& out, int64_t tokens, int64_t n, float* sum) {
+      write_sum(s, Head(out, p.dtype, group, tokens, head, s.d), n, parts,
+                int64_t(size / sizeof(float)), sum);
+    };
+    write(p.d_text.k, s.texts, s.texts, sums.text_k);
+    write(p.d_text.v, s.texts, s.texts, sums.text_v);
+    write(p.d_image.k, s.images, s.image_rows(), sums.image_k);
+    write(p.d_image.v, s.images, s.image_rows(), sums.image_v);
+  };
+
+  if (gathers)
+    parallel(s.small() ? Threads{} : threads, p.items, [&](int64_t item) {
+      float* row = gathered + 2 * item * gathered_row;
+      gather_images(p, s, item, row + gathered_row, row);
+    });
+  each_task(s, threads, parts, [&](int64_t group, int64_t head, int64_t part) {
+    auto t = carve<BackwardTask>(task_scratch(), s, w);
+    KeyGradients sums = parts > 1 ? sums_of(group, head, part) : t.sums;
+    for (float* sum : {sums.text_k, sums.text_v}) clear(sum, s.texts * s.ld);
+    for (float* sum : {sums.image_k, sums.image_v}) clear(sum, s.image_rows() * s.ld);
+    for (int64_t i = 0; gathers && part == 0 && i < s.items; ++i)
+      add_to(sums.image_v + i * s.ld, gathered + 2 * (group + i) * gathered_row + head * s.ld,
+             s.ld);
+    read_all_keys(p, s, t.forward, group, head);
+    for (int64_t i = tiles * part / parts; i < tiles * (part + 1) / parts; ++i)
+      if (i < text_tiles) {
+        int64_t first = i * kTile;
+        if (texts)
+          backward_texts(p, s, w, t, sums, group, head, first);
+        else if (w.q[0])
+          Head(p.d_text.q, p.dtype, group, s.texts, head, s.d)
+              .clear_rows(first, least(kTile, s.texts - first));
+      } else {
+        each_image_tile(s, i - text_tiles, [&](int64_t row, int64_t n) {
+          if (images)
+            backward_images(p, s, w, t, sums, group, head, row, n);
+          else if (w.q[1])
+            Head(p.d_image.q, p.dtype, group, s.images, head, s.d).clear_rows(row, n);
+        });
+      }
+    if (parts == 1) finish(group, head, sums);
+  });
+  if (parts > 1)
+    parallel(threads, s.groups * s.heads, [&](int64_t i) {
+      finish(i / s.heads, i % s.heads, sums_of(i / s.heads, i % s.heads, 0));
+    });
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu

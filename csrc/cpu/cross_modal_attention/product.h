@@ -1,0 +1,94 @@
+// Products of small fp32 matrices: a block of C stays in registers while k runs.
+#pragma once
+
+#include "../simd.h"
+
+namespace fastadapters::cpu {
+namespace {
+
+constexpr int kRows = kLanes == 16 ? 8 : 6;     // of a block; A is read in whole blocks
+constexpr int kColumns = kLanes == 16 ? 3 : 2;  // of a block, in vectors
+
+template <bool columns, bool add, int vectors>
+FASTADAPTERS_INLINE void multiply_block(int64_t rows, int64_t steps, const float* a, int64_t lda,
+                                        const float* b, int64_t ldb, float* c, int64_t ldc) {
+  Vec sum[kRows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) sum[i][j] = Vec{};
+  for (int64_t k = 0; k < steps; ++k, b += ldb) {
+    Vec bk[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      float aik = columns ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[i][j] += aik * bk[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+    if (i < rows)
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) {
+        float* to = c + i * ldc + j * kLanes;
+        store(to, add ? read<Vec>(to) + sum[i][j] : sum[i][j]);
+      }
+}
+
+// C [rows, vectors * kLanes] = A [rows, steps] B, or += where `add`. A is stored by rows, or by
+// columns, lda apart; B and C by rows. The product is summed apart from what C held: over many
+// calls the rounding errors grow with their number, not with the number of terms.
+template <bool columns, bool add>
+__attribute__((noinline)) void multiply(int64_t rows, int64_t vectors, int64_t steps,
+                                        const float* a, int64_t lda, const float* b, int64_t ldb,
+                                        float* c, int64_t ldc) {
+  for (int64_t i = 0; i < rows; i += kRows)
+    for (int64_t v = 0; v < vectors; v += kColumns) {
+      auto run = [&](auto n) {
+        multiply_block<columns, add, n>(rows - i, steps, a + i * (columns ? 1 : lda), lda,
+                                        b + v * kLanes, ldb, c + i * ldc + v * kLanes, ldc);
+      };
+      if (vectors - v == 1)
+        run(std::integral_constant<int, 1>());
+      else if (kColumns == 2 || vectors - v == 2)
+        run(std::integral_constant<int, 2>());
+      else
+        run(std::integral_constant<int, kColumns>());
+    }
+}
+
+// C = A B over rows of d values: no sum has a chain of more than kChain additions, as a dot product
+// summed in vectors has.
+constexpr int64_t kChain = 48;
+
+inline void multiply_rows(int64_t rows, int64_t vectors, int64_t d, const float* a, int64_t lda,
+                          const float* b, int64_t ldb, float* c, int64_t ldc) {
+  const int64_t chains = divide_up(d, kChain);
+  for (int64_t i = 0; i < chains; ++i) {
+    int64_t k = d * i / chains, steps = d * (i + 1) / chains - k;
+    (i ? multiply<false, true> : multiply<false, false>)(rows, vectors, steps, a + k, lda,
+                                                         b + k * ldb, ldb, c, ldc);
+  }
+}
+
+// The sums of the lanes of each vector, in the lanes of one.
+inline Vec sum_each(Vec (&v)[kLanes]) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+inline float highest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+}  // namespace
+}  // namespace fastadapters::cpu
