@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastadapters
-from fastadapters import functional
+from fastadapters import backends, functional
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("reference", "eager")
+FORMS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 GROUPS = ("x", "down_weight", "down_bias", "time_factor", "feature_factor")
 
 
@@ -90,6 +91,7 @@ def test_definition_is_the_sum_of_products(rank: int) -> None:
         assert abs(float(y[b, o, d]) - expected) < 1e-12
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -105,9 +107,11 @@ def test_definition_is_the_sum_of_products(rank: int) -> None:
     ],
     ids=str,
 )
-def test_matches_reference(options: dict[str, object], dtype: torch.dtype) -> None:
+def test_matches_reference(options: dict[str, object], dtype: torch.dtype, backend: str) -> None:
+    if backend != "eager" and dtype == torch.float64:
+        pytest.skip("kernels take no float64")
     tensors = sample(**options, dtype=dtype)  # type: ignore[arg-type]
-    check_against_reference(fuse, tensors, "fusion")
+    check_against_reference(fuse, tensors, "fusion", backend)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu_tanh", "silu", "quick_gelu"])
@@ -130,12 +134,53 @@ def test_activations(activation: str) -> None:
 def test_shapes_and_strides(lengths: list[int], batch: int, layout: str, **options: object) -> None:
     dims = [3 + 2 * i for i in range(len(lengths))]
     tensors = sample(lengths, dims, batch=batch, **options)  # type: ignore[arg-type]
+    check_float64(fuse, laid_out(tensors, layout), "fusion")
+
+
+def laid_out(tensors: Tensors, layout: str) -> Tensors:
+    """The tensors with other strides."""
     for name, t in tensors.items():
         if layout == "tokens first" and t.dim() == 3:
             tensors[name] = t.transpose(0, 1).contiguous().transpose(0, 1)
         elif layout == "strided":
             tensors[name] = torch.stack([t, t], dim=-1)[..., 0]
-    check_float64(fuse, tensors, "fusion")
+    return tensors
+
+
+@pytest.mark.skipif(FORMS == ["eager"], reason="needs the compiled library")
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    dim=st.integers(1, 40),
+    batch=st.integers(1, 5),
+    width=st.integers(1, 30),
+    out_len=st.integers(1, 20),
+    rank=st.integers(1, 3),
+    bias=st.booleans(),
+    residual=st.sampled_from(["none", "given", "leading"]),
+    fusion=st.sampled_from(["cp", "summed"]),
+    counted=st.booleans(),
+    layout=st.sampled_from(["contiguous", "tokens first", "strided"]),
+    dtype=st.sampled_from(DTYPES[:3]),
+    activation=st.sampled_from(["gelu", "silu", "identity"]),
+)
+def test_kernels_on_drawn_samples(
+    lengths: list[int], dim: int, batch: int, out_len: int, residual: str, fusion: str,
+    counted: bool, layout: str, activation: str, **options: object,
+) -> None:  # fmt: skip
+    tensors = sample(
+        lengths, [dim] * len(lengths), out_dim=dim, batch=batch, out_len=out_len,
+        residual=residual == "given", **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    extra: dict[str, object] = {"fusion": fusion, "activation": activation}
+    if residual == "leading" and sum(lengths) >= out_len:
+        extra["residual"] = "leading"
+    if counted:
+        gen = torch.Generator().manual_seed(0)
+        extra["lengths"] = [torch.randint(-1, t + 2, (batch,), generator=gen) for t in lengths]
+    check_against_reference(
+        lambda t: fuse(t, **extra), laid_out(tensors, layout), "fusion", backend="cpu"
+    )
 
 
 def test_factor_of_zeros() -> None:
