@@ -121,7 +121,7 @@ bench-full: setup ## All benchmarks and their table
 
 bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of the ops with kernels, on one thread and on all
 	mkdir -p build
-	pytest benches/test_bottleneck.py --every --threads 1,$(shell nproc) --benchmark-quiet --benchmark-json=build/bench-auto.json
+	pytest benches/test_bottleneck.py benches/test_sequence_fusion.py --every --threads 1,$(shell nproc) --benchmark-quiet --benchmark-json=build/bench-auto.json
 	python -m benches.report --auto build/bench-auto.json
 
 ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX

@@ -13,17 +13,19 @@ from . import workloads
 from .harness import Case, parameters
 
 WORKLOADS = workloads.SEQUENCE_FUSION
-QUICK = ("float32",)  # the dtypes measured without --full, as long as there is no kernel
+AUTOCAST = True  # has rows for it
+QUICK = ("float32", "autocast")  # the dtypes measured without --full
 KINDS = ("x", "down_weight", "down_bias", "time_factor", "feature_factor")
 
 
 def case(w: workloads.SequenceFusion, device: str, dtype: torch.dtype) -> Case:
     randn = parameters(device, dtype)
     d, r = w.dim, w.bottleneck
-    inputs = {f"x {i}": randn(w.batch, tokens, d) for i, tokens in enumerate(w.lengths)}
-    for i, tokens in enumerate(w.lengths):
+    sizes = list(zip(w.lengths, w.dims, strict=True))
+    inputs = {f"x {i}": randn(w.batch, tokens, width) for i, (tokens, width) in enumerate(sizes)}
+    for i, (tokens, width) in enumerate(sizes):
         inputs |= {
-            f"down_weight {i}": randn(r, d, std=d**-0.5),
+            f"down_weight {i}": randn(r, width, std=width**-0.5),
             f"down_bias {i}": randn(r, std=0.1),
             f"time_factor {i}": randn(w.rank, tokens, w.out_len, std=tokens**-0.5),
             f"feature_factor {i}": randn(w.rank, r, d, std=r**-0.5),
@@ -32,17 +34,22 @@ def case(w: workloads.SequenceFusion, device: str, dtype: torch.dtype) -> Case:
     def fused(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(**tensors: Tensor) -> Tensor:
             lists = [[t for n, t in tensors.items() if n.split()[0] == kind] for kind in KINDS]
-            residual = torch.cat([x[:, : w.out_len] for x in lists[0]], dim=1)[:, : w.out_len]
+            residual = lists[0][0][:, : w.out_len]
             return fn(*lists, activation="gelu", residual=residual)
 
         return call
 
+    def ours(*lists: list[Tensor], activation: str, residual: Tensor) -> Tensor:
+        """Lays the leading tokens, here those of the first modality, itself."""
+        return functional.sequence_fusion(*lists, activation=activation, residual="leading")
+
+    width = str(d) if not w.widths else list(w.widths)
     return Case(
         op="sequence_fusion",
-        workload=f"{w.name}: B {w.batch}, T {list(w.lengths)}, D {d}, r {r}, rank {w.rank}",
+        workload=f"{w.name}: B {w.batch}, T {list(w.lengths)}, D {width}, r {r}, rank {w.rank}",
         inputs=inputs,
         candidates={
-            "ours": fused(functional.sequence_fusion),
+            "ours": fused(ours),
             "reference": fused(reference.sequence_fusion),
             "eager": fused(eager.sequence_fusion),
         },

@@ -100,7 +100,7 @@ class CrossModalAttention(NamedTuple):
 
 
 class SequenceFusion(NamedTuple):
-    """Modalities x_m [batch, lengths[m], dim], fused into [batch, out_len, dim]."""
+    """Modalities x_m [batch, lengths[m], dims[m]], fused into [batch, out_len, dim]."""
 
     name: str
     batch: int
@@ -109,6 +109,7 @@ class SequenceFusion(NamedTuple):
     bottleneck: int
     cpu_batch: int
     rank: int = 1
+    widths: tuple[int, ...] = ()
     quick: bool = False
 
     @property
@@ -116,23 +117,32 @@ class SequenceFusion(NamedTuple):
         """That of the published module."""
         return self.bottleneck
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The modalities' own widths, or ``dim`` for each."""
+        return self.widths or (self.dim,) * len(self.lengths)
+
     def on(self, device: str) -> SequenceFusion:
         return self._replace(batch=self.cpu_batch) if device == "cpu" else self
 
     def small(self) -> SequenceFusion:
         lengths = tuple(5 + 2 * i for i in range(len(self.lengths)))
+        dim = self.dim // 16 + 9
+        widths = (dim, *(3 + 2 * i for i in range(1, len(self.widths))))
         return self._replace(
-            batch=3, cpu_batch=3, lengths=lengths, dim=self.dim // 16 + 9, bottleneck=4
-        )
+            batch=3, cpu_batch=3, lengths=lengths, dim=dim, bottleneck=4,
+            widths=widths if self.widths else (),
+        )  # fmt: skip
 
     def costs(self, training: bool) -> list[Cost]:
         """Each x_m once, the output once; products H = x W, P = A^T H, F = P U in that order."""
         b, d, r, t = self.batch, self.dim, self.bottleneck, self.out_len
         tokens = sum(self.lengths)
-        x, y = b * tokens * d, b * t * d
+        per_item = sum(n * width for n, width in zip(self.lengths, self.dims, strict=True))
+        x, y = b * per_item, b * t * d
         m = len(self.lengths)
-        weights = m * (r * d + r + self.rank * r * d) + self.rank * tokens * t
-        flops = 2 * b * (tokens * d * r + self.rank * (tokens * t * r + m * t * r * d))
+        weights = r * sum(self.dims) + m * (r + self.rank * r * d) + self.rank * tokens * t
+        flops = 2 * b * (per_item * r + self.rank * (tokens * t * r + m * t * r * d))
         forward = Cost(x + y + weights, flops)
         backward = Cost(2 * x + y + 2 * weights, 2 * flops)
         return [forward, backward] if training else [forward]
@@ -203,6 +213,9 @@ CROSS_MODAL_ATTENTION = [
 
 SEQUENCE_FUSION = [
     SequenceFusion("CMU-MOSI", 64, (50, 50, 50), 40, 8, cpu_batch=64),
+    SequenceFusion(
+        "CMU-MOSI, raw widths", 64, (50, 50, 50), 300, 8, cpu_batch=64, widths=(300, 5, 20)
+    ),
     SequenceFusion("IEMOCAP", 64, (20, 20, 20), 40, 8, cpu_batch=64),
     SequenceFusion("UPMC-Food101", 64, (197, 512), 768, 16, cpu_batch=8, quick=True),
     SequenceFusion("UPMC-Food101, rank 4", 64, (197, 512), 768, 16, cpu_batch=8, rank=4),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare import check_all
 from torch import Tensor, nn
 
 import fastadapters
@@ -18,6 +19,7 @@ from fastadapters import (
     BottleneckAdapter,
     MultiModalAdapter,
     WanderAdapter,
+    backends,
 )
 
 FILES = sorted(Path(__file__).parent.joinpath("golden").glob("*.npz"))
@@ -141,3 +143,30 @@ def test_golden(path: Path, build: Any, run: Any, backend: str) -> None:
     for name, value in results.items():
         error = np.abs(value.numpy() - arrays[name]).max()
         assert error <= 1e-10 * np.abs(arrays[name]).max(), f"{name}: {error:.1e}"
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the compiled library")
+@pytest.mark.parametrize("path", [path for path in FILES if path.name.startswith("wander")])
+def test_wander_on_kernels(path: Path) -> None:
+    """In float32, the golden vectors as gold of the tolerance rule."""
+    arrays = np.load(path)
+    meta = json.loads(str(arrays["meta"]))
+
+    def results(backend: str) -> dict[str, Tensor]:
+        def group(prefix: str) -> dict[str, Tensor]:
+            names = [name for name in arrays.files if name.startswith(prefix)]
+            return {n.removeprefix(prefix): torch.from_numpy(arrays[n]).float() for n in names}
+
+        module = wander(meta, group("param.")).float()
+        module.load_state_dict(group("param."))
+        inputs = {name: t.requires_grad_() for name, t in group("in.").items()}
+        with fastadapters.backend(backend):
+            (out,) = run_wander(module, inputs)
+        out.backward(group("cotangent.")["0"])
+        found = {"out.0": out.detach()}
+        found |= {f"grad.in.{name}": t.grad for name, t in inputs.items()}
+        return found | {f"grad.param.{name}": p.grad for name, p in module.named_parameters()}
+
+    out = results("cpu")
+    gold = {name: torch.from_numpy(arrays[name]) for name in out}
+    check_all(out, lambda draw: (gold, results("reference")), path.stem)
