@@ -42,7 +42,8 @@ struct Side {
 
 // to[k, row] = rows first.., columns begin.. of `side`: [32, kCount + 4], zeros outside.
 template <int kCount>
-__device__ __forceinline__ void bring_transposed(float* to, const Side& side, int first, int begin) {
+__device__ __forceinline__ void bring_transposed(float* to, const Side& side, int first,
+                                                 int begin) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
@@ -76,8 +77,8 @@ __device__ __forceinline__ void multiply_heads(float (&acc)[4][4], const float* 
   }
 }
 
-// total[4 rows, kN columns] += weights[row, key] values[key, column]: over 64 keys, which have sums of
-// their own: short chains of additions make small errors.
+// total[4 rows, kN columns] += weights[row, key] values[key, column]: over 64 keys, which have sums
+// of their own: short chains of additions make small errors.
 template <int kN>
 __device__ __forceinline__ void average(float (&total)[4][kN], const float* weights,
                                         const float* values) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void put_weights(float* weights, const float (&from)[
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     *reinterpret_cast<float4*>(weights + i * (kKeys + 4)) = {from[i][0], from[i][1], from[i][2],
-                                                            from[i][3]};
+                                                             from[i][3]};
   }
 }
 
@@ -207,35 +208,37 @@ __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ Atten
     for (int i = 0; i < 16; ++i) scores[i / 4][i % 4] = 0;
   }
 
+  // An item also sees itself: its weight against the texts'.
+  const bool itself = a.end > p.texts && p.op.bias[1][1] > kBlocked;
+  float lse[4];
+  float2 odds[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    total[i] = row_sum(total[i]);
+    lse[i] = logf(total[i]) + top[i];
+    float own = 0;
+    const int query = first + row + i;
+    if (itself && query >= p.texts && query < a.end) {
+      const float* const y = p.s.y + int64_t(query) * 3 * p.width + head * p.depth;
+      for (int j = at; j < p.depth; j += 16) own = fmaf(y[j], y[p.width + j], own);
+    }
+    odds[i] = sigmoids(row_sum(own) + p.op.bias[1][1] - p.op.bias[1][0] - lse[i]);
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int query = first + row + i;
-    const float sum = row_sum(total[i]), lse = logf(sum) + top[i];
-    // An item also sees itself: its weight against the texts'.
-    const bool itself = query >= p.texts && query < a.end && p.op.bias[1][1] > kBlocked;
-    float2 odds = {0, 1};
-    if (query >= p.texts && p.op.bias[1][1] > kBlocked) {
-      float own = 0;
-      if (itself) {
-        const float* const y = p.s.y + int64_t(query) * 3 * p.width + head * p.depth;
-        for (int j = at; j < p.depth; j += 16) own = fmaf(y[j], y[p.width + j], own);
-      }
-#pragma unroll
-      for (int s = 1; s < 16; s *= 2) own += __shfl_xor_sync(0x0000ffff << (lane & 16), own, s);
-      odds = sigmoids(own + p.op.bias[1][1] - p.op.bias[1][0] - lse);
-    }
     if (query >= a.end) continue;
-    if (at == 0 && columns == 0) p.s.lse[int64_t(head) * p.rows + query] = lse;
+    if (at == 0 && columns == 0) p.s.lse[int64_t(head) * p.rows + query] = lse[i];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const int column = columns + at * kN + n;
-      if (column >= p.depth) continue;
-      const float value = out[i][n] / sum;
-      p.s.attended[int64_t(query) * p.width + head * p.depth + column] = value;
-      if (!itself) continue;
-      const float own = p.s.y[int64_t(query) * 3 * p.width + 2 * p.width + head * p.depth + column];
-      p.s.merged[int64_t(query - p.texts) * p.width + head * p.depth + column] =
-          fmaf(odds.x, own, odds.y * value);
+      const int column = head * p.depth + columns + at * kN + n;
+      if (columns + at * kN + n >= p.depth) continue;
+      const float value = out[i][n] / total[i];
+      p.s.attended[int64_t(query) * p.width + column] = value;
+      if (!itself || query < p.texts) continue;
+      const float own = p.s.y[(int64_t(query) * 3 + 2) * p.width + column];
+      p.s.merged[int64_t(query - p.texts) * p.width + column] =
+          fmaf(odds[i].x, own, odds[i].y * value);
     }
   }
 }

@@ -11,20 +11,20 @@ constexpr int kItemThreads = 256, kWarps = kItemThreads / 32;
 
 // What backward hands from launch to launch, besides the slabs that are summed.
 struct Gradients {
-  float* d_similarity = nullptr;                        // [C, B] times text_scale
-  float *d_square, *d_text_dot, *d_item_dot;            // [C, B] each, if e depends on one index
-  float *d_text_w, *d_text_c, *d_item_w, *d_item_c;     // [C, padded], [C] * text_scale; [B, padded]
-  float* d_square_form;                                 // [R + 1, padded] + 1
-  float *square_sums, *dot_sums, *e_sums;               // [e_slabs][rows of e], ..., [.., padded]
-  float *d_e_z, *weighted_e, *weights;                  // [rows of e, padded], 2 dq e, 2 dq
+  float* d_similarity = nullptr;                     // [C, B] times text_scale
+  float *d_square, *d_text_dot, *d_item_dot;         // [C, B] each, if e depends on one index
+  float *d_text_w, *d_text_c, *d_item_w, *d_item_c;  // [C, padded], [C] * text_scale; [B, padded]
+  float* d_square_form;                              // [R + 1, padded] + 1
+  float *square_sums, *dot_sums, *e_sums;            // [e_slabs][rows of e], ..., [.., padded]
+  float *d_e_z, *weighted_e, *weights;               // [rows of e, padded], 2 dq e, 2 dq
   int e_slabs = 1, unit_slabs = 1, key_slabs = 1;
-  float* d_unit;                                        // [unit_slabs][B, D]
-  float *d_item, *d_u, *d_item_z, *d_merged;            // [B, D], [B, D], [B, padded], [B, E]
-  float *d_odds_sum, *d_keys, *d_values;                // [H, C], [key_slabs][B, E], [B, E]
-  float *d_out, *delta;                                 // [C + B, E] by attended, [H, C + B]
-  float *d_y, *d_x, *d_hidden;                          // [C + B, 3 E], [.., E], [.., down_hidden]
-  float* coefficient;                                   // [C] of a text in its own gradient
-  float* d_blend;                                       // [B]
+  float* d_unit;                              // [unit_slabs][B, D]
+  float *d_item, *d_u, *d_item_z, *d_merged;  // [B, D], [B, D], [B, padded], [B, E]
+  float *d_odds_sum, *d_keys, *d_values;      // [H, C], [key_slabs][B, E], [B, E]
+  float *d_out, *delta;                       // [C + B, E] by attended, [H, C + B]
+  float *d_y, *d_x, *d_hidden;                // [C + B, 3 E], [.., E], [.., down_hidden]
+  float* coefficient;                         // [C] of a text in its own gradient
+  float* d_blend;                             // [B]
 };
 
 struct Rows {
@@ -33,8 +33,8 @@ struct Rows {
   float scale;  // of the queries
 };
 
-// to[i] = row i of the last layer's weight times e, plus its bias, for i < D: a warp has four i at a
-// time, a lane an r.
+// to[i] = row i of the last layer's weight times e, plus its bias, for i < D: a warp has four i at
+// a time, a lane an r.
 template <class To>
 __device__ __forceinline__ void expand(const Problem& p, const float* e, To to) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -91,7 +91,8 @@ __device__ inline float length_squared(const Problem& p, const float* e) {
 
 __device__ inline float dot(const float* a, const float* b, int stride, int size) {
   float sum = 0;
-  for (int i = threadIdx.x; i < size; i += kItemThreads) sum = fmaf(a[i], b[int64_t(i) * stride], sum);
+  for (int i = threadIdx.x; i < size; i += kItemThreads)
+    sum = fmaf(a[i], b[int64_t(i) * stride], sum);
   return block_total(sum);
 }
 
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
   }
   const float length = sqrtf(block_total(sums[0])), u_length = sqrtf(block_total(sums[1]));
   const float scale = 1 / fmaxf(length, 1e-12f), u_scale = 1 / fmaxf(u_length, 1e-12f);
-  const float from_item = !p.adapts_item ? scale
+  const float from_item = !p.adapts_item               ? scale
                           : p.op.adapt == Adapt::image ? mix.rest
                                                        : mix.rest * scale;
   const float from_u = p.adapts_item ? mix.blend * u_scale : 0;
@@ -278,6 +279,7 @@ __device__ inline void item_backward(const Rows& a, int item) {
   const int query = p.texts + item;
   const bool texts = p.adapts_item && p.op.bias[1][0] > kBlocked;
   const bool itself = p.adapts_item && p.op.bias[1][1] > kBlocked;
+  const bool of_text = p.form == Form::pair || (p.form == Form::item && p.op.bias[0][1] > kBlocked);
   for (int h = warp; h < p.heads; h += kWarps) {
     const int64_t y_at = int64_t(query) * 3 * p.width + h * p.depth;
     const int64_t row = int64_t(item) * p.width + h * p.depth;
@@ -305,7 +307,7 @@ __device__ inline void item_backward(const Rows& a, int item) {
       if (p.form == Form::pair) {
         dk += sum_slabs(g.d_keys + row + j, g.key_slabs, int64_t(p.items) * p.width);
       }
-      if (p.form == Form::pair || p.form == Form::item) dv += g.d_values[row + j];
+      if (of_text) dv += g.d_values[row + j];
       g.d_y[y_at + j] = d_odds * k[j] * a.scale;
       g.d_y[y_at + p.width + j] = dk;
       g.d_y[y_at + 2 * p.width + j] = dv;
@@ -330,8 +332,8 @@ __global__ void __launch_bounds__(kItemThreads) rows_backward(const __grid_const
   if (lane == 0) a.g.delta[int64_t(h) * p.rows + text] = sum;
 }
 
-// What a text's own gradient takes from it: the projection of its unit row's; below the floor of its
-// length, what comes through |t|^2.
+// What a text's own gradient takes from it: the projection of its unit row's; below the floor of
+// its length, what comes through |t|^2.
 __device__ inline void text_coefficient(const Problem& p, const Gradients& g, int text) {
   const int lane = threadIdx.x % 32;
   const float scale = p.s.text_scale[text];

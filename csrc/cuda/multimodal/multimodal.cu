@@ -1,5 +1,4 @@
 #include "multimodal.h"
-
 #include "run.cuh"
 
 namespace fastadapters::cuda {

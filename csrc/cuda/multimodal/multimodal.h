@@ -1,5 +1,5 @@
-// The multi-modal adapter's head on NVIDIA GPUs, sm_80 and later. Pointers are to device memory; the
-// calls return before the work is done and neither allocate nor wait, so that a CUDA graph can
+// The multi-modal adapter's head on NVIDIA GPUs, sm_80 and later. Pointers are to device memory;
+// the calls return before the work is done and neither allocate nor wait, so that a CUDA graph can
 // record them.
 #pragma once
 

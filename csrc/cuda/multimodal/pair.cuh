@@ -1,8 +1,8 @@
 // The pair stage, where e depends on text and item: from [C, .] and [B, .] to logits, and back.
 //
-// A warp has two texts and 32 items, one a lane; its block's texts follow each other. A lane's vectors
-// of R lie in shared memory, a row for each r (or in memory, if R is large), where others find them
-// when backward sums over items or over texts.
+// A warp has two texts and 32 items, one a lane; its block's texts follow each other. A lane's
+// vectors of R lie in shared memory, a row for each r (or in memory, if R is large), where others
+// find them when backward sums over items or over texts.
 #pragma once
 
 #include "problem.cuh"
@@ -21,13 +21,13 @@ struct PairBackward {
   Problem p;
   float* scratch;
   int64_t scratch_size;
-  int tiles_per_block;     // of texts
-  float *d_similarity;     // [C, B], by the unit item; times text_scale
-  float *d_odds;           // [H, C, B]
+  int tiles_per_block;                       // of texts
+  float* d_similarity;                       // [C, B], by the unit item; times text_scale
+  float* d_odds;                             // [H, C, B]
   float *d_from_text, *d_text_w, *d_text_c;  // [slab][C, H, padded], [C, padded], [C]; * text_scale
   float *d_from_item, *d_item_w, *d_item_c;  // [slab][B, H, padded], [B, padded], [B]
-  float* d_square_form;  // [slab][R + 1, padded] + 1: 2 sum dq (e, 1) (e, 1)^T
-  float *d_scale, *d_blend;  // [slab]
+  float* d_square_form;                      // [slab][R + 1, padded] + 1: 2 sum dq (e, 1) (e, 1)^T
+  float *d_scale, *d_blend;                  // [slab]
 };
 
 // The scalar part of a pair.
@@ -68,8 +68,9 @@ struct PairGradients {
     text_dot = 2 * l * r * c.n * m;
     similarity = r * d;
     // Above the floor what goes through |u|^2 n^2 cancels: it is not computed.
-    square = a.square >= 1e-24f ? -0.5f * c.n * c.n * (a.item_dot * item_dot + a.text_dot * text_dot)
-                                : l * l * c.n * c.n * m;
+    square = a.square >= 1e-24f
+                 ? -0.5f * c.n * c.n * (a.item_dot * item_dot + a.text_dot * text_dot)
+                 : l * l * c.n * c.n * m;
     scale = d_logit * c.cosine * c.rho;
     blend = (a.item_dot * c.n - a.similarity) * d +
             (2 * l * c.one - 2 * r * a.text_square + 2 * (1 - 2 * l) * a.text_dot * c.n) * m;
@@ -102,7 +103,8 @@ __device__ __forceinline__ void store_logits(const Problem& p, const Place& at, 
   for (int i = threadIdx.x / across; i < 32; i += 16) {
     const int item = blockIdx.x * 32 + i;
     if (item >= p.items || text >= p.texts) continue;
-    store({p.logits, p.op.out_dtype}, int64_t(item) * p.texts + text, staged[i][threadIdx.x % across]);
+    store({p.logits, p.op.out_dtype}, int64_t(item) * p.texts + text,
+          staged[i][threadIdx.x % across]);
   }
 }
 
@@ -171,8 +173,8 @@ __global__ void __launch_bounds__(128) pair_forward(const __grid_constant__ Pair
   extern __shared__ __align__(16) float shared[];
   const Problem& p = a.p;
   const Place at(p);
-  float* const e = kShared ? shared
-                           : a.scratch + (blockIdx.y * gridDim.x + blockIdx.x) * a.scratch_size;
+  float* const e =
+      kShared ? shared : a.scratch + (blockIdx.y * gridDim.x + blockIdx.x) * a.scratch_size;
   float* const weights = e + p.padded * at.stride;
   const int text[2] = {min(at.text(blockIdx.y, 0), p.texts - 1),
                        min(at.text(blockIdx.y, 1), p.texts - 1)};
@@ -222,7 +224,8 @@ __global__ void __launch_bounds__(128) pair_forward(const __grid_constant__ Pair
       }
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) pair[i / 8].square = fmaf(f[i / 8][i % 8], f[i / 8][i % 8], pair[i / 8].square);
+    for (int i = 0; i < 16; ++i)
+      pair[i / 8].square = fmaf(f[i / 8][i % 8], f[i / 8][i % 8], pair[i / 8].square);
   }
 
   const Mixture mix(p);
@@ -241,9 +244,9 @@ __global__ void __launch_bounds__(128) pair_forward(const __grid_constant__ Pair
   store_logits(p, at, blockIdx.y, logits);
 }
 
-// form[i, j] (+)= sum over a block's pairs of factor e_i e_j. A thread has 4 x 4 of them, `across` rows
-// and columns apart, on or above the diagonal; threads without any share the pairs of others, by
-// eights, so that each meets banks of its own. `room`: 16 numbers a thread.
+// form[i, j] (+)= sum over a block's pairs of factor e_i e_j. A thread has 4 x 4 of them, `across`
+// rows and columns apart, on or above the diagonal; threads without any share the pairs of others,
+// by eights, so that each meets banks of its own. `room`: 16 numbers a thread.
 __device__ inline void sum_squares(const Problem& p, const Place& at, const float* e,
                                    const float* factor, float* room, float* form, bool first) {
   const int threads = blockDim.x, across = p.padded / 4, tiles = across * (across + 1) / 2;
@@ -269,7 +272,8 @@ __device__ inline void sum_squares(const Problem& p, const Place& at, const floa
             left[u] = factor[k] * e[(i + u * across) * at.stride + k];
             right[u] = e[(j + u * across) * at.stride + k];
           }
-          outer(sums, {left[0], left[1], left[2], left[3]}, {right[0], right[1], right[2], right[3]});
+          outer(sums, {left[0], left[1], left[2], left[3]},
+                {right[0], right[1], right[2], right[3]});
         }
 #pragma unroll
         for (int u = 0; u < 16; ++u) acc[u / 4][u % 4] += sums[u / 4][u % 4];
@@ -317,7 +321,8 @@ __global__ void __launch_bounds__(128) pair_backward(const __grid_constant__ Pai
   const int tiles = (p.texts + 2 * at.warps - 1) / (2 * at.warps);
   const int begin = blockIdx.y * a.tiles_per_block, end = min(begin + a.tiles_per_block, tiles);
   float d_scale = 0, d_blend = 0, d_square = 0;
-  const int64_t item_slab = int64_t(blockIdx.y) * p.items, text_slab = int64_t(blockIdx.x) * p.texts;
+  const int64_t item_slab = int64_t(blockIdx.y) * p.items,
+                text_slab = int64_t(blockIdx.x) * p.texts;
   float* const form = a.d_square_form + block * (int64_t(p.rank + 1) * p.padded + 1);
 
   for (int tile = begin; tile < end; ++tile) {
@@ -477,7 +482,8 @@ __global__ void __launch_bounds__(128) pair_backward(const __grid_constant__ Pai
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
             if (h0 + h >= p.heads) continue;
-            add(a.d_from_item + ((item_slab + item) * p.heads + h0 + h) * p.padded + r, head_sum[h]);
+            add(a.d_from_item + ((item_slab + item) * p.heads + h0 + h) * p.padded + r,
+                head_sum[h]);
           }
         }
       }
@@ -504,8 +510,8 @@ __global__ void __launch_bounds__(128) pair_backward(const __grid_constant__ Pai
   a.d_blend[block] = d_blend;
 }
 
-// Where no pair has an e of its own, the scalar part is all there is. What depends on one index alone
-// is a vector.
+// Where no pair has an e of its own, the scalar part is all there is. What depends on one index
+// alone is a vector.
 __device__ __forceinline__ Pair pair_at(const Problem& p, int text, int item) {
   const int64_t at = int64_t(text) * p.items + item;
   const bool by_item = p.form == Form::item;

@@ -1,9 +1,9 @@
 // What every kernel of the head is told, and what forward keeps for backward.
 //
-// C texts, B items, D features; E the attention's width in H heads of d; R the width before the last
-// layer, `padded` its multiple of 8: rows of that many numbers have zeros at the end. The last layer
-// is (W [D, R], c [D]); the one before it and the attention's output projection are composed to
-// `inner` [R, E]. Texts come before items where they share a matrix.
+// C texts, B items, D features; E the attention's width in H heads of d; R the width before the
+// last layer, `padded` its multiple of 8: rows of that many numbers have zeros at the end. The last
+// layer is (W [D, R], c [D]); the one before it and the attention's output projection are composed
+// to `inner` [R, E]. Texts come before items where they share a matrix.
 #pragma once
 
 #include "../../multimodal.h"
@@ -16,33 +16,33 @@ namespace fastadapters::cuda::head {
 enum class Form { pair, item, text, none };
 
 struct State {
-  float *text_scale, *text_square;    // [C] 1 / |t|, floored; |t|^2 after scaling: 1 or nearly 0
-  float *hidden, *active;             // [C + B, down_hidden] before and behind the activation
-  float *x, *y;                       // [C + B, E], [C + B, 3 E] queries (scaled), keys, values
-  float *attended, *lse;              // [C + B, E] over the texts; [H, C + B]
-  float* merged;                      // [B, E] over the texts and the item itself
-  float *inner_weight, *inner_bias;   // [R, E], [R]
-  double* gram;                       // [R + 1, R + 1] of the columns of (W, c)
-  float* square_form;                 // [R + 1, padded] the same
-  float* factor;                      // [R + 1, padded] column i: row i of U, U^T U = gram; last
-  float *text_w, *text_c;             // [C, padded], [C]: unit texts times W, c
-  float *item_z, *item_e;             // [B, padded] of the image branch
-  float *u, *unit, *lengths;          // [B, D] W e + c, the blended unit row; [3, B] |u|, |p|, |i|
-  float *item_w, *item_c;             // [padded, B], [B]: unit rows times W, c
-  float *from_text, *from_item;       // [C, H, padded], [H, padded, B]: inner, head by head
-  float* odds;                        // [H, C, B] of the item's log-odds against the texts
-  float* similarity;                  // [C, B]
+  float *text_scale, *text_square;   // [C] 1 / |t|, floored; |t|^2 after scaling: 1 or nearly 0
+  float *hidden, *active;            // [C + B, down_hidden] before and behind the activation
+  float *x, *y;                      // [C + B, E], [C + B, 3 E] queries (scaled), keys, values
+  float *attended, *lse;             // [C + B, E] over the texts; [H, C + B]
+  float* merged;                     // [B, E] over the texts and the item itself
+  float *inner_weight, *inner_bias;  // [R, E], [R]
+  double* gram;                      // [R + 1, R + 1] of the columns of (W, c)
+  float* square_form;                // [R + 1, padded] the same
+  float* factor;                     // [R + 1, padded] column i: row i of U, U^T U = gram; last
+  float *text_w, *text_c;            // [C, padded], [C]: unit texts times W, c
+  float *item_z, *item_e;            // [B, padded] of the image branch
+  float *u, *unit, *lengths;         // [B, D] W e + c, the blended unit row; [3, B] |u|, |p|, |i|
+  float *item_w, *item_c;            // [padded, B], [B]: unit rows times W, c
+  float *from_text, *from_item;      // [C, H, padded], [H, padded, B]: inner, head by head
+  float* odds;                       // [H, C, B] of the item's log-odds against the texts
+  float* similarity;                 // [C, B]
   float *square, *text_dot, *item_dot;  // [C, B] each: |u|^2, t u, i u; a vector in other forms
-  float *z, *e;                       // [C or B, padded] if e depends on one of them alone
+  float *z, *e;                         // [C or B, padded] if e depends on one of them alone
 };
 
 struct Problem {
   Multimodal op;
   int texts, items, dim, width, heads, depth, rank, padded, rows;  // rows = C + B
   Form form;
-  bool gelu;           // between two up-sampling layers
+  bool gelu;  // between two up-sampling layers
   bool adapts_item;
-  Parameter w, c;      // the last layer
+  Parameter w, c;                      // the last layer
   Parameter inner_weight, inner_bias;  // fp32 or, for one up-sampling layer, out_proj itself
   State s;
   void* logits = nullptr;
@@ -51,7 +51,9 @@ struct Problem {
 
 constexpr float kBlocked = -__builtin_huge_valf();
 
-inline bool sees(const Multimodal& op, int query, int key) { return op.bias[query][key] > kBlocked; }
+inline bool sees(const Multimodal& op, int query, int key) {
+  return op.bias[query][key] > kBlocked;
+}
 
 // Which queries attend over texts, as rows: [first, end).
 inline int first_query(const Problem& p) {
@@ -112,10 +114,10 @@ inline Problem problem_of(const Multimodal& op, float* state) {
   p.gelu = op.up_hidden != 0;
   p.adapts_item = op.adapt != Adapt::text;
   const bool over_texts = sees(op, 0, 0), over_item = sees(op, 0, 1);
-  p.form = op.adapt == Adapt::image   ? Form::none
-           : over_texts && over_item  ? Form::pair
-           : over_texts               ? Form::text
-                                      : Form::item;
+  p.form = op.adapt == Adapt::image  ? Form::none
+           : over_texts && over_item ? Form::pair
+           : over_texts              ? Form::text
+                                     : Form::item;
   Numbers n{state};
   p.s = lay_out(op, &n);
   const MultimodalParameters& w = op.parameters;

@@ -11,8 +11,8 @@ constexpr int kStrideM = kTileM + 4, kStrideN = kTileN + 4;
 constexpr int kStep = kDepth * (kStrideM + kStrideN);
 
 // A matrix [rows, columns] in memory; its rows, or if `transposed` its columns, are those of the
-// result. Column `columns` may be a vector of its own, or ones; all else outside is 0, and inside too
-// without `data`.
+// result. Column `columns` may be a vector of its own, or ones; all else outside is 0, and inside
+// too without `data`.
 struct Operand {
   const void* data = nullptr;
   const void* column = nullptr;
@@ -28,8 +28,8 @@ struct Segment {
 };
 
 // out[m, n] = sum over the segments of left[m, k] right[n, k], and what `finish` adds to it. Column
-// n of the result goes to `tail`; from n to `stored`, out gets zeros. With several splits, each sums
-// its part of the segments to a slab of its own.
+// n of the result goes to `tail`; from n to `stored`, out gets zeros. With several splits, each
+// sums its part of the segments to a slab of its own.
 struct Product {
   Segment segments[4];
   int parts = 0;  // segments there are
@@ -42,13 +42,13 @@ struct Product {
   int bias_size = INT32_MAX;  // beyond it there is none
   bool bias_by_row = false;
   float bias_scale = 1, constant = 0;
-  const float* row_scale = nullptr;                // [m]
-  int scaled_columns = 0;                          // the first ones, times
+  const float* row_scale = nullptr;  // [m]
+  int scaled_columns = 0;            // the first ones, times
   float column_scale = 1;
-  Operand addend;                                  // [m, n], times
-  const float* addend_scale = nullptr;             // [m], or 1
-  float* active = nullptr;                         // [m, n] like out: its activation
-  const float* slope_at = nullptr;                 // times the activation's slope here
+  Operand addend;                       // [m, n], times
+  const float* addend_scale = nullptr;  // [m], or 1
+  float* active = nullptr;              // [m, n] like out: its activation
+  const float* slope_at = nullptr;      // times the activation's slope here
   Activation activation = Activation::identity;
 };
 
@@ -140,8 +140,8 @@ __device__ __forceinline__ void finish(const Product& p, int batch, int split, i
                                        float value) {
   const int of_bias = p.bias_by_row ? m : n;
   if (n < p.n && p.bias.data && of_bias < p.bias_size) {
-    value = fmaf(load(p.bias.data, p.bias.dtype, batch * p.bias_batch + of_bias), p.bias_scale,
-                 value);
+    value =
+        fmaf(load(p.bias.data, p.bias.dtype, batch * p.bias_batch + of_bias), p.bias_scale, value);
   }
   value += p.constant;
   if (p.row_scale) value *= p.row_scale[m];

@@ -16,10 +16,18 @@ struct Shape {
   bool two_down;
 
   explicit Shape(const Problem& p)
-      : C(p.texts), B(p.items), D(p.dim), E(p.width), H(p.heads), d(p.depth), R(p.rank),
-        padded(p.padded), rows(p.rows),
+      : C(p.texts),
+        B(p.items),
+        D(p.dim),
+        E(p.width),
+        H(p.heads),
+        d(p.depth),
+        R(p.rank),
+        padded(p.padded),
+        rows(p.rows),
         first_width(int(p.op.down_hidden ? p.op.down_hidden : p.op.width)),
-        scale(1 / std::sqrt(float(p.depth))), two_down(p.op.down_hidden != 0) {}
+        scale(1 / std::sqrt(float(p.depth))),
+        two_down(p.op.down_hidden != 0) {}
 };
 
 // A part of y: queries 0, keys 1, values 2, head by head.
@@ -61,9 +69,7 @@ inline Operand inner(const Problem& p) {
                  p.depth);
 }
 
-inline Operand last_layer(const Problem& p) {
-  return with_column(matrix(p.w, p.dim, p.rank), p.c);
-}
+inline Operand last_layer(const Problem& p) { return with_column(matrix(p.w, p.dim, p.rank), p.c); }
 
 template <int kColumns>
 void run_attention(const Problem& p, int first, int end, cudaStream_t stream) {
@@ -128,8 +134,9 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   const Activation between = p.gelu ? Activation::gelu : Activation::identity;
 
   const auto down = [&](const Features& from, int first, int rows) {
-    Product a = product(rows, n.first_width,
-                        {{matrix(from, rows, n.D), matrix(w.down_weight, n.first_width, n.D), n.D}});
+    Product a =
+        product(rows, n.first_width,
+                {{matrix(from, rows, n.D), matrix(w.down_weight, n.first_width, n.D), n.D}});
     const int64_t at = int64_t(first) * n.first_width;
     a.out = {(n.two_down ? s.hidden : s.x) + at};
     a.active = n.two_down ? s.active + at : nullptr;
@@ -143,8 +150,9 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   first.add(down(op.image, n.C, n.B));
   first.add(RowKind::text_length, n.C);
   if (p.gelu) {
-    Product a = product(n.R, n.E, {{matrix(w.up_weight, n.R, n.E),
-                                    transposed(matrix(w.out_weight, n.E, n.E)), n.E}});
+    Product a =
+        product(n.R, n.E,
+                {{matrix(w.up_weight, n.R, n.E), transposed(matrix(w.out_weight, n.E, n.E)), n.E}});
     a.out = {s.inner_weight}, a.out_stride = n.E;
     first.add(a);
     first.add(RowKind::inner_bias, n.R);
@@ -154,8 +162,9 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
 
   Builder second(p), third(p);
   if (n.two_down) {
-    Product a = product(n.rows, n.E, {{matrix(s.active, n.rows, n.first_width, n.first_width),
-                                       matrix(w.down_weight_2, n.E, n.first_width), n.first_width}});
+    Product a = product(n.rows, n.E,
+                        {{matrix(s.active, n.rows, n.first_width, n.first_width),
+                          matrix(w.down_weight_2, n.E, n.first_width), n.first_width}});
     a.out = {s.x}, a.out_stride = n.E, a.bias = w.down_bias_2;
     second.add(a);
   }
@@ -232,8 +241,8 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
     a.bias = {s.text_c}, a.bias_by_row = true;
     fifth.add(a);
   } else if (p.form == Form::text) {
-    Product a = pairs(matrix(s.e, n.C, n.R, n.padded),
-                      transposed(matrix(s.item_w, n.R, n.B, n.B)), n.R, s.item_dot);
+    Product a = pairs(matrix(s.e, n.C, n.R, n.padded), transposed(matrix(s.item_w, n.R, n.B, n.B)),
+                      n.R, s.item_dot);
     a.bias = {s.item_c};
     fifth.add(a);
   }

@@ -7,8 +7,8 @@ namespace fastadapters::cuda::head {
 
 inline Parameter like(const Parameter& p) { return p; }
 
-// Parts of a sum whose slabs are added later, so that `tiles` times the parts fill the processors; a
-// part has at least 4 steps.
+// Parts of a sum whose slabs are added later, so that `tiles` times the parts fill the processors;
+// a part has at least 4 steps.
 inline int splits_of(int tiles, int depth, int processors) {
   const int steps = (depth + kDepth - 1) / kDepth;
   return std::max(1, std::min({2 * processors / std::max(tiles, 1), steps / 4, 16}));
@@ -72,12 +72,13 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
   const MultimodalParameters &w = op.parameters, &out = op.gradients;
   const int processors = device.processors;
   const bool pairs = p.form == Form::pair, alone = p.form == Form::item || p.form == Form::text;
-  const Parameter &d_w = p.gelu ? out.up_weight_2 : out.up_weight;
-  const Parameter &d_c = p.gelu ? out.up_bias_2 : out.up_bias;
+  const Parameter& d_w = p.gelu ? out.up_weight_2 : out.up_weight;
+  const Parameter& d_c = p.gelu ? out.up_bias_2 : out.up_bias;
 
   // What is wanted: gradients of the last layer, of `inner` and what it is composed of, ...
   const bool of_last = d_w.data || d_c.data;
-  const bool of_composed = p.gelu && (out.out_weight.data || out.out_bias.data || out.up_weight.data);
+  const bool of_composed =
+      p.gelu && (out.out_weight.data || out.out_bias.data || out.up_weight.data);
   const bool of_inner = of_composed || (p.gelu ? out.up_bias.data != nullptr
                                                : out.out_weight.data || out.out_bias.data);
   const bool of_in = out.in_weight.data || out.in_bias.data;
@@ -163,8 +164,8 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
       launch(pair_backward<false>, grid, 32 * shape.warps, 0, stream, pair);
     }
   } else {
-    const MixBackward mix{p, g.d_similarity, g.d_square, g.d_text_dot, g.d_item_dot, d_scales,
-                          d_blends};
+    const MixBackward mix{p,        g.d_similarity, g.d_square, g.d_text_dot, g.d_item_dot,
+                          d_scales, d_blends};
     launch(mix_backward, dim3(item_tiles, mix_tiles), 128, 0, stream, mix);
   }
 
@@ -244,14 +245,12 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
       through(d_from_text, n.C, g.d_out);
       through(d_from_item, n.B, g.d_values);
       const Operand odds = by_head(matrix(d_odds, n.C, n.B, n.B), C * B);
-      Product q = product(n.C, n.d,
-                          {{odds, with_ones(transposed(projected(p, true, 1))), n.B}});
+      Product q = product(n.C, n.d, {{odds, with_ones(transposed(projected(p, true, 1))), n.B}});
       q.batches = n.H, q.out = {g.d_y}, q.out_stride = 3 * n.E, q.out_batch = n.d;
       q.scaled_columns = n.d, q.column_scale = n.scale;
       q.tail = {g.d_odds_sum}, q.tail_batch = C;
       b.add(q);
-      Product k = product(n.B, n.d,
-                          {{transposed(odds), transposed(projected(p, false, 0)), n.C}});
+      Product k = product(n.B, n.d, {{transposed(odds), transposed(projected(p, false, 0)), n.C}});
       k.batches = n.H, k.out = {g.d_keys}, k.out_stride = n.E, k.out_batch = n.d;
       k.splits = g.key_slabs, k.out_slab = B * E;
       b.add(k);
@@ -262,12 +261,13 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
     }
     if (alone) {
       const Operand e = matrix(s.e, alone_rows, n.R, n.padded);
-      const Operand weighted = with_column(matrix(g.weighted_e, alone_rows, n.R, n.padded),
-                                           {g.weights});
+      const Operand weighted =
+          with_column(matrix(g.weighted_e, alone_rows, n.R, n.padded), {g.weights});
       Product a = product(n.R, n.R, {{transposed(weighted), transposed(e), alone_rows}});
       a.out = {g.d_square_form}, a.out_stride = n.padded;
       b.add(a);
-      Product c = product(n.R + 1, 0, {{transposed(weighted), with_ones(transposed(e)), alone_rows}});
+      Product c =
+          product(n.R + 1, 0, {{transposed(weighted), with_ones(transposed(e)), alone_rows}});
       c.tail = {g.d_square_form + n.R * padded};
       b.add(c);
     }
@@ -294,17 +294,21 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
     Builder b(p);
     const Operand d_y = matrix(g.d_y, n.rows, 3 * n.E, 3 * n.E);
     if (of_x) {
-      Product a = product(n.rows, n.E, {{d_y, transposed(matrix(w.in_weight, 3 * n.E, n.E)), 3 * n.E}});
+      Product a =
+          product(n.rows, n.E, {{d_y, transposed(matrix(w.in_weight, 3 * n.E, n.E)), 3 * n.E}});
       a.out = {g.d_x}, a.out_stride = n.E;
       b.add(a);
     }
     if (of_inner) {
       const auto heads_of = [&](float* m, int count, int across) {
-        return columns_of(by_head(matrix(m, count, n.R, across * n.padded), across > 1 ? n.padded : 0));
+        return columns_of(
+            by_head(matrix(m, count, n.R, across * n.padded), across > 1 ? n.padded : 0));
       };
       const auto ones = [&](const Operand& o) { return with_ones(columns_of(o)); };
-      const Operand from_text = by_head(columns_of(matrix(d_from_text, n.C, n.R, n.H * n.padded)), n.padded);
-      const Operand from_item = by_head(columns_of(matrix(d_from_item, n.B, n.R, n.H * n.padded)), n.padded);
+      const Operand from_text =
+          by_head(columns_of(matrix(d_from_text, n.C, n.R, n.H * n.padded)), n.padded);
+      const Operand from_item =
+          by_head(columns_of(matrix(d_from_item, n.B, n.R, n.H * n.padded)), n.padded);
       Product a = product(
           n.R, n.d,
           {{from_text, ones(attended_texts(p)), pairs ? n.C : 0},
@@ -316,8 +320,9 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
       b.add(a);
     }
     if (of_in) {
-      Product a = product(3 * n.E, n.E,
-                          {{columns_of(d_y), with_ones(columns_of(matrix(s.x, n.rows, n.E, n.E))), n.rows}});
+      Product a = product(
+          3 * n.E, n.E,
+          {{columns_of(d_y), with_ones(columns_of(matrix(s.x, n.rows, n.E, n.E))), n.rows}});
       in_slabs.aim(&a, n.E);
       b.add(a);
     }
@@ -355,8 +360,7 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
   // ---- Features, and the first layers
   const float* const d_first = n.two_down ? g.d_hidden : g.d_x;
   const Operand first_text = matrix(d_first, n.C, n.first_width, n.first_width);
-  const Operand first_item =
-      matrix(d_first + C * n.first_width, n.B, n.first_width, n.first_width);
+  const Operand first_item = matrix(d_first + C * n.first_width, n.B, n.first_width, n.first_width);
   {
     Builder b(p);
     const Operand down = transposed(matrix(w.down_weight, n.first_width, n.D));
@@ -374,17 +378,19 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
     image.addend = matrix(g.d_item, n.B, n.D, n.D);
     b.add(image);
     if (of_first) {
-      Product a = product(n.first_width, n.D,
-                          {{columns_of(first_text), with_ones(columns_of(matrix(op.text, n.C, n.D))), n.C},
-                           {columns_of(first_item), with_ones(columns_of(matrix(op.image, n.B, n.D))), n.B}});
+      Product a = product(
+          n.first_width, n.D,
+          {{columns_of(first_text), with_ones(columns_of(matrix(op.text, n.C, n.D))), n.C},
+           {columns_of(first_item), with_ones(columns_of(matrix(op.image, n.B, n.D))), n.B}});
       first_slabs.aim(&a, n.D);
       b.add(a);
     }
     if (of_second) {
-      Product a = product(
-          n.E, n.first_width,
-          {{columns_of(matrix(g.d_x, n.rows, n.E, n.E)),
-            with_ones(columns_of(matrix(s.active, n.rows, n.first_width, n.first_width))), n.rows}});
+      Product a =
+          product(n.E, n.first_width,
+                  {{columns_of(matrix(g.d_x, n.rows, n.E, n.E)),
+                    with_ones(columns_of(matrix(s.active, n.rows, n.first_width, n.first_width))),
+                    n.rows}});
       second_slabs.aim(&a, n.first_width);
       b.add(a);
     }
@@ -404,11 +410,12 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
   b.add(second_slabs.weights(out.down_weight_2)), b.add(second_slabs.biases(out.down_bias_2));
   if (of_composed) {
     const Operand d = with_column(matrix(d_inner, n.R, n.E, n.E), {d_inner_bias});
-    Product up = product(n.R, n.E,
-                         {{d, with_column(matrix(w.out_weight, n.E, n.E), w.out_bias), n.E + 1}});
+    Product up =
+        product(n.R, n.E, {{d, with_column(matrix(w.out_weight, n.E, n.E), w.out_bias), n.E + 1}});
     up.out = out.up_weight, up.out_stride = n.E;
     b.add(up);
-    Product o = product(n.E, n.E, {{transposed(matrix(w.up_weight, n.R, n.E)), transposed(d), n.R}});
+    Product o =
+        product(n.E, n.E, {{transposed(matrix(w.up_weight, n.R, n.E)), transposed(d), n.R}});
     o.out = out.out_weight, o.out_stride = n.E, o.tail = out.out_bias;
     b.add(o);
   }

@@ -88,7 +88,8 @@ __device__ __forceinline__ float block_total(float value) {
 __device__ __forceinline__ void outer(float (&acc)[4][4], float4 a, float4 b) {
   const float left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] = fmaf(left[i / 4], right[i % 4], acc[i / 4][i % 4]);
+  for (int i = 0; i < 16; ++i)
+    acc[i / 4][i % 4] = fmaf(left[i / 4], right[i % 4], acc[i / 4][i % 4]);
 }
 
 }  // namespace fastadapters::cuda::head

@@ -65,7 +65,8 @@ __device__ inline void sum(const Sum& s, int block, float* shared) {
   shared[threadIdx.x] = total;
   __syncthreads();
   if (warp > 0 || i >= s.size) return;
-  store(s.out, i, s.scale * (shared[lane] + shared[32 + lane] + shared[64 + lane] + shared[96 + lane]));
+  store(s.out, i,
+        s.scale * (shared[lane] + shared[32 + lane] + shared[64 + lane] + shared[96 + lane]));
 }
 
 __global__ void __launch_bounds__(kThreads) run_stage(const __grid_constant__ Stage s) {
@@ -134,6 +135,7 @@ struct Builder {
     stage.blocks += (count + kBlockRows - 1) / kBlockRows;
   }
   void run(cudaStream_t stream) {
+    stage.blocks += stage.factorise;
     if (stage.blocks == 0) return;
     int shared = 2 * kStep * int(sizeof(float));
     if (stage.factorise) {
