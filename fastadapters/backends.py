@@ -33,7 +33,7 @@ NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
     "cross_modal_attention": ("cpu",),
-    "multimodal": ("cpu",),
+    "multimodal": ("cpu", "cuda"),
     "sequence_fusion": ("cpu", "cuda", "triton"),
 }
 

@@ -74,6 +74,25 @@ def _cpu_state(of: Mapping[str, Any]) -> int:
 STATES["fastadapters", "cpu"] = _cpu_state
 
 
+def _cuda_state(of: Mapping[str, Any]) -> int:
+    """What csrc/cuda/multimodal/problem.cuh lays out, each piece on 16 bytes."""
+    (c, d), b = of["text"].shape, of["image"].shape[0]
+    e, heads = of["out_weight"].shape[0], of["num_heads"]
+    hidden = 0 if of["down_weight_2"] is None else of["down_weight"].shape[0]
+    r = e if of["up_weight_2"] is None else of["up_weight"].shape[0]
+    rows, padded, form = c + b, (r + 7) // 8 * 8, (r + 1) * ((r + 7) // 8 * 8)
+    pieces = (
+        c, c, rows * hidden, rows * hidden, rows * e, rows * 3 * e, rows * e, heads * rows, b * e,
+        r * e, r, 2 * (r + 1) ** 2, form, form + 1, c * padded, c, b * padded, b * padded,
+        b * d, b * d, 3 * b, b * padded, b, c * heads * padded, b * heads * padded, heads * c * b,
+        *[c * b] * 4, max(c, b) * padded, max(c, b) * padded,
+    )  # fmt: skip
+    return sum((piece + 3) // 4 * 4 for piece in pieces)
+
+
+STATES["fastadapters", "cuda"] = _cuda_state
+
+
 def allocate_forward(namespace: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """logits [B, C] and the state, empty if not to be saved, for the inputs of the forward."""
     *values, save = inputs

@@ -2,7 +2,7 @@
 // rows of e where it depends on one index alone.
 #pragma once
 
-#include "pair.cuh"
+#include "mixture.cuh"
 #include "product.cuh"
 
 namespace fastadapters::cuda::head {

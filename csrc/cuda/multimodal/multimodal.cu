@@ -1,5 +1,5 @@
 #include "multimodal.h"
-#include "run.cuh"
+#include "run_backward.cuh"
 
 namespace fastadapters::cuda {
 

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "attention.cuh"
+#include "pair.cuh"
 #include "stage.cuh"
 
 namespace fastadapters::cuda::head {
@@ -259,5 +260,3 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
 }
 
 }  // namespace fastadapters::cuda::head
-
-#include "run_backward.cuh"

@@ -1,0 +1,162 @@
+// The scalar part of a pair: from |u|^2, t u, i u and t i to the logit, and back.
+#pragma once
+
+#include "problem.cuh"
+
+namespace fastadapters::cuda::head {
+
+struct Mixture {
+  float blend, rest, scale;
+
+  __device__ explicit Mixture(const Problem& p)
+      : blend(number(p.op.parameters.blend, p.op.blend_value)),
+        rest(1 - blend),
+        scale(number(p.op.parameters.logit_scale, p.op.scale_value)) {}
+};
+
+struct Pair {
+  float square, text_dot, item_dot, similarity, text_square;
+};
+
+struct Cosine {
+  float n, one, m, cosine, rho;  // 1 / |u|; |u|^2 n^2; |new text|^2; 1 / |new text|
+
+  __device__ Cosine(const Mixture& mix, const Pair& a) {
+    n = rsqrtf(fmaxf(a.square, 1e-24f));
+    one = a.square >= 1e-24f ? 1 : a.square * n * n;
+    m = mix.blend * mix.blend * one + mix.rest * mix.rest * a.text_square +
+        2 * mix.blend * mix.rest * a.text_dot * n;
+    cosine = mix.blend * a.item_dot * n + mix.rest * a.similarity;
+    rho = rsqrtf(fmaxf(m, 1e-24f));
+  }
+};
+
+struct PairGradients {
+  float square, text_dot, item_dot, similarity, m, scale, blend;
+
+  __device__ PairGradients(const Mixture& mix, const Pair& a, float d_logit) {
+    const Cosine c(mix, a);
+    const float l = mix.blend, r = mix.rest, d = mix.scale * c.rho * d_logit;
+    m = c.m >= 1e-24f ? -0.5f * d * c.cosine * c.rho * c.rho : 0;
+    item_dot = l * c.n * d;
+    text_dot = 2 * l * r * c.n * m;
+    similarity = r * d;
+    // Above the floor what goes through |u|^2 n^2 cancels: it is not computed.
+    square = a.square >= 1e-24f
+                 ? -0.5f * c.n * c.n * (a.item_dot * item_dot + a.text_dot * text_dot)
+                 : l * l * c.n * c.n * m;
+    scale = d_logit * c.cosine * c.rho;
+    blend = (a.item_dot * c.n - a.similarity) * d +
+            (2 * l * c.one - 2 * r * a.text_square + 2 * (1 - 2 * l) * a.text_dot * c.n) * m;
+  }
+};
+
+// Where a block and its lanes are.
+struct Place {
+  int warps, pairs, stride, lane, warp, item, item_read;
+  __device__ explicit Place(const Problem& p)
+      : warps(blockDim.x / 32),
+        pairs(64 * warps),
+        stride(pairs + 1),  // odd: a column too meets each bank once
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        item(blockIdx.x * 32 + lane),
+        item_read(min(item, p.items - 1)) {}
+  __device__ int text(int tile, int which) const { return (tile * warps + warp) * 2 + which; }
+  __device__ int pair(int which) const { return (2 * warp + which) * 32 + lane; }
+};
+
+// The block's logits lie by items in memory: [32][texts of a block], through shared memory.
+__device__ __forceinline__ void store_logits(const Problem& p, const Place& at, int tile,
+                                             const float (&logits)[2]) {
+  __shared__ float staged[32][9];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) staged[at.lane][2 * at.warp + i] = logits[i];
+  __syncthreads();
+  const int across = 2 * at.warps, text = tile * across + threadIdx.x % across;
+  for (int i = threadIdx.x / across; i < 32; i += 16) {
+    const int item = blockIdx.x * 32 + i;
+    if (item >= p.items || text >= p.texts) continue;
+    store({p.logits, p.op.out_dtype}, int64_t(item) * p.texts + text,
+          staged[i][threadIdx.x % across]);
+  }
+}
+
+// ... and their gradients, 0 where there is no such pair.
+__device__ __forceinline__ void load_logits(const Problem& p, const Place& at, int tile,
+                                            float (&logits)[2]) {
+  __shared__ float staged[32][9];
+  const int across = 2 * at.warps, text = tile * across + threadIdx.x % across;
+  __syncthreads();
+  for (int i = threadIdx.x / across; i < 32; i += 16) {
+    const int item = blockIdx.x * 32 + i;
+    const bool there = item < p.items && text < p.texts;
+    staged[i][threadIdx.x % across] =
+        there ? load(p.d_logits, p.op.out_dtype, int64_t(item) * p.texts + text) : 0;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) logits[i] = staged[at.lane][2 * at.warp + i];
+}
+
+// Where no pair has an e of its own, the scalar part is all there is. What depends on one index
+// alone is a vector.
+__device__ __forceinline__ Pair pair_at(const Problem& p, int text, int item) {
+  const int64_t at = int64_t(text) * p.items + item;
+  const bool by_item = p.form == Form::item;
+  return {p.s.square[by_item ? item : text], p.s.text_dot[by_item ? at : text],
+          p.s.item_dot[by_item ? item : at], p.s.similarity[at], p.s.text_square[text]};
+}
+
+__global__ void __launch_bounds__(128) mix_forward(const __grid_constant__ Problem p) {
+  const Place at(p);
+  const Mixture mix(p);
+  float logits[2];
+  for (int i = 0; i < 2; ++i) {
+    const int text = min(at.text(blockIdx.y, i), p.texts - 1);
+    if (p.form == Form::none) {
+      logits[i] = mix.scale * p.s.similarity[int64_t(text) * p.items + at.item_read];
+    } else {
+      const Cosine c(mix, pair_at(p, text, at.item_read));
+      logits[i] = mix.scale * c.cosine * c.rho;
+    }
+  }
+  store_logits(p, at, blockIdx.y, logits);
+}
+
+struct MixBackward {
+  Problem p;
+  float *d_similarity, *d_square, *d_text_dot, *d_item_dot;  // [C, B]; the first as of pairs
+  float *d_scale, *d_blend;                                  // of blocks
+};
+
+__global__ void __launch_bounds__(128) mix_backward(const __grid_constant__ MixBackward a) {
+  const Problem& p = a.p;
+  const Place at(p);
+  const Mixture mix(p);
+  float d_logits[2], d_scale = 0, d_blend = 0;
+  load_logits(p, at, blockIdx.y, d_logits);
+  for (int i = 0; i < 2; ++i) {
+    const int text = at.text(blockIdx.y, i);
+    if (text >= p.texts || at.item >= p.items) continue;
+    const int64_t to = int64_t(text) * p.items + at.item;
+    if (p.form == Form::none) {
+      d_scale += d_logits[i] * p.s.similarity[to];
+      a.d_similarity[to] = mix.scale * d_logits[i] * p.s.text_scale[text];
+      continue;
+    }
+    const PairGradients d(mix, pair_at(p, text, at.item), d_logits[i]);
+    d_scale += d.scale, d_blend += d.blend;
+    a.d_similarity[to] = d.similarity * p.s.text_scale[text];
+    a.d_square[to] = d.square;
+    a.d_text_dot[to] = d.text_dot;
+    a.d_item_dot[to] = d.item_dot;
+  }
+  d_scale = block_total(d_scale), d_blend = block_total(d_blend);
+  if (threadIdx.x > 0) return;
+  const int block = blockIdx.y * gridDim.x + blockIdx.x;
+  a.d_scale[block] = d_scale;
+  a.d_blend[block] = d_blend;
+}
+
+}  // namespace fastadapters::cuda::head

@@ -1,0 +1,292 @@
+"""The head's CUDA kernels as compiled for sm_80 and sm_90, run on the PTX machine through the op."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import against_reference
+import cuda_backend
+import device
+import pytest
+import torch
+import torch.nn.functional as F
+from against_reference import Tensors, check_against_reference
+from compare import check_all, last_bit
+from multimodal_cases import ADAPT, ADDITIVE, BIASES, INF, MASKED, head_tensors, logits
+from torch import Tensor
+
+from fastadapters import backends, ops
+from fastadapters.ops.codes import DTYPE_CODES
+from fastadapters.ops.multimodal import PARAMETERS
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
+TEXTS_ONLY = ((0.0, -INF), (0.0, 0.0))
+ITSELF = ((-INF, 0.0), (-INF, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend's operators are those on the machine, which take CPU tensors."""
+    operators = cuda_backend.load()
+    monkeypatch.setitem(ops.NAMESPACES, "cuda", operators)
+    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
+    return operators
+
+
+def check(tensors: Tensors, name: str, arch: int = 80, seed: int = 0, **options: Any) -> Any:
+    """Logits and all gradients under the tolerance rule; the simulation."""
+
+    def op(t: Tensors) -> Tensor:
+        scalars = {"logit_scale": t.get("scale"), "blend": t.get("blend")}
+        return logits(t, **options | {k: v for k, v in scalars.items() if v is not None})
+
+    with device.simulate(arch, seed) as run:
+        check_against_reference(op, tensors, name, "cuda")
+    return run
+
+
+def sample(
+    *sizes: int, dtype: torch.dtype = FP32, learnable: bool = False, **layers: int
+) -> Tensors:
+    tensors = head_tensors(*sizes, dtype, **layers)
+    if learnable:
+        tensors |= {"scale": torch.tensor(50.0).to(dtype), "blend": torch.tensor(0.3).to(dtype)}
+    return tensors
+
+
+FORMS = [
+    (*form, dtype)
+    for form, dtype in zip(
+        itertools.product((1, 2), BIASES, ADAPT), itertools.cycle((FP32, BF16, FP16, FP32))
+    )
+]
+
+
+@pytest.mark.parametrize(("layers", "bias", "adapt", "dtype"), FORMS, ids=str)
+def test_forms(
+    layers: int, bias: Sequence[Sequence[float]], adapt: str, dtype: torch.dtype
+) -> None:
+    tensors = sample(11, 6, 40, 16, 8, dtype=dtype, learnable=True, down=layers, up=layers)
+    arch = 80 if dtype == FP32 else 90
+    run = check(tensors, adapt, arch, bias=bias, adapt=adapt, down_activation="gelu")
+    backward = next(i for i, r in enumerate(run.launches) if "backward" in r.name)
+    assert backward <= 8
+    assert len(run.launches) - backward <= 14
+
+
+SIZES = [  # C, B, D, E, R; heads
+    (1, 1, 16, 8, 4, 2),
+    (1, 3, 7, 6, 1, 3),
+    (4, 1, 16, 8, 4, 1),
+    (3, 0, 16, 8, 4, 2),
+    (70, 37, 50, 36, 13, 3),
+    (9, 34, 33, 80, 40, 2),  # wider heads
+    (35, 3, 20, 70, 9, 1),
+]
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes(sizes: tuple[int, ...], bias: Sequence[Sequence[float]], arch: int) -> None:
+    *shape, heads = sizes
+    check(sample(*shape), "sizes", arch, bias=bias, num_heads=heads)
+
+
+@pytest.mark.parametrize("bias", [TEXTS_ONLY, ITSELF], ids=["texts", "itself"])
+def test_more_rows_than_a_tile(bias: Sequence[Sequence[float]]) -> None:
+    check(sample(70, 37, 50, 36, 13, up=1), "rows", bias=bias, num_heads=3)
+
+
+def test_vectors_beyond_shared_memory() -> None:
+    """Many heads and a wide last layer: the pair stage's vectors, and the factor, lie in memory."""
+    check(sample(3, 2, 48, 64, 88), "large", 89, bias=ADDITIVE, num_heads=64)
+
+
+def test_mixed_dtypes() -> None:
+    """Each tensor is read in its own dtype, and its gradient has it."""
+    tensors = sample(11, 6, 40, 16, 8)
+    for i, name in enumerate(tensors):
+        tensors[name] = tensors[name].to((BF16, FP32, FP16)[i % 3]).float()
+    before = {name: t.clone() for name, t in tensors.items()}
+    stored = {name: t.to((BF16, FP32, FP16)[i % 3]) for i, (name, t) in enumerate(before.items())}
+
+    def op(t: Tensors) -> Tensor:
+        return logits(t, bias=ADDITIVE)
+
+    with device.simulate(80):
+        mixed = against_reference.run(op, stored, "cuda")
+        single = against_reference.run(op, tensors, "cuda")
+    for name, t in stored.items():
+        assert mixed[f"d_{name}"].dtype == t.dtype
+        assert torch.equal(mixed[f"d_{name}"], single[f"d_{name}"].to(t.dtype)), name
+
+
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE, TEXTS_ONLY], ids=["masked", "both", "texts"])
+def test_what_the_adapter_gives_nearly_cancels(bias: Sequence[Sequence[float]]) -> None:
+    """|u| = |W e + c| is a thousandth of |c|: the square of that must not be lost in rounding."""
+    tensors = sample(20, 7, 64, 16, 8)
+    tensors["up0.weight"] *= 2e-4
+    e = F.gelu(tensors["up0.bias"]).double()
+    away = 1e-3 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    tensors["up1.bias"] = (-(tensors["up1.weight"].double() @ e) * (1 + away)).float()
+    with device.simulate(80):
+        out = against_reference.run(lambda t: logits(t, bias=bias), tensors, "cuda")
+
+    def pair(draw: int) -> tuple[Tensors, Tensors]:
+        moved = {name: last_bit(t, draw, FP32) for name, t in tensors.items()}
+        exact = {name: t.double() for name, t in moved.items()}
+        run = [
+            against_reference.run(lambda t: logits(t, bias=bias), t, "reference")
+            for t in (exact, moved)
+        ]
+        return {"out 0": run[0]["out 0"]}, {"out 0": run[1]["out 0"]}
+
+    check_all({"out 0": out["out 0"]}, pair, "cancel")
+
+
+@pytest.mark.parametrize("adapt", ADAPT)
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
+def test_degenerate_rows(bias: Sequence[Sequence[float]], adapt: str) -> None:
+    """A text and an image of zeros, and an adapter that gives 0."""
+    tensors = sample(7, 3, 32, 16, 8)
+    tensors["text"][2] = 0
+    tensors["image"][1] = 0
+    check(tensors, "zero rows", bias=bias, adapt=adapt)
+    for name in ("up1.weight", "up1.bias"):
+        tensors[name] = torch.zeros_like(tensors[name])
+    check(tensors, "zero adapter", bias=bias, adapt=adapt)
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
+def test_schedules_give_equal_bits(bias: Sequence[Sequence[float]], arch: int) -> None:
+    tensors = sample(37, 35, 40, 16, 8, learnable=True)
+    results = []
+    for seed in range(3):
+        with device.simulate(arch, seed):
+            op = lambda t: logits(t, bias=bias, blend=t["blend"], logit_scale=t["scale"])  # noqa: E731
+            results.append(against_reference.run(op, tensors, "cuda"))
+    for other in results[1:]:
+        for name, t in results[0].items():
+            assert torch.equal(other[name], t), name
+
+
+def call(
+    simulated: Any, tensors: Tensors, bias: Sequence[Sequence[float]], needs: Sequence[str]
+) -> tuple[int, dict[str, Tensor]]:
+    """The ops themselves, with two layers down and up: launches of forward, gradients."""
+    names = {"down0": "down", "down1": "down2", "in0": "in", "out0": "out", "up0": "up"}
+    del names
+    layers = ("down0", "down1", "in0", "out0", "up0", "up1")
+    values = [tensors[f"{layer}.{kind}"] for layer in layers for kind in ("weight", "bias")]
+    parameters = (*values, tensors["blend"].reshape(1), tensors["scale"].reshape(1))
+    options = (0.0, 0.0, 4, *bias[0], *bias[1], 0, 2, DTYPE_CODES[FP32])
+    keys = ("text", "image", *PARAMETERS)
+    _, state = simulated.multimodal_logits_forward(
+        tensors["text"], tensors["image"], *parameters, *options, True
+    )
+    d_logits = torch.ones(tensors["image"].shape[0], tensors["text"].shape[0])
+    bits = sum(1 << keys.index(name) for name in needs)
+    gradients = simulated.multimodal_logits_backward(
+        d_logits, tensors["text"], state, tensors["image"], *parameters, *options, bits
+    )
+    return state.numel(), {name: g for name, g in zip(keys, gradients, strict=True) if g.numel()}
+
+
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
+def test_computes_only_what_is_asked(bias: Sequence[Sequence[float]], simulated: Any) -> None:
+    """Each gradient alone is that among all; without features and projections no attention."""
+    tensors = sample(9, 5, 24, 16, 8, learnable=True, down=2)
+    keys = ("text", "image", *PARAMETERS)
+    with torch.no_grad(), device.simulate(80):
+        _, every = call(simulated, tensors, bias, keys)
+    assert [*every] == [*keys]
+    for name in keys:
+        with torch.no_grad(), device.simulate(80) as run:
+            _, alone = call(simulated, tensors, bias, [name])
+        assert [*alone] == [name]
+        assert torch.equal(alone[name], every[name]), name
+        attention = [r for r in run.launches if "attend_backward" in r.name]
+        needs = name in ("text", "image") or name.startswith(("down", "in_"))
+        assert len(attention) == needs, name
+        if name == "logit_scale":
+            assert len(run.launches) == 8 + 2
+
+
+def test_state_is_what_the_fake_kernel_says(simulated: Any) -> None:
+    from fastadapters.ops.multimodal import STATES
+
+    tensors = sample(9, 5, 23, 12, 7, learnable=True, down=2)
+    with torch.no_grad(), device.simulate(80):
+        size, _ = call(simulated, tensors, ADDITIVE, ["logit_scale"])
+    of: dict[str, Any] = {k: tensors[k] for k in ("text", "image")} | {"num_heads": 4}
+    of |= {"out_weight": tensors["out0.weight"], "down_weight": tensors["down0.weight"]}
+    of |= {"down_weight_2": tensors["down1.weight"], "up_weight": tensors["up0.weight"]}
+    of |= {"up_weight_2": tensors["up1.weight"]}
+    assert STATES["fastadapters", "cuda"](of) == size
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
+def test_traffic(bias: Sequence[Sequence[float]], arch: int) -> None:
+    """Logits go out once, in whole sectors, and no bank conflict slows a loop."""
+    tensors = sample(64, 32, 96, 64, 32)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    with device.simulate(arch) as run:
+        import fastadapters
+
+        with fastadapters.backend("cuda"):
+            out = logits(leaves, bias=bias)
+            forward = len(run.launches)
+            out.sum().backward()
+    last = run.launches[forward - 1]
+    assert last.traffic(out).written == last.traffic(out).written_sectors == out.nbytes
+    assert run.total().traffic(out).written == out.nbytes
+    for report in run.launches:
+        assert report.conflict_ratio <= 1.02, (report.name, report.conflicts()[:3])
+
+
+KERNELS = {
+    "run_stage": ADDITIVE,
+    "6attendI": ADDITIVE,
+    "attend_backwardI": ADDITIVE,
+    "pair_forwardILb1": ADDITIVE,
+    "pair_backwardILb1": ADDITIVE,
+    "mix_forward": MASKED,
+    "mix_backward": MASKED,
+    "hidden_backward": MASKED,
+    "rows_forward": MASKED,
+    "rows_backward": ADDITIVE,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_synchronisation_is_needed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any one barrier, commit or wait deleted, the machine finds a fault."""
+    (name,) = (n for n in device._kernels if kernel in n and "ILi64" not in n)
+    tensors = sample(70, 35, 72, 16, 12)
+
+    def is_caught() -> bool:
+        for seed in range(3):
+            try:
+                with device.simulate(80, seed):
+                    against_reference.run(
+                        lambda t: logits(t, bias=KERNELS[kernel]), tensors, "cuda"
+                    )
+            except device.Fault:
+                return True
+        return False
+
+    assert not is_caught()
+    missed = []
+    for what, text in device.mutants(device._kernels[name][80], name):
+        monkeypatch.setitem(device._kernels, name, {80: text})
+        if not is_caught():
+            missed.append(what)
+    assert not missed
