@@ -1,4 +1,4 @@
-"""The head's CUDA kernels as compiled for sm_80 and sm_90, run on the PTX machine through the op."""
+"""The head's CUDA kernels as compiled for sm_80 and sm_90, run on the PTX machine."""
 
 from __future__ import annotations
 
@@ -181,8 +181,6 @@ def call(
     simulated: Any, tensors: Tensors, bias: Sequence[Sequence[float]], needs: Sequence[str]
 ) -> tuple[int, dict[str, Tensor]]:
     """The ops themselves, with two layers down and up: launches of forward, gradients."""
-    names = {"down0": "down", "down1": "down2", "in0": "in", "out0": "out", "up0": "up"}
-    del names
     layers = ("down0", "down1", "in0", "out0", "up0", "up1")
     values = [tensors[f"{layer}.{kind}"] for layer in layers for kind in ("weight", "bias")]
     parameters = (*values, tensors["blend"].reshape(1), tensors["scale"].reshape(1))

@@ -137,11 +137,8 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
     unit[i] = v;
     sum = fmaf(v, v, sum);
   }
-  float blended = 1;
-  if (p.adapts_item) {
-    blended = sqrtf(block_total(sum));
-    for (int i = threadIdx.x; i < p.dim; i += kItemThreads) unit[i] /= fmaxf(blended, 1e-12f);
-  }
+  const float blended = sqrtf(block_total(sum));
+  for (int i = threadIdx.x; i < p.dim; i += kItemThreads) unit[i] /= fmaxf(blended, 1e-12f);
   if (threadIdx.x == 0) {
     s.lengths[item] = u_length;
     s.lengths[p.items + item] = blended;
@@ -242,23 +239,25 @@ __device__ inline void item_backward(const Rows& a, int item) {
     g.d_item[at + i] = d;
     sum = fmaf(d, s.unit[at + i], sum);
   }
+  const UnitGradient to_blended(block_total(sum), blended);
+  const float own_share = p.adapts_item ? mix.rest : 1;
+  float along_u = 0, along_item = 0;
+  for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
+    const float d = to_blended(g.d_item[at + i], s.unit[at + i]);
+    g.d_item[at + i] = d;
+    if (p.adapts_item) along_u = fmaf(d, s.u[at + i] * u_scale, along_u);
+    along_item = fmaf(d, feature(p.op.image, item, i) * scale, along_item);
+  }
+  along_u = block_total(along_u), along_item = block_total(along_item);
+  if (threadIdx.x == 0) g.d_blend[item] = p.adapts_item ? along_u - along_item : 0;
+  const UnitGradient to_u(mix.blend * along_u, u_length);
+  const UnitGradient to_item(own_share * along_item, length);
+  for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
+    const float d = g.d_item[at + i], v = feature(p.op.image, item, i) * scale;
+    if (p.adapts_item) g.d_u[at + i] = to_u(mix.blend * d, s.u[at + i] * u_scale);
+    g.d_item[at + i] = raw ? mix.rest * d : to_item(own_share * d, v);
+  }
   if (p.adapts_item) {
-    const UnitGradient to_blended(block_total(sum), blended);
-    float along_u = 0, along_item = 0;
-    for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
-      const float d = to_blended(g.d_item[at + i], s.unit[at + i]);
-      g.d_item[at + i] = d;
-      along_u = fmaf(d, s.u[at + i] * u_scale, along_u);
-      along_item = fmaf(d, feature(p.op.image, item, i) * scale, along_item);
-    }
-    along_u = block_total(along_u), along_item = block_total(along_item);
-    if (threadIdx.x == 0) g.d_blend[item] = along_u - along_item;
-    const UnitGradient to_u(mix.blend * along_u, u_length), to_item(mix.rest * along_item, length);
-    for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
-      const float d = g.d_item[at + i], v = feature(p.op.image, item, i) * scale;
-      g.d_u[at + i] = to_u(mix.blend * d, s.u[at + i] * u_scale);
-      g.d_item[at + i] = raw ? mix.rest * d : to_item(mix.rest * d, v);
-    }
     __syncthreads();
     float* const dz = g.d_item_z + int64_t(item) * p.padded;
     const float* const z = s.item_z + int64_t(item) * p.padded;
@@ -266,12 +265,6 @@ __device__ inline void item_backward(const Rows& a, int item) {
              [&](int r, float value) { dz[r] = p.gelu ? value * gelu(z[r]).y : value; });
     float* const to = g.d_merged + int64_t(item) * p.width;
     through_inner(p, dz, [&](int j, float value) { to[j] = value; });
-  } else {
-    const UnitGradient to_item(block_total(sum), length);
-    for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
-      g.d_item[at + i] = to_item(g.d_item[at + i], s.unit[at + i]);
-    }
-    if (threadIdx.x == 0) g.d_blend[item] = 0;
   }
   __syncthreads();
 

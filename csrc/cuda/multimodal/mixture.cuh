@@ -66,37 +66,50 @@ struct Place {
   __device__ int pair(int which) const { return (2 * warp + which) * 32 + lane; }
 };
 
-// The block's logits lie by items in memory: [32][texts of a block], through shared memory.
+// The block's logits lie by items in memory: they go through shared memory, [texts of the block,
+// 32] with a gap for which reading along the texts meets each bank once.
+struct Staged {
+  int across, stride, text, item;  // of this thread at first
+
+  __device__ explicit Staged(const Place& at)
+      : across(2 * at.warps),
+        stride(32 + 32 / across),
+        text(threadIdx.x % across),
+        item(threadIdx.x / across) {}
+};
+
 __device__ __forceinline__ void store_logits(const Problem& p, const Place& at, int tile,
                                              const float (&logits)[2]) {
-  __shared__ float staged[32][9];
+  __shared__ float staged[8 * 36];
+  const Staged s(at);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) staged[at.lane][2 * at.warp + i] = logits[i];
+  for (int i = 0; i < 2; ++i) staged[(2 * at.warp + i) * s.stride + at.lane] = logits[i];
   __syncthreads();
-  const int across = 2 * at.warps, text = tile * across + threadIdx.x % across;
-  for (int i = threadIdx.x / across; i < 32; i += 16) {
+  const int text = tile * s.across + s.text;
+  for (int i = s.item; i < 32; i += 16) {
     const int item = blockIdx.x * 32 + i;
     if (item >= p.items || text >= p.texts) continue;
     store({p.logits, p.op.out_dtype}, int64_t(item) * p.texts + text,
-          staged[i][threadIdx.x % across]);
+          staged[s.text * s.stride + i]);
   }
 }
 
 // ... and their gradients, 0 where there is no such pair.
 __device__ __forceinline__ void load_logits(const Problem& p, const Place& at, int tile,
                                             float (&logits)[2]) {
-  __shared__ float staged[32][9];
-  const int across = 2 * at.warps, text = tile * across + threadIdx.x % across;
+  __shared__ float staged[8 * 36];
+  const Staged s(at);
+  const int text = tile * s.across + s.text;
   __syncthreads();
-  for (int i = threadIdx.x / across; i < 32; i += 16) {
+  for (int i = s.item; i < 32; i += 16) {
     const int item = blockIdx.x * 32 + i;
     const bool there = item < p.items && text < p.texts;
-    staged[i][threadIdx.x % across] =
+    staged[s.text * s.stride + i] =
         there ? load(p.d_logits, p.op.out_dtype, int64_t(item) * p.texts + text) : 0;
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) logits[i] = staged[at.lane][2 * at.warp + i];
+  for (int i = 0; i < 2; ++i) logits[i] = staged[(2 * at.warp + i) * s.stride + at.lane];
 }
 
 // Where no pair has an e of its own, the scalar part is all there is. What depends on one index

@@ -127,6 +127,8 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   pair.scratch = shape.shared || p.form != Form::pair
                      ? nullptr
                      : arena->take<float>(shape.item_tiles * shape.text_tiles * shape.floats * 4);
+  double* const factor =
+      factor_bytes(p) > kLargestFactor ? arena->take<double>(factor_bytes(p)) : nullptr;
   if (arena->counting || p.items == 0) return;
   pair.p = p;
   const Shape n(p);
@@ -180,6 +182,7 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
     a.tail = {s.text_c};
     second.add(a);
     second.stage.factorise = true;
+    second.stage.factor = factor;
   }
   second.run(stream);
   third.run(stream);

@@ -34,8 +34,8 @@ struct Stage {
   Sum sums[kMaxSums];
   RowTask rows[kMaxRows];
   int product_count = 0, sum_count = 0, row_count = 0, blocks = 0;
-  double* factor = nullptr;  // the first block makes it, here unless shared memory will do
-  bool factorise = false;
+  bool factorise = false;    // by the first block
+  double* factor = nullptr;  // room for it, or shared memory is
 };
 
 __host__ __device__ inline int blocks_of(const Sum& s) {
@@ -106,6 +106,9 @@ __global__ void __launch_bounds__(kThreads) run_stage(const __grid_constant__ St
   }
 }
 
+inline int64_t factor_bytes(const Problem& p) { return int64_t(p.rank + 1) * (p.rank + 1) * 8; }
+constexpr int64_t kLargestFactor = 48 * 1024;  // in shared memory
+
 // Collects a stage and launches it; what nobody wants (no `out` and no `tail`) is left out.
 struct Builder {
   Stage stage;
@@ -138,16 +141,11 @@ struct Builder {
     stage.blocks += stage.factorise;
     if (stage.blocks == 0) return;
     int shared = 2 * kStep * int(sizeof(float));
-    if (stage.factorise) {
-      const int64_t size = int64_t(stage.p.rank + 1) * (stage.p.rank + 1) * 8;
-      if (size <= kLargestFactor) {
-        stage.factor = nullptr;
-        shared = std::max(shared, int(size));
-      }
+    if (stage.factorise && !stage.factor) {
+      shared = std::max(shared, int(factor_bytes(stage.p)));
     }
     launch(run_stage, stage.blocks, kThreads, shared, stream, stage);
   }
-  static constexpr int64_t kLargestFactor = 48 * 1024;
 };
 
 // ---- Operands and products in a line
