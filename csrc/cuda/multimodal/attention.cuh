@@ -281,9 +281,12 @@ __device__ void attend_backward_rows(const AttentionBackward& a, int tile) {
       }
     }
   };
-  for (int i = 0; i < 2 * parts; ++i) {
-    bring_transposed<kRows>(shared + i / parts * resident_size + i % parts * kDepth * (kRows + 4),
-                            own[i / parts], first, i % parts * kDepth);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    for (int part = 0; part < parts; ++part) {
+      float* const to = shared + i * resident_size + part * kDepth * (kRows + 4);
+      bring_transposed<kRows>(to, own[i], first, part * kDepth);
+    }
   }
   bring_step(0);
   copy_commit();

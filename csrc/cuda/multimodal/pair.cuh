@@ -59,7 +59,7 @@ __device__ __forceinline__ void mix_heads(const Problem& p, const Place& at, con
 }
 
 template <bool kShared>
-__global__ void __launch_bounds__(128) pair_forward(const __grid_constant__ PairForward a) {
+__global__ void __launch_bounds__(128, 4) pair_forward(const __grid_constant__ PairForward a) {
   extern __shared__ __align__(16) float shared[];
   const Problem& p = a.p;
   const Place at(p);
