@@ -6,8 +6,8 @@
 namespace fastadapters::cpu {
 namespace {
 
-// bf16 is widened and multiplied in fp32: an x that is read once and a narrow r leave little to gain
-// from instructions for pairs of bf16.
+// bf16 is widened and multiplied in fp32: an x that is read once and a narrow r leave little to
+// gain from instructions for pairs of bf16.
 const SequenceFusionKernels& kernels(Dtype dtype) {
   switch (isa(dtype)) {
 #if defined(__x86_64__)
