@@ -32,7 +32,7 @@ NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 # The backends with a kernel for each op, fastest first.
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
-    "cross_modal_attention": ("cpu",),
+    "cross_modal_attention": ("cpu", "triton"),
     "multimodal": ("cpu", "cuda"),
     "sequence_fusion": ("cpu", "cuda", "triton"),
 }
