@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ test: lint test-main test-gpu ## Everything but the sanitizers
 
 # Two processes with two threads each would wait for each other; what threads change is tested apart.
 test-main: setup hooks
-	OMP_NUM_THREADS=1 pytest -n 2 tests --ignore tests/gpu
+	OMP_NUM_THREADS=1 pytest -n 2 tests --ignore tests/gpu --ignore tests/clients
 
 test-gpu: setup
 	pytest -n 2 tests/gpu
@@ -82,6 +82,18 @@ test-triton-versions: $(TRITON_VERSIONS:%=build/triton/%.stamp) ## Test the Trit
 	for version in $(TRITON_VERSIONS); do \
 	  PYTHONPATH=build/triton/$$version pytest -n 2 tests/gpu/test_triton_compile.py tests/test_triton_interpreter.py || exit 1; \
 	done
+
+# Packages whose adapters `fastadapters.patch` replaces, and what they import, beside the PyTorch of $(VENV).
+# Another version of transformers than that of the other tests is what `adapters` wants.
+CLIENTS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.1 torchscale==0.3.0 \
+  requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.19.post1 charset_normalizer==3.5.3
+
+build/clients.stamp: $(VENV)/tools.stamp
+	pip install --quiet --no-deps --no-compile --upgrade --target build/clients $(CLIENTS)
+	touch $@
+
+test-clients: setup build/clients.stamp ## Test `fastadapters.patch` on the packages themselves (150 MB)
+	PYTHONPATH=build/clients OMP_NUM_THREADS=1 pytest -n 2 tests/clients
 
 CPP_TESTS = $(notdir $(basename $(wildcard tests/cpp/test_*.cpp)))
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..modules.layers import why_called
 from .bottlenecks import Bottleneck, activation_of, run, why_called_on, why_not_plain
-from .patching import Client, Forward
+from .patching import Client, Forward, client_of
 from .trees import tree_hash
 
 _PARTS = frozenset(["adapter_down", "adapter_up"])
@@ -46,6 +46,23 @@ def why_not(module: nn.Module, holder: nn.Module | None) -> str | None:
         return "what is around it may read its second result, which the op doesn't give"
     b = bottleneck_of(module)
     return b if isinstance(b, str) else None
+
+
+def adapter_of(module: Any) -> tuple[Bottleneck, bool] | str:
+    """The layers of the whole adapter, and whether a residual is added."""
+    b = bottleneck_of(module)
+    if isinstance(b, str):
+        return b
+    parallel = client_of(module) is CLIENTS[1]
+    if module.dropout.p > 0.0 or "DropPath" in module._modules:
+        return "dropout or stochastic depth is behind the up-projection"
+    if module.add_layer_norm_after:
+        if b.norm is not None:
+            return "there are two LayerNorms"
+        if module.adapter_residual_before_ln and not parallel:
+            return "the LayerNorm is behind the residual"
+        b = b._replace(norm=module.adapter_norm_after, after=True)
+    return b, not parallel
 
 
 def _up(self: Any, x: Tensor) -> Tensor | None:

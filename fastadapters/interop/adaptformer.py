@@ -42,6 +42,13 @@ def why_not(module: nn.Module, holder: nn.Module | None) -> str | None:
     return b if isinstance(b, str) else None
 
 
+def adapter_of(module: nn.Module) -> tuple[Bottleneck, bool] | str:
+    """The layers, and whether x is added by default."""
+    b = bottleneck_of(module)
+    defaults: Any = type(module).forward.__defaults__
+    return b if isinstance(b, str) else (b, bool(defaults[0]))
+
+
 def override(own: Forward) -> Forward:
     def forward(
         self: nn.Module, x: Tensor, add_residual: bool = True, residual: Tensor | None = None

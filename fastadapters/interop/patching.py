@@ -84,6 +84,13 @@ def known_client(kind: Any) -> Any:
     return None
 
 
+def client_of(module: nn.Module) -> Client | None:
+    """The client of a module, patched or not."""
+    kind = type(module)
+    client: Client | None = known_client(own_class(kind) or kind)
+    return client
+
+
 @functools.cache
 def _patched_class(client: Client, kind: Any, own: Forward) -> Any:
     forward = client.override(own)

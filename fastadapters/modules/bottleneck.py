@@ -112,6 +112,35 @@ class BottleneckAdapter(nn.Module):
         self.up_proj = nn.Linear(bottleneck, dim, bias, device, dtype)
         self.reset_parameters()
 
+    @classmethod
+    def from_module(cls, module: nn.Module) -> BottleneckAdapter:
+        """An adapter that computes what ``module`` does, on the same layers and parameters.
+
+        Args:
+            module: an adapter of AdaptFormer, MultiWay-Adapter or `adapters`, patched or not. What
+                is trained, loaded or hooked in one of the two is in both. The call is ours.
+
+        Raises:
+            ValueError: ``module`` is none of them, or computes what no op does.
+        """
+        from ..interop.sharing import adapter_of  # which builds on these modules
+
+        layers, residual = adapter_of(module)
+        adapter = cls.__new__(cls)
+        nn.Module.__init__(adapter)
+        adapter.activation = layers.activation
+        adapter.dropout = layers.dropout
+        adapter.layernorm = None if layers.norm is None else "out" if layers.after else "in"
+        adapter.residual = residual
+        adapter.init = "lora"
+        adapter.scale = layers.scale  # type: ignore[assignment]
+        if layers.norm is not None:
+            adapter.adapter_layer_norm_before = layers.norm  # type: ignore[assignment]
+        adapter.down_proj = layers.down  # type: ignore[assignment]
+        adapter.up_proj = layers.up  # type: ignore[assignment]
+        adapter.training = module.training
+        return adapter
+
     def reset_parameters(self) -> None:
         """Draw the weights as ``init`` says; biases 0, LayerNorm and learnable scale 1."""
         for layer in (self.down_proj, self.up_proj):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from ..ops.codes import ACTIVATION_CODES
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
+
+
+def _names(modalities: Iterable[str]) -> tuple[str, ...]:
+    names = () if isinstance(modalities, str) else tuple(modalities)
+    if len(set(names)) != 2 or not all(isinstance(n, str) and n.isidentifier() for n in names):
+        raise ValueError(f"modalities: expected two different names, got {modalities!r}")
+    return names
 
 
 class MultiwayAdapter(nn.Module):
@@ -41,12 +49,40 @@ class MultiwayAdapter(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        names = () if isinstance(modalities, str) else tuple(modalities)
-        if len(set(names)) != 2 or not all(isinstance(n, str) and n.isidentifier() for n in names):
-            raise ValueError(f"modalities: expected two different names, got {modalities!r}")
-        self.modalities = names
-        for name in names:
-            self.add_module(f"adaptmlp_{name}", BottleneckAdapter(dim, bottleneck, **options))
+        self._add({n: BottleneckAdapter(dim, bottleneck, **options) for n in _names(modalities)})
+
+    @classmethod
+    def from_modules(cls, modules: Mapping[str, nn.Module]) -> MultiwayAdapter:
+        """An adapter per modality that shares layers and parameters with other adapters.
+
+        Args:
+            modules: {modality: adapter}, the first modality first; each as in
+                `BottleneckAdapter.from_module`, or a `BottleneckAdapter`. For a layer of
+                MultiWay-Adapter ``{"text": layer.adaptmlp_text, "vision": layer.adaptmlp_vision}``,
+                the names being crossed there.
+
+        Raises:
+            ValueError: naming the modality whose module computes what no op does.
+        """
+        adapters: dict[str, BottleneckAdapter] = {}
+        for name in _names(modules):
+            module = modules[name]
+            if not isinstance(module, BottleneckAdapter):
+                try:
+                    module = BottleneckAdapter.from_module(module)
+                except ValueError as error:
+                    raise ValueError(f"modules[{name!r}]: {error}") from None
+            adapters[name] = module
+        multiway = cls.__new__(cls)
+        nn.Module.__init__(multiway)
+        multiway._add(adapters)
+        multiway.training = any(adapter.training for adapter in adapters.values())
+        return multiway
+
+    def _add(self, adapters: dict[str, BottleneckAdapter]) -> None:
+        self.modalities = tuple(adapters)
+        for name, adapter in adapters.items():
+            self.add_module(f"adaptmlp_{name}", adapter)
 
     def _adapters(self) -> tuple[BottleneckAdapter, BottleneckAdapter]:
         first, second = (getattr(self, f"adaptmlp_{name}") for name in self.modalities)
