@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ..activations import activate, activation_backward
 from .modalities import (
-    append,
     counted,
     even,
     factor_product,
@@ -53,70 +52,61 @@ def factors_kernel(
 ):
     """From BLOCK_M rows of dy: dP over a chunk of columns, and the part of dU, of one rank.
 
-    Of the modalities whose bits are set in TIMES (dP) and FEATURES (dU). The factors F = P U are
-    formed again; what multiplies F_m is the product of those before and of those after it.
+    Of the modalities whose bits are set in TIMES (dP) and FEATURES (dU), each in programs of its
+    own. The factors F = P U of all the others are formed again and multiplied: no division.
     """
     n = tl.program_id(0).to(N.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = n < N
     item = (n // To).to(tl.int64)
     o = n % To
     blocks: tl.constexpr = R // BLOCK_R
-    q = tl.program_id(1) // blocks
+    m = tl.program_id(1) // (rank * blocks)
+    q = tl.program_id(1) // blocks % rank
     units = tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = pick(widths, m)
+    inside = units < r
     rows = (item * rank + q) * To + o
     dy_rows = item * dy_stride0 + o.to(tl.int64) * dy_stride1
+    places = (start_of(m, widths) * N * rank + rows * r)[:, None] + units[None, :]
+    whole = in_rows[:, None] & inside[None, :]
+    p = tl.load(products + places, mask=whole, other=0.0).to(DTYPE)
+    slab = feature_slabs
+    if FEATURES:
+        slab += tl.cast(tl.program_id(0), tl.int64) * feature_slab_size
+        slab += (start_of(m, widths) * rank + tl.cast(q, tl.int64) * r) * D
+    d_product = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     begin = tl.program_id(2) * chunk
-
-    d_product = ()
-    for _ in tl.static_range(len(widths)):
-        d_product = append(d_product, tl.zeros([BLOCK_M, BLOCK_R], tl.float32))
     for k in range(begin, tl.minimum(begin + chunk, D), BLOCK_D):
         cols = k + tl.arange(0, BLOCK_D)
+        in_cols = cols < D
         g = tl.load(
             dy + dy_rows[:, None] + cols[None, :],
-            mask=in_rows[:, None] & (cols < D)[None, :],
+            mask=in_rows[:, None] & in_cols[None, :],
             other=0.0,
         ).to(tl.float32)
-        factor = ()
-        for m in tl.static_range(len(widths)):
-            places = start_of(m, widths) * N * rank + rows * widths[m]
-            f = factor_product(
-                products, 0, 1, None, None, places, in_rows, feature_factors[m], q, cols, ranks,
-                widths[m], D, SUMMED, DTYPE, PRECISION, R, BLOCK_R,
+        for i in range(len(widths) - 1):
+            other = i + (i >= m).to(tl.int32)
+            width = pick(widths, other)
+            g *= factor_product(
+                products, 0, 1, None, None, start_of(other, widths) * N * rank + rows * width,
+                in_rows, pick(feature_factors, other), q, cols, ranks, width, D,
+                SUMMED, DTYPE, PRECISION, R, BLOCK_R,
             )  # fmt: skip
-            factor = append(factor, f)
-        after = (tl.full([BLOCK_M, BLOCK_D], 1.0, tl.float32),)
-        for i in tl.static_range(1, len(widths)):
-            after = (after[0] * factor[len(widths) - i],) + after  # noqa: RUF005
-        sums = ()
-        for m in tl.static_range(len(widths)):
-            r = widths[m]
-            d_factor = (g * after[m]).to(DTYPE)
-            g *= factor[m]
-            if (FEATURES >> m) & 1:
-                start = start_of(m, widths) * N * rank
-                places = (start + rows * r)[:, None] + units[None, :]
-                mask = in_rows[:, None] & (units < r)[None, :]
-                p = tl.load(products + places, mask=mask, other=0.0).to(DTYPE)
-                d_feature = tl.dot(tl.trans(p), d_factor, input_precision=PRECISION)
-                slab = feature_slabs + tl.cast(tl.program_id(0), tl.int64) * feature_slab_size
-                slab += (start_of(m, widths) * rank + tl.cast(q, tl.int64) * r) * D
-                places = units[:, None].to(tl.int64) * D + cols[None, :]
-                tl.store(slab + places, d_feature, mask=(units < r)[:, None] & (cols < D)[None, :])
-            part = d_product[m]
-            if (TIMES >> m) & 1:
-                u = feature_factor(feature_factors[m], q, units, cols, ranks, r, D, SUMMED, DTYPE)
-                part = tl.dot(d_factor, tl.trans(u), part, input_precision=PRECISION)
-            sums = append(sums, part)
-        d_product = sums
-    for m in tl.static_range(len(widths)):
-        if (TIMES >> m) & 1:
-            r = widths[m]
-            sums = d_products + tl.cast(tl.program_id(2), tl.int64) * d_products_stride
-            sums += start_of(m, widths) * N * rank
-            places = (rows * r)[:, None] + units[None, :]
-            mask = in_rows[:, None] & (units < r)[None, :]
-            tl.store(sums + places, d_product[m], mask=mask)
+        d_factor = g.to(DTYPE)
+        if FEATURES:
+            d_feature = tl.dot(tl.trans(p), d_factor, input_precision=PRECISION)
+            wanted = inside & (((FEATURES >> m) & 1) == 1)
+            tl.store(
+                slab + units[:, None].to(tl.int64) * D + cols[None, :],
+                d_feature,
+                mask=wanted[:, None] & in_cols[None, :],
+            )
+        if TIMES:
+            u = feature_factor(pick(feature_factors, m), q, units, cols, ranks, r, D, SUMMED, DTYPE)
+            d_product = tl.dot(d_factor, tl.trans(u), d_product, input_precision=PRECISION)
+    if TIMES:
+        sums = d_products + tl.cast(tl.program_id(2), tl.int64) * d_products_stride
+        tl.store(sums + places, d_product, mask=whole)
 
 
 @triton.jit(do_not_specialize=["B", "group", "chunks"])

@@ -142,14 +142,14 @@ def fuse_kernel(
         total += tl.load(residual + places[:, None] + cols[None, :], mask=whole, other=0.0)
     if ADD_LEADING:
         begin = tl.zeros([BLOCK_M], tl.int32)
-        for m in tl.static_range(len(xs)):
-            end = begin + counted(lengths, m, tl.minimum(item, B - 1), B, even(tokens[m]))
+        for i in tl.static_range(len(xs)):
+            end = begin + counted(lengths, i, tl.minimum(item, B - 1), B, even(tokens[i]))
             mine = in_rows & (o >= begin) & (o < end)
             t = (o - begin).to(tl.int64)
-            places = item * item_strides[m] + t * token_strides[m]
+            places = item * item_strides[i] + t * token_strides[i]
             leading = tl.load(
-                xs[m] + places[:, None] + cols[None, :],
-                mask=mine[:, None] & (cols < tl.minimum(D, dims[m]))[None, :],
+                xs[i] + places[:, None] + cols[None, :],
+                mask=mine[:, None] & (cols < tl.minimum(D, dims[i]))[None, :],
                 other=0.0,
             )
             total += leading.to(tl.float32)
@@ -158,13 +158,12 @@ def fuse_kernel(
     for q in range(rank):
         rows = (item * rank + q) * To + o
         product = tl.full([BLOCK_M, BLOCK_D], 1.0, tl.float32)
-        for m in tl.static_range(len(feature_factors)):
-            r = widths[m]
-            start = start_of(m, widths) * N * rank
+        for m in range(len(widths)):
+            r = pick(widths, m)
             product *= factor_product(
-                partials, partial_stride, even(partial_counts[m]), products, keep,
-                start + rows * r, in_rows, feature_factors[m], q, cols, ranks, r, D,
-                SUMMED, DTYPE, PRECISION, R, BLOCK_R,
+                partials, partial_stride, even(pick(partial_counts, m)), products, keep,
+                start_of(m, widths) * N * rank + rows * r, in_rows, pick(feature_factors, m), q,
+                cols, ranks, r, D, SUMMED, DTYPE, PRECISION, R, BLOCK_R,
             )  # fmt: skip
         total += product
     tl.store(

@@ -27,12 +27,6 @@ def pick_stride(strides, m):
 
 
 @triton.jit
-def append(values, value):
-    """A tuple with one value more."""
-    return values + (value,)  # noqa: RUF005
-
-
-@triton.jit
 def even(odd):
     """n of 2 n + 1, as the host passes what changes from call to call inside of a tuple.
 

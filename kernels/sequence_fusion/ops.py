@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadapters.ops.codes import DTYPES
 from fastadapters.ops.sequence_fusion import allocate_forward, allocate_gradients
 
-from ..launch import Tile, architecture, guard, precision, processors, triton_dtype
+from ..launch import Tile, guard, precision, processors, triton_dtype
 from . import tiles
 from .backward import factors_kernel, inputs_kernel, reduce_kernel, tokens_kernel
 from .forward import combine_kernel, fuse_kernel
@@ -57,7 +57,6 @@ class Problem(NamedTuple):
     factor_tokens: tuple[int, ...]
     block_r: int
     padded_r: int
-    arch: str
 
     @property
     def rank_out(self) -> int:
@@ -75,12 +74,15 @@ class Problem(NamedTuple):
     def strides(self, dim: int) -> tuple[int, ...]:
         return tuple(x.stride(dim) for x in self.xs)
 
-    def tile(self, kernel: Any, rows: int, columns: int) -> Tile:
-        return tiles.tile(kernel.__name__, rows, columns, self.dtype, self.arch)
+    def row_tile(self, kernel: Any) -> Tile:
+        """Of rows of y and columns of D."""
+        return tiles.tile(kernel.__name__, None, self.dim, self.block_r, self.dtype)
 
     def token_tile(self, kernel: Any) -> Tile:
-        """One that does not depend on how many tokens there are: it decides the order of sums."""
-        return self.tile(kernel, max(self.factor_tokens), max(self.dims))
+        """Of tokens and columns of D_m; not by how many tokens there are: it decides what is summed
+        in which order."""
+        tokens, columns = max(self.factor_tokens), max(self.dims)
+        return tiles.tile(kernel.__name__, tokens, columns, self.block_r, self.dtype)
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **meta: Any
@@ -118,7 +120,7 @@ def _problem(
         xs=tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs),
         down_weights=of_one_dtype(down_weights),
         time_factors=of_one_dtype(time_factors),
-        feature_factors=tuple(u.contiguous() for u in feature_factors),
+        feature_factors=of_one_dtype(feature_factors),
         lengths=None if lengths is None else lengths.contiguous(),
         dtype=dtype,
         items=inputs[0].shape[0],
@@ -134,7 +136,6 @@ def _problem(
         factor_tokens=tuple(a.shape[1] for a in time_factors),
         block_r=block_r,
         padded_r=triton.cdiv(max(widths), block_r) * block_r,
-        arch=architecture(),
     )
 
 
@@ -219,7 +220,7 @@ def sequence_fusion_forward(
                 SUMMED=summed and p.time_ranks > 1,
                 BLOCK_O=tiles.BLOCK_O,
             )
-        tile = p.tile(fuse_kernel, p.rows, p.dim)
+        tile = p.row_tile(fuse_kernel)
         p.launch(
             fuse_kernel,
             (triton.cdiv(p.rows, tile.block_m), triton.cdiv(p.dim, tile.block_d)),
@@ -310,9 +311,9 @@ def sequence_fusion_backward(
 
     with guard(device):
         if of_dz | of_time | of_feature:
-            tile = p.tile(factors_kernel, p.rows, p.dim)
+            tile = p.row_tile(factors_kernel)
             row_blocks = triton.cdiv(p.rows, tile.block_m)
-            blocks = p.rank * p.padded_r // p.block_r
+            blocks = modalities * p.rank * p.padded_r // p.block_r
             column_blocks = triton.cdiv(p.dim, tile.block_d)
             chunk = triton.cdiv(
                 column_blocks, max(1, min(most // (row_blocks * blocks), column_blocks))
