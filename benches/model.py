@@ -106,6 +106,22 @@ class Counts:
         }
 
 
+def counted(report: Any, again: float = 0, resident: float = 0) -> Counts:
+    """Of one launch on the PTX machine."""
+    traffic = report.traffic()
+    return Counts(
+        read=traffic.read,
+        written=traffic.written,
+        distinct=traffic.read_unique + traffic.written_unique,
+        again=again,
+        flops=report.count("mma.sync") * 2 * 16 * 8 * 16,
+        instructions=sum(report.instructions.values()) - sum(map(report.count, FREE)),
+        wavefronts=report.wavefronts,
+        resident=resident,
+        fma=report.count("fma.rn.f32"),
+    )
+
+
 def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int]:
     """A training step with fp32 parameters; how many of its kernels are forward's.
 
@@ -134,20 +150,12 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
             ops.bottleneck_backward(dy, x, z, stats, *parameters, *options, 0b1111111)
 
     def measure(report: Any) -> Counts:
-        traffic = report.traffic()
         rows_traffic = [report.traffic(t) for t in (x, dy)]
         blocks = PROCESSORS[arch].shared // (report.shared_bytes + 1024)
-        free = sum(report.count(prefix) for prefix in FREE)
-        return Counts(
-            read=traffic.read,
-            written=traffic.written,
-            distinct=traffic.read_unique + traffic.written_unique,
+        return counted(
+            report,
             again=sum(t.read - t.read_unique for t in rows_traffic),
-            flops=report.count("mma.sync") * 2 * 16 * 8 * 16,
-            instructions=sum(report.instructions.values()) - free,
-            wavefronts=report.wavefronts,
             resident=blocks * TILE * w.dim * stored.itemsize if "data_pass" in report.name else 0,
-            fma=report.count("fma.rn.f32"),
         )
 
     return [measure(report) for report in simulation.launches], forward
@@ -213,12 +221,12 @@ def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
     return found
 
 
-def row(w: Bottleneck, gpu: Gpu, direction: str, counts: list[Counts], floor: float) -> str:
+def row(name: str, gpu: Gpu, direction: str, counts: list[Counts], floor: float) -> str:
     times = [c.times(gpu) for c in counts]
     total = {name: sum(t[name] for t in times) for name in times[0]}
     predicted = sum(max(t.values()) for t in times)
     cells = [
-        f"{w.name}, D {w.dim}, r {w.bottleneck}",
+        name,
         direction,
         f"{total['memory'] * gpu.memory / 1e6:.0f}",
         f"{sum(c.flops for c in counts) / 1e9:.1f}",
@@ -231,39 +239,45 @@ def row(w: Bottleneck, gpu: Gpu, direction: str, counts: list[Counts], floor: fl
     return f"| {' | '.join(cells)} |"
 
 
+def head(gpu: Gpu) -> list[str]:
+    return [
+        f"### {gpu.name}",
+        "",
+        f"{gpu.processors} processors, {gpu.clock / 1e9:.2f} GHz, memory"
+        f" {gpu.memory / 1e12:.2f} TB/s, L2 {gpu.l2 / 1e12:.1f} TB/s of"
+        f" {gpu.l2_size / 1e6:.0f} MB, mma.sync {gpu.tensor / 1e12:.0f} TFLOP/s.",
+        "",
+        "| workload | | MB | GFLOP | k instructions a processor | memory | L2 | tensor |"
+        " issue | shared | binds | predicted | of the floor |",
+        "|---|---|" + "---:|" * 8 + "---|---:|---:|",
+    ]
+
+
 def section() -> str:
     lines = [HEADING, "", INTRODUCTION.strip(), ""]
     for gpu in GPUS:
-        lines += [
-            f"### {gpu.name}",
-            "",
-            f"{gpu.processors} processors, {gpu.clock / 1e9:.2f} GHz, memory"
-            f" {gpu.memory / 1e12:.2f} TB/s, L2 {gpu.l2 / 1e12:.1f} TB/s of"
-            f" {gpu.l2_size / 1e6:.0f} MB, mma.sync {gpu.tensor / 1e12:.0f} TFLOP/s.",
-            "",
-            "| workload | | MB | GFLOP | k instructions a processor | memory | L2 | tensor |"
-            " issue | shared | binds | predicted | of the floor |",
-            "|---|---|" + "---:|" * 8 + "---|---:|---:|",
-        ]
+        lines += head(gpu)
         for w in BOTTLENECK:
             if LIMITS["bottleneck", "cuda", "other", torch.bfloat16].exceeded(w.dim, w.bottleneck):
                 continue
             costs = w.costs(training=True)
+            name = f"{w.name}, D {w.dim}, r {w.bottleneck}"
             for direction, counts, cost in zip(
                 ("forward", "backward"), kernels(w, gpu), costs, strict=True
             ):
-                lines.append(row(w, gpu, direction, counts, 2.0 * cost.elements))
+                lines.append(row(name, gpu, direction, counts, 2.0 * cost.elements))
         lines.append("")
     return "\n".join(lines)
 
 
-def main() -> None:
-    text = PAGE.read_text() if PAGE.exists() else "# Performance\n\n"
-    before, found, after = text.partition(HEADING)
+def rewrite(heading: str, text: str) -> None:
+    """Puts ``text`` in the place of a section of the page."""
+    page = PAGE.read_text() if PAGE.exists() else "# Performance\n\n"
+    before, found, after = page.partition(f"{heading}\n")
     rest = re.search(r"^## ", after, re.MULTILINE) if found else None
     end = after[rest.start() :] if rest else ""
-    PAGE.write_text(before.rstrip() + "\n\n" + section() + ("\n" + end if end else ""))
+    PAGE.write_text(before.rstrip() + "\n\n" + text + ("\n" + end if end else ""))
 
 
 if __name__ == "__main__":
-    main()
+    rewrite(HEADING, section())

@@ -149,7 +149,8 @@ __device__ __forceinline__ void down_item_tile(const Problem& p, char* shared, i
 
 // A block for each tile of each item, where r > kPart.
 template <class E>
-__global__ void __launch_bounds__(kThreads, 3) down_wide(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, E::kTensorCore ? 3 : 2)
+    down_wide(const __grid_constant__ Problem p) {
   extern __shared__ __align__(128) char shared[];
   down_item_tile<E, 64>(p, shared, blockIdx.x / p.tiles, blockIdx.x % p.tiles);
 }

@@ -159,7 +159,8 @@ struct BackwardPass : Problem {
 // Block (column group, row group, q) of factors, (tile of an item, item group) of hidden, item
 // group of both.
 template <class E>
-__global__ void __launch_bounds__(kThreads, 3) backward(const __grid_constant__ BackwardPass p) {
+__global__ void __launch_bounds__(kThreads, E::kTensorCore ? 3 : 2)
+    backward(const __grid_constant__ BackwardPass p) {
   extern __shared__ __align__(128) char shared[];
   const bool both = p.half == BackwardHalf::both, hidden = p.half == BackwardHalf::hidden;
   const int items_group = both ? blockIdx.x : blockIdx.y;

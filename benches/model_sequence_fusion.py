@@ -1,0 +1,71 @@
+"""What the CUDA kernels of sequence fusion should take on GPUs that this machine need not have.
+
+    python -m benches.model_sequence_fusion    # rewrites its section of docs/performance.md
+
+Counts are exact: the kernels run on the PTX machine at full size, cut for as many processors as the
+GPU has. Rates and what is made of them: see model.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
+
+from .model import GPUS, Counts, Gpu, counted, head, rewrite, row
+from .workloads import SEQUENCE_FUSION, SequenceFusion
+
+HEADING = "## GPU: predicted, sequence fusion"
+INTRODUCTION = """
+Not measured: written by `python -m benches.model_sequence_fusion`; columns as in the section above.
+bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens, all gradients. What
+kernels hand to each other (P, z, dP, dz, partial sums) counts as memory, though most of it stays in
+the L2 cache. Backward's floor has x and dx, dy, and the parameters and their gradients.
+"""
+
+
+def run(w: SequenceFusion, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
+    """The kernels of forward and of backward."""
+    import cuda_backend
+    import device
+
+    ops = cuda_backend.load()
+    r, bf16 = w.bottleneck, DTYPE_CODES[torch.bfloat16]
+    modalities = range(len(w.lengths))
+    device.MULTIPROCESSORS = gpu.processors
+    with device.arena():
+        xs = [torch.zeros(w.batch, t, w.dim, dtype=torch.bfloat16) for t in w.lengths]
+        parameters = (
+            [torch.zeros(r, w.dim) for _ in modalities],
+            [torch.zeros(r) for _ in modalities],
+            [torch.zeros(w.rank, t, w.out_len) for t in w.lengths],
+            [torch.zeros(w.rank, r, w.dim) for _ in modalities],
+            None,
+        )
+        options = (ACTIVATION_CODES["gelu"], bf16, bf16, False, True)
+        with device.simulate(gpu.arch) as simulation:
+            y, products, z = ops.sequence_fusion_forward(xs, None, *parameters, *options, True)
+            forward = len(simulation.launches)
+            needs = (1 << 5 * len(w.lengths)) - 1
+            ops.sequence_fusion_backward(y, xs, products, z, *parameters, *options, needs)
+    counts = [counted(report) for report in simulation.launches]
+    return counts[:forward], counts[forward:]
+
+
+def section() -> str:
+    lines = [HEADING, "", INTRODUCTION.strip(), ""]
+    for gpu in GPUS:
+        lines += head(gpu)
+        for w in SEQUENCE_FUSION:
+            name = f"{w.name}, B {w.batch}, D {w.dim}, r {w.bottleneck}"
+            for direction, counts, cost in zip(
+                ("forward", "backward"), run(w, gpu), w.costs(training=True), strict=True
+            ):
+                lines.append(row(name, gpu, direction, counts, 2.0 * cost.elements))
+                print(lines[-1], flush=True)
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    rewrite(HEADING, section())
