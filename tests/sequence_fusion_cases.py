@@ -111,7 +111,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a sample; those of modality m are named "x m", "down_weight m" and so on."""
     gen = torch.Generator().manual_seed(seed)
 
@@ -139,6 +139,8 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         draws = [torch.randint(0, t + 1, (case.items,), generator=gen) for t in case.tokens]
         tensors["lengths"] = torch.stack(draws)
     tensors["cotangent"] = randn(case.items, case.out_len, case.dim).to(out_dtype)
+    if device != "cpu":
+        tensors = {n: torch.empty_like(t, device=device).copy_(t) for n, t in tensors.items()}
     return tensors
 
 
@@ -152,7 +154,7 @@ def run(
     names = [n for n in tensors if n not in ("cotangent", "lengths") and needs(n)]
     leaves = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
     groups = [[leaves.get(f"{g} {m}") for m in range(len(case.tokens))] for g in GROUPS]
-    autocast = torch.autocast("cpu", case.dtype, enabled=case.mixed)
+    autocast = torch.autocast(tensors["cotangent"].device.type, case.dtype, enabled=case.mixed)
     with fastadapters.backend(backend), autocast:
         y = functional.sequence_fusion(
             *groups,  # type: ignore[arg-type]
@@ -167,12 +169,12 @@ def run(
 
 
 def reference_pair(
-    case: Case, seed: int = 0, **kwargs: Any
+    case: Case, seed: int = 0, device: str = "cpu", **kwargs: Any
 ) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """(gold, base) of a draw: the reference in float64 and in the compute dtype, as `compare`'s."""
 
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        drawn = inputs(case, seed + draw)
+        drawn = inputs(case, seed + draw, device)
         exact = {
             name: t if name == "lengths" else (t if case.mixed else t.to(case.dtype)).double()
             for name, t in drawn.items()
@@ -183,12 +185,14 @@ def reference_pair(
     return pair
 
 
-def check_backend(case: Case, backend: str, seed: int = 0, **kwargs: Any) -> dict[str, Tensor]:
+def check_backend(
+    case: Case, backend: str, seed: int = 0, device: str = "cpu", **kwargs: Any
+) -> dict[str, Tensor]:
     """Output and gradients of ``backend``, under the tolerance rule; inputs untouched."""
-    tensors = inputs(case, seed)
+    tensors = inputs(case, seed, device)
     before = {name: t.clone() for name, t in tensors.items()}
     out = run(case, tensors, backend, **kwargs)
-    check_all(out, reference_pair(case, seed, **kwargs), str(case))
+    check_all(out, reference_pair(case, seed, device, **kwargs), str(case))
     for name, t in tensors.items():
         assert torch.equal(t, before[name]), f"{case}: {name} was written to"
     return out

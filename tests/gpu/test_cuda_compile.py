@@ -161,6 +161,20 @@ def test_kernels_fit(arch: int) -> None:
         assert lines(arch) == expected, f"run python {__file__}"
 
 
+@pytest.mark.parametrize("arch", TESTED)
+def test_sequence_fusion_fits(arch: int) -> None:
+    """Nothing spills, and tensor cores multiply, but in fp32; two blocks have their registers."""
+    kernels = of_op("sequence_fusion", arch)
+    multiplying = [r for r in kernels if re.search("BFloat16|Float16|Float32", r.name)]
+    assert len(multiplying) == 5 * len(DTYPES)
+    for r in kernels:
+        assert r.spills == 0 and r.stack == 0, r.name
+        expected = r in multiplying and "Float32ILb0E" not in r.name
+        assert bool(r.matrix.get("HMMA")) == expected, r.name
+        threads = 128 if r in multiplying else 256
+        assert occupancy(arch, registers=r.registers, shared=r.shared, threads=threads).blocks >= 2
+
+
 def compiler() -> str:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     return f"nvcc {re.findall(r'V([0-9.]+)', version.stdout)[0]}"

@@ -204,23 +204,27 @@ def test_tf32(tf32: None) -> None:
             assert error <= 2 * allowed + 2e-3 * gold[name].abs().max(), name
 
 
+# Several tiles of everything that is walked over, and more steps than stages; both forms of x, and
+# one modality without the barriers that a bias brings.
+WALKS = replace(FOOD, dims=(192, 192), dim=40, items=6, x_dtypes=(FP32, BF16))
+MIXED_FOOD = replace(FOOD, items=2, dim=40, rank=5, x_dtypes=(FP32, BF16))
 KERNELS = {
-    "forward": ("7forwardINS0_8BFloat16E", [MOSI, replace(FOOD, dims=(320, 40), dim=40, rank=2)]),
-    "down_wide": ("down_wideINS0_8BFloat16E", [replace(FOOD, widths=(80, 16), dim=40, rank=5)]),
+    "forward": (
+        "7forwardINS0_8BFloat16E",
+        [replace(MOSI, residual="none", x_dtypes=(BF16, FP32, BF16)), MIXED_FOOD],
+    ),
+    "down_wide": ("down_wideINS0_8BFloat16E", [replace(MIXED_FOOD, widths=(80, 80))]),
     "backward": (
         "8backwardINS0_8BFloat16E",
-        [replace(MOSI, rank=3), replace(FOOD, dims=(40, 40), dim=80, items=9, rank=3)],
-    ),
-    "inputs": (
-        "6inputsINS0_8BFloat16ELi64E",
         [
-            replace(FOOD, dims=(64, 64), dim=64, widths=(20, 20), items=9),
-            replace(FOOD, dims=(64, 64), dim=64, widths=(80, 20), items=5),
+            replace(MOSI, residual="none", rank=3),
+            replace(FOOD, dims=(40, 40), dim=80, widths=(40, 20), rank=3, biases="some"),
         ],
     ),
+    "inputs": ("6inputsINS0_8BFloat16ELi64E", [replace(WALKS, widths=(80, 20))]),
     "inputs_fp32": (
         "6inputsINS0_7Float32ILb0EEELi64E",
-        [replace(FOOD, dims=(64, 64), dim=64, widths=(80, 20), items=5, dtype=FP32)],
+        [replace(WALKS, widths=(80, 20), x_dtypes=None)],
     ),
 }
 

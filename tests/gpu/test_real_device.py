@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sequence_fusion_cases as fusion
 import torch
 from bottleneck_cases import DTYPES, Case, check_backend, inputs, option_cases, run, shape_cases
 from torch import Tensor
@@ -42,6 +43,35 @@ def test_equal_bits_from_run_to_run(dtype: torch.dtype, backend: str) -> None:
     first = run(case, tensors, backend)
     for _ in range(100):
         for name, t in run(case, tensors, backend).items():
+            assert torch.equal(first[name], t), name
+
+
+SMOOTH = {"activation": "silu"}  # what relu's kink decides no tolerance covers
+FUSION = [
+    *(
+        replace(case, **SMOOTH if case.activation == "relu" and dtype != torch.float32 else {})
+        for dtype in DTYPES
+        for case in [*fusion.option_cases(dtype=dtype), *fusion.shape_cases(dtype=dtype)]
+    ),
+    *fusion.mixed_cases(torch.bfloat16),
+    *fusion.mixed_cases(torch.float16),
+]
+
+
+@pytest.mark.parametrize("case", FUSION, ids=str)
+def test_sequence_fusion_matches_reference(case: fusion.Case, backend: str) -> None:
+    fusion.check_backend(case, backend, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequence_fusion_gives_equal_bits(dtype: torch.dtype, backend: str) -> None:
+    """UPMC-Food101's sizes, with lengths and all gradients."""
+    case = fusion.Case((197, 512), (768, 768), (16, 16), 64, 16, 768, rank=4, dtype=dtype)
+    case = replace(case, residual="leading", lengths=True)
+    tensors = fusion.inputs(case, device=DEVICE)
+    first = fusion.run(case, tensors, backend)
+    for _ in range(100):
+        for name, t in fusion.run(case, tensors, backend).items():
             assert torch.equal(first[name], t), name
 
 

@@ -57,7 +57,7 @@ __device__ __forceinline__ void down_tile(const Problem& p, char* shared, int m,
       }
       copy_commit();
     };
-    if (begin > 0) __syncthreads();
+    if (kWidth > kPart && begin > 0) __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) load_next(i);
     float z[1][kN][4] = {};

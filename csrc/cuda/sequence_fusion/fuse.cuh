@@ -170,9 +170,9 @@ __global__ void __launch_bounds__(kThreads, 4) forward(const __grid_constant__ F
     __syncthreads();
   }
   if (down) return;
-  const int row = both ? item * p.out_len : blockIdx.y * kTile;
+  const int row = both ? item * p.out_len : blockIdx.x * kTile;
   const int last_row = both ? row + p.out_len : min(row + kTile, p.items * p.out_len);
-  const int column = both ? 0 : blockIdx.x * kTile;
+  const int column = both ? 0 : blockIdx.y * kTile;
   const int last_column = both ? p.dim : column + kTile;
 #pragma unroll 1
   for (int i = row; i < last_row; i += kTile) {

@@ -107,7 +107,7 @@ void run(const SequenceFusionForward& op, Arena* arena, cudaStream_t stream) {
     launch(forward<E>, p.tiles * p.items, kThreads, down_bytes, stream, p);
   }
   p.half = Half::fuse;
-  const dim3 grid(divide_up(p.dim, kTile), divide_up(int64_t(p.items) * p.out_len, kTile));
+  const dim3 grid(divide_up(int64_t(p.items) * p.out_len, kTile), divide_up(p.dim, kTile));
   launch(forward<E>, grid, kThreads, kFuseBytes, stream, p);
 }
 
