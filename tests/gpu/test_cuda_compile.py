@@ -175,6 +175,16 @@ def test_sequence_fusion_fits(arch: int) -> None:
         assert occupancy(arch, registers=r.registers, shared=r.shared, threads=threads).blocks >= 2
 
 
+@pytest.mark.parametrize("arch", TESTED)
+def test_head_fits(arch: int) -> None:
+    """No kernel of the head spills, and registers let two blocks share a processor."""
+    kernels = of_op("multimodal", arch)
+    assert len(kernels) == 14
+    for r in kernels:
+        assert r.spills == 0 and r.stack == 0, r.name
+        assert r.registers <= (128 if "rows_" in r.name or "hidden_" in r.name else 255), r.name
+
+
 def compiler() -> str:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     return f"nvcc {re.findall(r'V([0-9.]+)', version.stdout)[0]}"

@@ -18,9 +18,10 @@ from compare import check_all, last_bit
 from multimodal_cases import ADAPT, ADDITIVE, BIASES, INF, MASKED, head_tensors, logits
 from torch import Tensor
 
+import fastadapters
 from fastadapters import backends, ops
 from fastadapters.ops.codes import DTYPE_CODES
-from fastadapters.ops.multimodal import PARAMETERS
+from fastadapters.ops.multimodal import PARAMETERS, STATES
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -218,8 +219,6 @@ def test_computes_only_what_is_asked(bias: Sequence[Sequence[float]], simulated:
 
 
 def test_state_is_what_the_fake_kernel_says(simulated: Any) -> None:
-    from fastadapters.ops.multimodal import STATES
-
     tensors = sample(9, 5, 23, 12, 7, learnable=True, down=2)
     with torch.no_grad(), device.simulate(80):
         size, _ = call(simulated, tensors, ADDITIVE, ["logit_scale"])
@@ -236,55 +235,12 @@ def test_traffic(bias: Sequence[Sequence[float]], arch: int) -> None:
     """Logits go out once, in whole sectors, and no bank conflict slows a loop."""
     tensors = sample(64, 32, 96, 64, 32)
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
-    with device.simulate(arch) as run:
-        import fastadapters
-
-        with fastadapters.backend("cuda"):
-            out = logits(leaves, bias=bias)
-            forward = len(run.launches)
-            out.sum().backward()
+    with device.simulate(arch) as run, fastadapters.backend("cuda"):
+        out = logits(leaves, bias=bias)
+        forward = len(run.launches)
+        out.sum().backward()
     last = run.launches[forward - 1]
     assert last.traffic(out).written == last.traffic(out).written_sectors == out.nbytes
     assert run.total().traffic(out).written == out.nbytes
     for report in run.launches:
         assert report.conflict_ratio <= 1.02, (report.name, report.conflicts()[:3])
-
-
-KERNELS = {
-    "run_stage": ADDITIVE,
-    "6attendI": ADDITIVE,
-    "attend_backwardI": ADDITIVE,
-    "pair_forwardILb1": ADDITIVE,
-    "pair_backwardILb1": ADDITIVE,
-    "mix_forward": MASKED,
-    "mix_backward": MASKED,
-    "hidden_backward": MASKED,
-    "rows_forward": MASKED,
-    "rows_backward": ADDITIVE,
-}
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_synchronisation_is_needed(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any one barrier, commit or wait deleted, the machine finds a fault."""
-    (name,) = (n for n in device._kernels if kernel in n and "ILi64" not in n)
-    tensors = sample(70, 35, 72, 16, 12)
-
-    def is_caught() -> bool:
-        for seed in range(3):
-            try:
-                with device.simulate(80, seed):
-                    against_reference.run(
-                        lambda t: logits(t, bias=KERNELS[kernel]), tensors, "cuda"
-                    )
-            except device.Fault:
-                return True
-        return False
-
-    assert not is_caught()
-    missed = []
-    for what, text in device.mutants(device._kernels[name][80], name):
-        monkeypatch.setitem(device._kernels, name, {80: text})
-        if not is_caught():
-            missed.append(what)
-    assert not missed
