@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activations import IDENTITY, activate
 from .rows import load_stats, load_vector, row_offsets
 
 
@@ -162,3 +163,57 @@ def transposed_product(
         if SUM and not wide:
             products = tl.dot(tl.trans(a_tile), ones, products, input_precision=PRECISION)
     return product, tl.sum(sums, 0) if wide else tl.sum(products, 1) / 16
+
+
+@triton.jit
+def plus(total, product):
+    """total + product, rounded apart.
+
+    Written as a sum, a product of tiles would be accumulated on top of the total: thousands of
+    terms in one chain, which lose digits.
+    """
+    return tl.fma(product, tl.full(total.shape, 1.0, tl.float32), total)
+
+
+@triton.jit
+def multiply(
+    total,
+    a,
+    a_offsets,
+    a_inside,
+    a_step,
+    b,
+    b_offsets,
+    b_inside,
+    b_step,
+    K,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    A_ACTIVATION: tl.constexpr = IDENTITY,
+    B_ACTIVATION: tl.constexpr = IDENTITY,
+):
+    """total + act(a) act(b) over K in fp32: a[m, k] is at a_offsets[m] + k a_step, b[k, n] alike.
+
+    Each BLOCK_K is summed apart.
+    """
+    for k in range(0, K, BLOCK_K):
+        steps = k + tl.arange(0, BLOCK_K)
+        inside = steps < K
+        steps = steps.to(tl.int64)
+        x = tl.load(
+            a + a_offsets[:, None] + (steps * a_step)[None, :],
+            mask=a_inside[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        y = tl.load(
+            b + (steps * b_step)[:, None] + b_offsets[None, :],
+            mask=inside[:, None] & b_inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        x = activate(x, A_ACTIVATION)
+        y = activate(y, B_ACTIVATION)
+        if PRECISION == "tf32":
+            x = in_step(x, a_inside[:, None])
+            y = in_step(y, b_inside[None, :])
+        total = plus(total, tl.dot(x, y, input_precision=PRECISION))
+    return total
