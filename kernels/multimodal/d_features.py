@@ -142,7 +142,6 @@ def d_features_kernel(
     text_stride,
     image_stride,
     TEXTS: tl.constexpr,
-    IMAGES: tl.constexpr,
     RAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,16 +156,15 @@ def d_features_kernel(
     if is_image:
         first = C.to(tl.int64)
         second = (C + B).to(tl.int64)
-        if IMAGES:
-            d_blend_image = d_blend
-            if d_blend is not None:
-                d_blend_image += first
-            _d_new_features(
-                d_features + first * D, features + first * D, image, image_stride, u_image,
-                d_u_image, lengths + first * 3, d_image, d_blend_image, rows, in_rows, share,
-                features + second * D, d_features + second * D, item_dot, item_lengths, d_u_item,
-                D, RAW, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+        d_blend_image = d_blend
+        if d_blend is not None:
+            d_blend_image += first
+        _d_new_features(
+            d_features + first * D, features + first * D, image, image_stride, u_image,
+            d_u_image, lengths + first * 3, d_image, d_blend_image, rows, in_rows, share,
+            features + second * D, d_features + second * D, item_dot, item_lengths, d_u_item,
+            D, RAW, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     else:
         if TEXTS:
             _d_new_features(

@@ -142,7 +142,7 @@ def d_pairs_kernel(
         from_image = load_units(hidden + head * R, items + C, in_items, H * R, units, R)
         d_own = tl.sum(d_z * (from_image[None, :, :] - from_text[:, None, :]), 2)
         d_own *= image_share * text_share
-        tl.store(d_odds + head.to(tl.int64) * C * B + place, d_own, mask=inside)
+        tl.store(d_odds + tl.cast(head, tl.int64) * C * B + place, d_own, mask=inside)
         of_head = (head * R + units)[None, :]
         part = tl.sum(text_share[:, :, None] * d_z, 1)
         tl.store(text_row[:, None] + of_head, part, mask=text_units)

@@ -1,17 +1,13 @@
-"""What a token sees, by which the adapter's output depends on the text, the image or the pair."""
+"""What a token sees, for the kernels."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
-ABSENT = tl.constexpr(0)  # the adapter changes no such feature
-NOTHING = tl.constexpr(1)
-TEXTS = tl.constexpr(2)
-ITEM = tl.constexpr(3)  # the one image of the item
-BOTH = tl.constexpr(4)
+from fastadapters.ops import multimodal_state
 
-
-def form(texts: float, item: float) -> int:
-    """Of a token to whose scores with texts and with the image these are added."""
-    blocked = -float("inf")
-    return NOTHING.value + (texts > blocked) * 1 + (item > blocked) * 2
+ABSENT = tl.constexpr(multimodal_state.ABSENT)
+NOTHING = tl.constexpr(multimodal_state.NOTHING)
+TEXTS = tl.constexpr(multimodal_state.TEXTS)
+ITEM = tl.constexpr(multimodal_state.ITEM)
+BOTH = tl.constexpr(multimodal_state.BOTH)

@@ -123,7 +123,7 @@ def quadratic(
     half = tl.reshape(half, [BLOCK_C, BLOCK_B, BLOCK_R])
     square = tl.sum(e * (half + linear[None, None, :]), 2) + constant
     terms = tl.sum(e * e * diagonal[None, None, :], 2) + constant
-    cancels = (square < SMALL * terms) & inside
+    cancels = (square < terms * SMALL) & inside
     if tl.max(tl.max(cancels.to(tl.int32), 1), 0) > 0:
         squares = tl.zeros([BLOCK_C * BLOCK_B], tl.float32)
         flat_half = tl.zeros([BLOCK_C * BLOCK_B, BLOCK_R], tl.float32)

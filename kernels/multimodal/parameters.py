@@ -176,14 +176,15 @@ def _of_last(
     weight,
     bias,
     features,
-    d_products,
-    products_stride,
+    d_hidden,
+    hidden_stride,
     d_gram,
     z,
     d_u,
     n_features,
     n_u,
     D,
+    H,
     R,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -204,7 +205,7 @@ def _of_last(
             d_linear = tl.load(d_gram + R * R + cols, mask=in_cols, other=0.0)
             tile = 2.0 * tile + b[:, None] * d_linear[None, :]
             tile = multiply(
-                tile, features, rows, in_rows, D, d_products, cols, in_cols, products_stride,
+                tile, features, rows, in_rows, D, d_hidden + H * R, cols, in_cols, hidden_stride,
                 n_features, PRECISION, BLOCK_K,
             )  # fmt: skip
         if d_u is not None:
@@ -219,8 +220,9 @@ def _of_last(
             total = column(weight, 1, d_gram + R * R, 1, rows * R, in_rows, R, BLOCK)
             b = tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)
             total += 2.0 * tl.load(d_gram + R * R + R) * b
+            d_constants = d_hidden + (H + 1) * R
             total += column(
-                features, D, d_products + R, products_stride, rows, in_rows, n_features, BLOCK
+                features, D, d_constants, hidden_stride, rows, in_rows, n_features, BLOCK
             )
         if d_u is not None:
             total += column(d_u, D, None, 0, rows, in_rows, n_u, BLOCK)
@@ -236,7 +238,7 @@ def _sum_scalars(parts, step, n):
     return tl.sum(total, 0)
 
 
-NO_SPECIALIZATION = ["C", "B", "first_blend", "last_blend", "n_tiles", "n_u"]
+NO_SPECIALIZATION = ["C", "B", "projected", "first_blend", "last_blend", "n_tiles", "n_u"]
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
@@ -278,6 +280,7 @@ def parameters_kernel(
     hidden_stride,
     C,
     B,
+    projected,
     n_u,
     n_tiles,
     first_blend,
@@ -298,26 +301,26 @@ def parameters_kernel(
 ):
     """Each gradient where its pointer is not None; program 1 chooses the layer.
 
-    d_down and down [C + B, DOWN] are of the first layer, d_x and x [C + B, E] of the whole
+    d_down and down [projected + B, DOWN] are of the first layer, d_x and x of the whole
     down-sampler; d_hidden [C + B, hidden_stride] is as d_pairs_kernel sums it.
     """
     layer = tl.program_id(1)
     if layer == 0:
         if d_down_weight is not None or d_down_bias is not None:
             _of_linear(
-                d_down_weight, d_down_bias, d_down, text, text_stride, image, image_stride, C, B,
-                DOWN, D, IDENTITY, PRECISION, BLOCK, BLOCK_K,
+                d_down_weight, d_down_bias, d_down, text, text_stride, image, image_stride, projected,
+                B, DOWN, D, IDENTITY, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 1:
         if d_down_weight_2 is not None or d_down_bias_2 is not None:
             _of_linear(
-                d_down_weight_2, d_down_bias_2, d_x, down, DOWN, None, 0, C + B, 0,
+                d_down_weight_2, d_down_bias_2, d_x, down, DOWN, None, 0, projected + B, 0,
                 E, DOWN, DOWN_ACTIVATION, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 2:
         if d_in_weight is not None or d_in_bias is not None:
             _of_linear(
-                d_in_weight, d_in_bias, d_qkv, x, E, None, 0, C + B, 0,
+                d_in_weight, d_in_bias, d_qkv, x, E, None, 0, projected + B, 0,
                 3 * E, E, IDENTITY, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 3:
@@ -330,7 +333,7 @@ def parameters_kernel(
         if d_last_weight is not None or d_last_bias is not None:
             _of_last(
                 d_last_weight, d_last_bias, last_weight, last_bias, features,
-                d_hidden + H * R, hidden_stride, d_gram, z, d_u, C + B, n_u, D, R,
+                d_hidden, hidden_stride, d_gram, z, d_u, C + B, n_u, D, H, R,
                 ACTIVATION, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif tl.program_id(0) == 0:

@@ -1,0 +1,254 @@
+"""The forward pass: what is launched, on what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastadapters.ops.codes import DTYPES
+from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, TEXTS, size, views
+
+from ..launch import guard
+from . import tiles
+from .attention import attention_kernel
+from .call import Call, call, linear
+from .cosines import cosines_kernel
+from .features import features_kernel
+from .linear import weights_kernel
+from .pairs import pairs_kernel
+
+
+def inner(c: Call, kept: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight [R, E] and bias of the layer between attention and the last activation."""
+    if c.s.composed:
+        return kept["inner_weight"], kept["inner_bias"]
+    return c.of["out_weight"], c.of["out_bias"]
+
+
+def up_inputs(c: Call, kept: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """The attention outputs of the rows that the up-sampler is applied to; None: zeros."""
+    s, e = c.s, c.s.e
+    values = kept["qkv"][s.c :, 2 * e :]
+    text = {TEXTS: kept.get("attended", values)[: s.c], ITEM: values}.get(s.text)
+    attended = kept.get("attended", values)[s.c :]
+    image = {BOTH: kept.get("mixed"), TEXTS: attended, ITEM: values}.get(s.image)
+    return text, image
+
+
+def _weights(c: Call, kept: dict[str, Tensor]) -> None:
+    if not c.s.composed and c.s.text != BOTH:
+        return
+    of, s = c.of, c.s
+    blocks = triton.cdiv(s.r, tiles.COLUMNS), triton.cdiv(max(s.r, s.e), tiles.COLUMNS), 2
+    weights_kernel[blocks](
+        of["out_weight"],
+        of["out_bias"],
+        of["up_weight"],
+        of["up_bias"],
+        *c.last,
+        kept.get("inner_weight"),
+        kept.get("inner_bias"),
+        kept.get("gram"),
+        s.d,
+        s.e,
+        s.r,
+        BLOCK_N=tiles.COLUMNS,
+        **c.meta,
+    )
+
+
+def _project(c: Call, kept: dict[str, Tensor]) -> None:
+    """Down-sampler, queries, keys and values; of texts only where something attends to them."""
+    of, s = c.of, c.s
+    layers = [("x", "down_weight", "down_bias", 0)]
+    if s.down:
+        layers = [
+            ("down", "down_weight", "down_bias", 0),
+            ("x", "down_weight_2", "down_bias_2", of["down_activation"]),
+        ]
+    layers.append(("qkv", "in_weight", "in_bias", 0))
+    text, image = of["text"], of["image"]
+    for name, weight, bias, activation in layers:
+        out = kept[name]
+        out_text = out[: s.c] if any(s.attends) else None
+        linear(
+            c, text, image, of[weight], of[bias], out_text, out[s.c :], activation=activation
+        )  # fmt: skip
+        text, image = out[: s.c], out[s.c :]
+
+
+def _attend(c: Call, kept: dict[str, Tensor]) -> None:
+    s = c.s
+    texts, images = s.attends
+    if not texts and not images:
+        return
+    n_texts, n_images = s.c * texts, s.b * images
+    blocks = triton.cdiv(n_texts, tiles.QUERIES) + triton.cdiv(n_images, tiles.QUERIES)
+    attention_kernel[(blocks, s.h)](
+        kept["qkv"],
+        kept["attended"],
+        kept["lse"],
+        kept.get("mixed"),
+        c.image_shift,
+        c.scale,
+        n_texts,
+        n_images,
+        s.c,
+        s.h,
+        c.head_dim,
+        BLOCK_M=tiles.QUERIES,
+        BLOCK_N=tiles.KEYS,
+        BLOCK_H=tiles.block(c.head_dim),
+        PRECISION=c.meta["PRECISION"],
+        num_warps=tiles.WARPS,
+    )
+
+
+def _hidden(c: Call, kept: dict[str, Tensor]) -> None:
+    """What the layer behind attention makes: of each text and image by head, and of rows."""
+    s = c.s
+    weight, bias = inner(c, kept)
+    values = kept["qkv"][s.c :, 2 * s.e :]
+    if s.text == BOTH:
+        hidden = kept["hidden"]
+        out = hidden[: s.c], hidden[s.c :]
+        linear(c, kept["attended"][: s.c], values, weight, bias, *out, heads=s.h)
+    n_texts, n_images = s.up
+    if n_texts + n_images:
+        z = kept["z"]
+        out_text = z[:n_texts] if n_texts else None
+        out_image = z[n_texts:] if n_images else None
+        linear(c, *up_inputs(c, kept), weight, bias, out_text, out_image)
+
+
+def _features(c: Call, kept: dict[str, Tensor]) -> None:
+    of, s = c.of, c.s
+    n_texts, n_images = s.up
+    z, u = kept.get("z"), kept.get("u")
+
+    def part(t: Tensor | None, first: int, n: int, wanted: bool) -> Tensor | None:
+        return t[first : first + n] if wanted and t is not None else None
+
+    blends_text = n_texts > 0 and s.text != ITEM
+    blocks = triton.cdiv(s.c, tiles.FEATURE_ROWS) + triton.cdiv(s.b, tiles.FEATURE_ROWS)
+    features_kernel[(blocks,)](
+        of["text"],
+        of["image"],
+        part(z, 0, n_texts, blends_text),
+        part(z, n_texts, n_images, n_images > 0),
+        part(z, 0, n_texts, s.text == ITEM),
+        part(u, 0, n_texts, blends_text),
+        part(u, n_texts, n_images, n_images > 0),
+        part(u, 0, n_texts, s.text == ITEM),
+        kept["lengths"],
+        kept.get("item_lengths"),
+        kept["features"],
+        kept.get("item_dot"),
+        *c.last,
+        kept.get("products"),
+        kept.get("constants"),
+        of["blend"],
+        of["blend_value"],
+        s.c,
+        s.b,
+        s.d,
+        s.r,
+        of["text"].stride(0),
+        of["image"].stride(0),
+        RAW=s.text == ABSENT,
+        ACTIVATION=c.activation,
+        BLOCK_M=tiles.FEATURE_ROWS,
+        BLOCK_D=tiles.FEATURE_COLUMNS,
+        **c.meta,
+    )
+
+
+def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> None:
+    s = c.s
+    similarity = kept["similarity"] if save else None
+    if s.text != BOTH:
+        grid = triton.cdiv(s.c, tiles.COSINE_TEXTS), triton.cdiv(s.b, tiles.COSINE_IMAGES)
+        cosines_kernel[grid](
+            logits,
+            similarity,
+            kept["features"],
+            kept.get("item_dot"),
+            kept.get("item_lengths"),
+            kept["lengths"],
+            *c.numbers,
+            s.c,
+            s.b,
+            s.d,
+            BLOCK_C=tiles.COSINE_TEXTS,
+            BLOCK_B=tiles.COSINE_IMAGES,
+            **c.meta,
+        )
+        return
+    tile = tiles.pairs(s.r)
+    grid = triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])
+    pairs_kernel[grid](
+        logits,
+        similarity,
+        *pair_inputs(c, kept, features=True),
+        BLOCK_K=c.meta["BLOCK_K"],
+        **pair_meta(c, tile),
+    )
+
+
+def pair_inputs(c: Call, kept: dict[str, Tensor], features: bool) -> tuple[Any, ...]:
+    """What both kernels of pairs read."""
+    s = c.s
+    return (
+        *([kept["features"]] if features else []),
+        kept["qkv"],
+        kept["lse"],
+        kept["hidden"],
+        kept["products"],
+        kept["constants"],
+        kept["lengths"],
+        kept["gram"],
+        *c.last,
+        *c.numbers,
+        c.text_shift,
+        c.scale,
+        s.c,
+        s.b,
+        s.d,
+        s.h,
+        c.head_dim,
+        s.r,
+    )
+
+
+def pair_meta(c: Call, tile: dict[str, Any]) -> dict[str, Any]:
+    return tile | {
+        "ACTIVATION": c.activation,
+        "PRECISION": c.meta["PRECISION"],
+        "BLOCK_H": tiles.block(c.head_dim),
+        "BLOCK_D": tiles.STEPS,
+        "num_warps": tiles.PAIR_WARPS,
+    }
+
+
+def multimodal_logits_forward(
+    text: Tensor, image: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """``fastadapters::multimodal_logits_forward``."""
+    *inputs, save = rest
+    c = call(text, image, *inputs)
+    s = c.s
+    logits = image.new_empty((s.b, s.c), dtype=DTYPES[c.of["out_dtype"]])
+    state = image.new_empty(size(c.of), dtype=torch.float32)
+    if s.b:
+        kept = views(state, s)
+        with guard(image.device):
+            _weights(c, kept)
+            _project(c, kept)
+            _attend(c, kept)
+            _hidden(c, kept)
+            _features(c, kept)
+            _logits(c, kept, logits, save)
+    return logits, state if save else image.new_empty(0, dtype=torch.float32)
