@@ -95,6 +95,10 @@ def _shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
             "hidden": (rows, s.h * s.r),
             "products": (rows, s.r),
             "constants": (rows,),
+            "odds": (s.h, s.c, s.b),
+            "squares": (s.c, s.b),
+            "text_dots": (s.c, s.b),
+            "image_dots": (s.c, s.b),
         }
     if s.text == ITEM:
         shapes |= {"item_lengths": (s.b,), "item_dot": (s.b,)}

@@ -268,7 +268,9 @@ def heads_kernel(
                     ),
                     1,
                 )
-    of_branch = d_branch + head * head_dim
+    of_branch = d_branch
+    if d_branch is not None:
+        of_branch += head * head_dim
     if is_image:
         n_branches = 0
         if TEXT == ITEM:

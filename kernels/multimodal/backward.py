@@ -11,14 +11,14 @@ from torch import Tensor
 from fastadapters.ops.multimodal import PARAMETERS, allocate_gradients
 from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, views
 
-from ..launch import guard
+from ..launch import guard, processors
 from . import tiles
 from .attention import heads_kernel, keys_kernel, queries_kernel
 from .call import Call, call, linear
 from .cosines import d_cosines_kernel
 from .d_features import d_features_kernel
 from .d_pairs import d_pairs_kernel
-from .forward import inner, pair_inputs, pair_meta, up_inputs
+from .forward import OF_PAIRS, inner, pair_inputs, pair_meta, up_inputs
 from .gradients import similarity_kernel, sums_kernel
 from .parameters import compose_kernel, parameters_kernel
 
@@ -107,8 +107,11 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
             made["d_item_dot"] = _empty(c, s.b, 2)
             _sums(c, (of_images, made["d_item_dot"]))
         return made
-    tile = tiles.pairs(s.r)
-    grid = triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])
+    tile = tiles.pairs(s.r, 16)
+    text_tiles, image_tiles = triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])
+    most = min(max(2 * processors(d_logits.device) // image_tiles, 1), tiles.GROUPS)
+    each = triton.cdiv(text_tiles, most)
+    grid = triton.cdiv(text_tiles, each), image_tiles
     width = (s.h + 1) * s.r + 1
     made = {
         "d_similarity": _empty(c, s.c, s.b),
@@ -119,16 +122,18 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
     of_weights = _empty(c, grid[0] * grid[1], s.r * s.r + s.r + 1)
     d_pairs_kernel[grid](
         d_logits,
-        kept["similarity"],
+        *(kept[name] for name in OF_PAIRS),
         made["d_similarity"],
         made["d_odds"],
         of_texts,
         of_images,
         of_weights,
         made["of_scalars"],
-        *pair_inputs(c, kept, features=False),
+        *pair_inputs(c, kept),
         width,
-        **pair_meta(c, tile),
+        each,
+        **pair_meta(c),
+        **tile,
     )
     if wanted.similarity:
         made["d_hidden"] = _empty(c, s.c + s.b, width)

@@ -18,7 +18,10 @@ from .call import Call, call, linear
 from .cosines import cosines_kernel
 from .features import features_kernel
 from .linear import weights_kernel
-from .pairs import pairs_kernel
+from .pairs import pairs_kernel, products_kernel
+
+
+OF_PAIRS = ("squares", "text_dots", "image_dots")  # |u|^2, t.u, i.u
 
 
 def inner(c: Call, kept: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,12 +171,11 @@ def _features(c: Call, kept: dict[str, Tensor]) -> None:
 
 def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> None:
     s = c.s
-    similarity = kept["similarity"] if save else None
     if s.text != BOTH:
         grid = triton.cdiv(s.c, tiles.COSINE_TEXTS), triton.cdiv(s.b, tiles.COSINE_IMAGES)
         cosines_kernel[grid](
             logits,
-            similarity,
+            kept["similarity"] if save else None,
             kept["features"],
             kept.get("item_dot"),
             kept.get("item_lengths"),
@@ -187,31 +189,13 @@ def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> Non
             **c.meta,
         )
         return
-    tile = tiles.pairs(s.r)
-    grid = triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])
-    pairs_kernel[grid](
-        logits,
-        similarity,
-        *pair_inputs(c, kept, features=True),
-        BLOCK_K=c.meta["BLOCK_K"],
-        **pair_meta(c, tile),
-    )
-
-
-def pair_inputs(c: Call, kept: dict[str, Tensor], features: bool) -> tuple[Any, ...]:
-    """What both kernels of pairs read."""
-    s = c.s
-    return (
-        *([kept["features"]] if features else []),
+    grid = triton.cdiv(s.c, tiles.ROWS), triton.cdiv(s.b, tiles.ROWS), s.h + 1
+    products_kernel[grid](
+        kept["similarity"],
+        kept["odds"],
+        kept["features"],
         kept["qkv"],
         kept["lse"],
-        kept["hidden"],
-        kept["products"],
-        kept["constants"],
-        kept["lengths"],
-        kept["gram"],
-        *c.last,
-        *c.numbers,
         c.text_shift,
         c.scale,
         s.c,
@@ -219,17 +203,38 @@ def pair_inputs(c: Call, kept: dict[str, Tensor], features: bool) -> tuple[Any, 
         s.d,
         s.h,
         c.head_dim,
-        s.r,
+        BLOCK_C=tiles.ROWS,
+        BLOCK_B=tiles.ROWS,
+        BLOCK_H=tiles.block(c.head_dim),
+        **c.meta,
+    )
+    tile = tiles.pairs(s.r, 8)
+    pairs_kernel[triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])](
+        logits,
+        *((kept[name] if save else None) for name in OF_PAIRS),
+        kept["constants"],
+        *c.last,
+        *pair_inputs(c, kept),
+        s.d,
+        BLOCK_D=tiles.PAIR_COLUMNS,
+        **pair_meta(c),
+        **tile,
     )
 
 
-def pair_meta(c: Call, tile: dict[str, Any]) -> dict[str, Any]:
-    return tile | {
+def pair_inputs(c: Call, kept: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What both kernels of pairs read."""
+    s = c.s
+    names = ("similarity", "odds", "hidden", "products", "lengths", "gram")
+    return *(kept[name] for name in names), *c.numbers, s.c, s.b, s.h, s.r
+
+
+def pair_meta(c: Call) -> dict[str, Any]:
+    return {
         "ACTIVATION": c.activation,
         "PRECISION": c.meta["PRECISION"],
-        "BLOCK_H": tiles.block(c.head_dim),
-        "BLOCK_D": tiles.STEPS,
         "num_warps": tiles.PAIR_WARPS,
+        "num_stages": 1,
     }
 
 

@@ -36,6 +36,7 @@ def _linear_tile(
     rows,
     stride_n,
     stride_k,
+    a_head,
     bias_factor,
     K,
     N,
@@ -49,10 +50,12 @@ def _linear_tile(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = cols < N
     tile = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    tile = multiply(
-        tile, a, a_offsets, in_rows, 1, weight, cols.to(tl.int64) * stride_n, inside, stride_k, K,
-        PRECISION, BLOCK_K, A_ACTIVATION,
-    )  # fmt: skip
+    if a is not None:
+        tile = multiply(
+            tile, a + tl.program_id(2).to(tl.int64) * a_head, a_offsets, in_rows, 1,
+            weight, cols.to(tl.int64) * stride_n, inside, stride_k, K,
+            PRECISION, BLOCK_K, A_ACTIVATION,
+        )  # fmt: skip
     whole = in_rows[:, None] & inside[None, :]
     place = rows[:, None] * N + cols[None, :]
     if bias is not None:
@@ -98,7 +101,7 @@ def linear_kernel(
 ):
     """act(a) W^T + bias, times act'(gate), plus what is added, of text rows and of image rows.
 
-    gate and added are [texts and images, N]; for each head (program 2) a, W and the output begin
+    Rows that are None are zeros. gate and added are [texts and images, N]; for each head (program 2) a, W and the output begin
     further on.
     """
     rows, in_rows, is_image = rows_of_block(n_texts, n_images, BLOCK_M)
@@ -107,17 +110,17 @@ def linear_kernel(
     if is_image:
         if out_image is not None:
             _linear_tile(
-                image + head * a_head, rows * image_stride, in_rows, weight, bias, gate, added,
+                image, rows * image_stride, in_rows, weight, bias, gate, added,
                 out_image + head * out_head, rows * out_stride, rows + n_texts,
-                stride_n, stride_k, bias_factor, K, N,
+                stride_n, stride_k, a_head, bias_factor, K, N,
                 A_ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         if out_text is not None:
             _linear_tile(
-                text + head * a_head, rows * text_stride, in_rows, weight, bias, gate, added,
+                text, rows * text_stride, in_rows, weight, bias, gate, added,
                 out_text + head * out_head, rows * out_stride, rows,
-                stride_n, stride_k, bias_factor, K, N,
+                stride_n, stride_k, a_head, bias_factor, K, N,
                 A_ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 

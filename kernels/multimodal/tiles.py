@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 
 # Of products: rows, columns, and steps of the sum.
@@ -12,8 +10,10 @@ ROWS, COLUMNS, STEPS, WARPS = 32, 32, 32, 4
 FEATURE_ROWS, FEATURE_COLUMNS = 16, 64
 # Of attention.
 QUERIES, KEYS = 32, 32
-# Elements of a tile of pairs [texts, images, R], and its images.
-PAIRS, PAIR_IMAGES, PAIR_WARPS = 8192, 8, 8
+# Elements of a tile of pairs [texts, images, R], warps, and units of a product's sum.
+PAIRS, PAIR_WARPS, PAIR_UNITS = 2048, 8, 32
+PAIR_COLUMNS = 16  # of u, where it is formed
+GROUPS = 32  # the most programs that share the texts of a tile of images
 COSINE_TEXTS, COSINE_IMAGES = 32, 32
 SUMS = 256
 
@@ -22,9 +22,14 @@ def block(n: int, least: int = 16) -> int:
     return max(least, int(triton.next_power_of_2(n)))
 
 
-def pairs(r: int) -> dict[str, Any]:
-    """The tile of pairs for this R."""
+def pairs(r: int, images: int) -> dict[str, int]:
+    """The tile of pairs for this R and so many images, or fewer; 16 pairs at least."""
     block_r = block(r)
-    images = PAIR_IMAGES if block_r <= 256 else PAIR_IMAGES // 2
-    texts = min(max(PAIRS // block_r // images, 4), 32)
-    return {"BLOCK_C": texts, "BLOCK_B": images, "BLOCK_R": block_r}
+    pairs = max(PAIRS // block_r, 16)
+    images = min(images, pairs // 2)
+    return {
+        "BLOCK_C": pairs // images,
+        "BLOCK_B": images,
+        "BLOCK_R": block_r,
+        "BLOCK_K": min(block_r, PAIR_UNITS),
+    }
