@@ -33,7 +33,7 @@ NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
     "cross_modal_attention": ("cpu", "triton"),
-    "multimodal": ("cpu", "cuda"),
+    "multimodal": ("cpu", "cuda", "triton"),
     "sequence_fusion": ("cpu", "cuda", "triton"),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activations import IDENTITY, activate
 from .rows import load_stats, load_vector, row_offsets
 
 
@@ -189,10 +188,8 @@ def multiply(
     K,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    A_ACTIVATION: tl.constexpr = IDENTITY,
-    B_ACTIVATION: tl.constexpr = IDENTITY,
 ):
-    """total + act(a) act(b) over K in fp32: a[m, k] is at a_offsets[m] + k a_step, b[k, n] alike.
+    """total + a b over K in fp32: a[m, k] is at a_offsets[m] + k a_step, b[k, n] alike.
 
     Each BLOCK_K is summed apart.
     """
@@ -210,8 +207,6 @@ def multiply(
             mask=inside[:, None] & b_inside[None, :],
             other=0.0,
         ).to(tl.float32)
-        x = activate(x, A_ACTIVATION)
-        y = activate(y, B_ACTIVATION)
         if PRECISION == "tf32":
             x = in_step(x, a_inside[:, None])
             y = in_step(y, b_inside[None, :])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, schemas
+from . import autograd, multimodal_state, schemas
 from .codes import DTYPES
 from .flops import Formula
 
@@ -50,7 +50,10 @@ SCHEMAS = {
 # How many fp32 numbers the forward keeps for backward, by namespace and device: a function of text,
 # image, the parameters and the options by their names in the schema.
 State = Callable[[Mapping[str, Any]], int]
-STATES: dict[tuple[str, str], State] = {}
+STATES: dict[tuple[str, str], State] = {
+    ("fastadapters_triton", "cuda"): multimodal_state.size,
+    ("fastadapters_triton", "cpu"): multimodal_state.size,  # in simulators of a GPU
+}
 _NAMES = (
     "text",
     "image",

@@ -80,7 +80,7 @@ def _shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         "similarity": (s.c, s.others),
     }
     if s.down:
-        shapes["down"] = (rows, s.down)
+        shapes |= {"down": (rows, s.down), "down_active": (rows, s.down)}
     if s.composed:
         shapes |= {"inner_weight": (s.r, s.e), "inner_bias": (s.r,)}
     if any(s.attends):
@@ -89,6 +89,8 @@ def _shapes(s: Sizes) -> dict[str, tuple[int, ...]]:
         shapes["mixed"] = (s.b, s.e)
     if up:
         shapes |= {"z": (up, s.r), "u": (up, s.d)}
+        if s.composed:
+            shapes["e"] = (up, s.r)
     if s.text == BOTH:
         shapes |= {
             "gram": (s.r * s.r + s.r + 1,),

@@ -11,14 +11,14 @@ from torch import Tensor
 from fastadapters.ops.multimodal import PARAMETERS, allocate_gradients
 from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, views
 
-from ..launch import guard, processors
+from ..launch import architecture, guard, processors
 from . import tiles
 from .attention import heads_kernel, keys_kernel, queries_kernel
 from .call import Call, call, linear
 from .cosines import d_cosines_kernel
 from .d_features import d_features_kernel
 from .d_pairs import d_pairs_kernel
-from .forward import OF_PAIRS, inner, pair_inputs, pair_meta, up_inputs
+from .forward import OF_PAIRS, activated, inner, pair_meta
 from .gradients import similarity_kernel, sums_kernel
 from .parameters import compose_kernel, parameters_kernel
 
@@ -81,65 +81,68 @@ def _sums(c: Call, *pairs: tuple[Tensor, Tensor]) -> None:
 def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
     """d_similarity, of_scalars, and the sums over texts or images of the rest."""
     s = c.s
-    if s.text != BOTH:
-        grid = triton.cdiv(s.c, tiles.COSINE_TEXTS), triton.cdiv(s.b, tiles.COSINE_IMAGES)
-        made = {
-            "d_similarity": _empty(c, s.c, s.others),
-            "of_scalars": _empty(c, grid[0] * grid[1], 2),
-        }
-        of_images = _empty(c, grid[0], s.b, 2)
-        d_cosines_kernel[grid](
-            d_logits,
-            kept["similarity"],
-            made["d_similarity"],
-            of_images,
-            made["of_scalars"],
-            kept.get("item_dot"),
-            kept.get("item_lengths"),
-            kept["lengths"],
-            *c.numbers,
-            s.c,
-            s.b,
-            BLOCK_C=tiles.COSINE_TEXTS,
-            BLOCK_B=tiles.COSINE_IMAGES,
-        )
-        if s.text == ITEM and wanted.similarity:
-            made["d_item_dot"] = _empty(c, s.b, 2)
-            _sums(c, (of_images, made["d_item_dot"]))
+    grid = triton.cdiv(s.c, tiles.COSINE_TEXTS), triton.cdiv(s.b, tiles.COSINE_IMAGES)
+    made = {
+        "d_similarity": _empty(c, s.c, s.others),
+        "of_scalars": _empty(c, grid[0] * grid[1], 2),
+    }
+    of_pairs = [kept.get(name) for name in OF_PAIRS]
+    d_of_pairs = [None if t is None else torch.empty_like(t) for t in of_pairs]
+    of_images = _empty(c, grid[0], s.b, 2) if s.text == ITEM else None
+    d_cosines_kernel[grid](
+        d_logits,
+        kept["similarity"],
+        *of_pairs,
+        made["d_similarity"],
+        *d_of_pairs,
+        of_images,
+        made["of_scalars"],
+        kept.get("item_dot"),
+        kept.get("item_lengths"),
+        kept["lengths"],
+        *c.numbers,
+        s.c,
+        s.b,
+        BLOCK_C=tiles.COSINE_TEXTS,
+        BLOCK_B=tiles.COSINE_IMAGES,
+    )
+    if of_images is not None and wanted.similarity:
+        made["d_item_dot"] = _empty(c, s.b, 2)
+        _sums(c, (of_images, made["d_item_dot"]))
+    if s.text != BOTH or not wanted.similarity:
         return made
-    tile = tiles.pairs(s.r, 16)
+    tile = tiles.d_pairs(s.r, architecture())
     text_tiles, image_tiles = triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])
     most = min(max(2 * processors(d_logits.device) // image_tiles, 1), tiles.GROUPS)
     each = triton.cdiv(text_tiles, most)
     grid = triton.cdiv(text_tiles, each), image_tiles
     width = (s.h + 1) * s.r + 1
-    made = {
-        "d_similarity": _empty(c, s.c, s.b),
-        "d_odds": _empty(c, s.h, s.c, s.b),
-        "of_scalars": _empty(c, grid[0] * grid[1], 2),
-    }
+    made["d_odds"] = _empty(c, s.h, s.c, s.b)
     of_texts, of_images = _empty(c, grid[1], s.c, width), _empty(c, grid[0], s.b, width)
     of_weights = _empty(c, grid[0] * grid[1], s.r * s.r + s.r + 1)
     d_pairs_kernel[grid](
-        d_logits,
-        *(kept[name] for name in OF_PAIRS),
-        made["d_similarity"],
+        *d_of_pairs,
         made["d_odds"],
         of_texts,
         of_images,
         of_weights,
-        made["of_scalars"],
-        *pair_inputs(c, kept),
+        kept["odds"],
+        kept["hidden"],
+        kept["products"],
+        kept["gram"],
+        s.c,
+        s.b,
+        s.h,
+        s.r,
         width,
         each,
         **pair_meta(c),
         **tile,
     )
-    if wanted.similarity:
-        made["d_hidden"] = _empty(c, s.c + s.b, width)
-        made["d_gram"] = _empty(c, of_weights.shape[1])
-        by_text, by_image = made["d_hidden"][: s.c], made["d_hidden"][s.c :]
-        _sums(c, (of_texts, by_text), (of_images, by_image), (of_weights, made["d_gram"]))
+    made["d_hidden"] = _empty(c, s.c + s.b, width)
+    made["d_gram"] = _empty(c, of_weights.shape[1])
+    by_text, by_image = made["d_hidden"][: s.c], made["d_hidden"][s.c :]
+    _sums(c, (of_texts, by_text), (of_images, by_image), (of_weights, made["d_gram"]))
     return made
 
 
@@ -317,7 +320,7 @@ def _parameters(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row
         of["text"],
         of["image"],
         rows(d_x),
-        rows(kept.get("down")),
+        rows(kept.get("down_active")),
         rows(made.get("d_qkv")),
         rows(kept["x"]),
         d_hidden,
@@ -328,7 +331,7 @@ def _parameters(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row
         *c.last,
         kept["features"],
         made.get("d_gram"),
-        kept.get("z"),
+        activated(kept),
         made.get("d_u"),
         made["of_scalars"],
         made.get("blends") if n_u else None,
@@ -349,8 +352,6 @@ def _parameters(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row
         s.r,
         TEXT=s.text,
         IMAGE=s.image,
-        DOWN_ACTIVATION=of["down_activation"],
-        ACTIVATION=c.activation,
         BLOCK=block,
         BLOCK_H=block_h,
         **c.meta,

@@ -25,6 +25,13 @@ def squared_unit(lengths, rows, in_rows, stride):
 
 
 @triton.jit
+def inverse_length(square):
+    """1 / |u| and the square of the unit vector: 1, or less where the length was floored."""
+    inverse = tl.rsqrt(tl.maximum(square, FLOOR))
+    return inverse, tl.where(square >= FLOOR, 1.0, square * inverse * inverse)
+
+
+@triton.jit
 def blended(text_dot, image_dot, similarity, text_square, new_square, blend):
     """p.i and |p|^2 of p = blend u^ + (1 - blend) t.
 

@@ -101,14 +101,15 @@ def linear(
     *,
     transposed: bool = False,
     heads: int = 1,
+    active: tuple[Tensor | None, Tensor | None] = (None, None),
     activation: int = IDENTITY.value,
     gate: Tensor | None = None,
     gate_activation: int = IDENTITY.value,
     added: Tensor | None = None,
 ) -> None:
-    """act(a) W^T + bias, times act'(gate), plus what is added, of rows of text and of image.
+    """a W^T + bias, times act'(gate), plus what is added, of rows of text and of image.
 
-    Of the two, those without an output are left out. ``transposed``: by W in W^T's place. With
+    Of the two, those without an output are left out. ``active`` gets act of the results. ``transposed``: by W in W^T's place. With
     ``heads`` a and weight have a part of their columns for each, and out all columns of each.
     """
     n_texts = 0 if out_text is None else out_text.shape[0]
@@ -130,6 +131,7 @@ def linear(
         added,
         out_text,
         out_image,
+        *active,
         n_texts,
         n_images,
         0 if text is None else text.stride(0),
@@ -143,7 +145,7 @@ def linear(
         1.0 / heads,
         k,
         n,
-        A_ACTIVATION=activation,
+        ACTIVATION=activation,
         GATE=gate_activation,
         **meta,
         **c.meta,

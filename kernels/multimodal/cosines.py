@@ -1,4 +1,7 @@
-"""Texts that do not see all texts and the image at once: logits from products of unit rows."""
+"""Logits from products of unit rows, where no text sees both texts and image; and the way back.
+
+The first steps back are the same for texts that see both.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,16 @@ import triton
 import triton.language as tl
 
 from ..products import multiply
-from .blend import blended, d_blended, d_share, logit, scalar, squared_unit
+from .blend import (
+    FLOOR,
+    blended,
+    d_blended,
+    d_share,
+    inverse_length,
+    logit,
+    scalar,
+    squared_unit,
+)
 
 
 @triton.jit(do_not_specialize=["C", "B"])
@@ -75,7 +87,13 @@ def cosines_kernel(
 def d_cosines_kernel(
     d_logits,
     similarity,
+    squares,
+    text_dots,
+    image_dots,
     d_similarity,
+    d_squares,
+    d_text_dots,
+    d_image_dots,
     of_images,
     of_scalars,
     item_dot,
@@ -90,10 +108,13 @@ def d_cosines_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """d_similarity, and the tile's sums of the rest.
+    """The gradients of what a logit is made of, and the tile's sums of others.
 
-    of_images [tiles of C, B, 2] holds the gradients of item_dot and of the squares of its vectors,
-    of_scalars [tiles, 2] those of scale and blend.
+    Where there are squares, |u|^2 of each pair, d_similarity, d_squares, d_text_dots and
+    d_image_dots are [C, B]. Where there is item_dot, d_similarity [C, 2 B] is of products with
+    images and with what texts become that see the image, and of_images [tiles of C, B, 2] holds
+    the gradients of item_dot and of the latters' squares. of_scalars [tiles, 2] are those of scale
+    and blend.
     """
     texts = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     items = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -102,6 +123,7 @@ def d_cosines_kernel(
     inside = in_texts[:, None] & in_items[None, :]
     tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     factor = scalar(logit_scale, scale_value)
+    share = scalar(blend, blend_value)
     d = tl.load(d_logits + (items * C)[None, :] + texts[:, None], mask=inside, other=0.0)
     d = d.to(tl.float32)
     width = B
@@ -109,23 +131,38 @@ def d_cosines_kernel(
         width = 2 * B
     row = (texts * width)[:, None] + items[None, :]
     alike = tl.load(similarity + row, mask=inside, other=0.0)
-    if item_dot is not None:
-        share = scalar(blend, blend_value)
-        text_dot = tl.load(similarity + row + B, mask=inside, other=0.0)
-        image_dot = tl.load(item_dot + items, mask=in_items, other=0.0)[None, :]
+    if squares is not None or item_dot is not None:
         text_square = squared_unit(lengths, texts, in_texts, 3)[:, None]
-        new_square = squared_unit(item_lengths, items, in_items, 1)[None, :]
-        along, square = blended(text_dot, image_dot, alike, text_square, new_square, share)
-        d_along, d_square, d_scale = d_blended(d, along, square, factor)
+        if squares is not None:
+            square = tl.load(squares + row, mask=inside, other=1.0)
+            inverse, new_square = inverse_length(square)
+            text_dot = tl.load(text_dots + row, mask=inside, other=0.0) * inverse
+            image_dot = tl.load(image_dots + row, mask=inside, other=0.0) * inverse
+        else:
+            new_square = squared_unit(item_lengths, items, in_items, 1)[None, :]
+            text_dot = tl.load(similarity + row + B, mask=inside, other=0.0)
+            image_dot = tl.load(item_dot + items, mask=in_items, other=0.0)[None, :]
+        along, mixed = blended(text_dot, image_dot, alike, text_square, new_square, share)
+        d_along, d_mixed, d_scale = d_blended(d, along, mixed, factor)
         d_blend = d_share(
-            d_along, d_square, text_dot, image_dot, alike, text_square, new_square, share
+            d_along, d_mixed, text_dot, image_dot, alike, text_square, new_square, share
         )
         tl.store(d_similarity + row, (1.0 - share) * d_along, mask=inside)
-        d_text_dot = 2.0 * share * (1.0 - share) * d_square
-        tl.store(d_similarity + row + B, d_text_dot, mask=inside)
-        sums = of_images + (tl.program_id(0) * B.to(tl.int64) + items) * 2
-        tl.store(sums, tl.sum(share * d_along, 0), mask=in_items)
-        tl.store(sums + 1, tl.sum(share * share * d_square, 0), mask=in_items)
+        d_text_dot = 2.0 * share * (1.0 - share) * d_mixed
+        d_image_dot = share * d_along
+        d_new_square = share * share * d_mixed
+        if squares is not None:
+            tl.store(d_text_dots + row, d_text_dot * inverse, mask=inside)
+            tl.store(d_image_dots + row, d_image_dot * inverse, mask=inside)
+            # Through |u^|^2 nothing comes that does not cancel, unless the length was floored.
+            through = -0.5 * (image_dot * d_image_dot + text_dot * d_text_dot)
+            through = tl.where(square >= FLOOR, through, d_new_square) * inverse * inverse
+            tl.store(d_squares + row, through, mask=inside)
+        else:
+            tl.store(d_similarity + row + B, d_text_dot, mask=inside)
+            sums = of_images + (tl.program_id(0) * B.to(tl.int64) + items) * 2
+            tl.store(sums, tl.sum(d_image_dot, 0), mask=in_items)
+            tl.store(sums + 1, tl.sum(d_new_square, 0), mask=in_items)
         tl.store(of_scalars + tile * 2 + 1, tl.sum(tl.sum(d_blend, 1), 0))
     else:
         d_scale = d * alike

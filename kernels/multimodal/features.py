@@ -37,7 +37,7 @@ def store_tile(base, rows, in_rows, stride, cols, n, tile):
 
 @triton.jit
 def _up(
-    z,
+    e,
     rows,
     in_rows,
     weight,
@@ -45,16 +45,15 @@ def _up(
     cols,
     D,
     R,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The last layer, W act(z) + b."""
+    """The last layer, W e + b."""
     inside = cols < D
     tile = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     tile = multiply(
-        tile, z, rows * R, in_rows, 1, weight, cols.to(tl.int64) * R, inside, 1, R,
-        PRECISION, BLOCK_K, ACTIVATION,
+        tile, e, rows * R, in_rows, 1, weight, cols.to(tl.int64) * R, inside, 1, R,
+        PRECISION, BLOCK_K,
     )  # fmt: skip
     return tile + tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
 
@@ -63,8 +62,8 @@ def _up(
 def _new_features(
     x,
     x_stride,
-    z,
-    item_z,
+    e,
+    item_e,
     u,
     item_u,
     lengths,
@@ -80,15 +79,14 @@ def _new_features(
     D,
     R,
     RAW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Unit rows: of x, or where there is z of what it makes, u, blended with x.
+    """Unit rows: of x, or where there is e of what it makes, u, blended with x.
 
-    lengths [rows, 3]: of x, u and the blend. Where there is item_z its u are made unit vectors
+    lengths [rows, 3]: of x, u and the blend. Where there is item_e its u are made unit vectors
     too, and item_dot is their product with the features.
     """
     squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -98,21 +96,19 @@ def _new_features(
         cols = start + tl.arange(0, BLOCK_D)
         value = load_tile(x, rows, in_rows, x_stride, cols, D)
         squares += value * value
-        if z is not None:
-            new = _up(z, rows, in_rows, weight, bias, cols, D, R, ACTIVATION, PRECISION, BLOCK_K)
+        if e is not None:
+            new = _up(e, rows, in_rows, weight, bias, cols, D, R, PRECISION, BLOCK_K)
             new_squares += new * new
             store_tile(u, rows, in_rows, D, cols, D, new)
-        if item_z is not None:
-            new = _up(
-                item_z, rows, in_rows, weight, bias, cols, D, R, ACTIVATION, PRECISION, BLOCK_K
-            )
+        if item_e is not None:
+            new = _up(item_e, rows, in_rows, weight, bias, cols, D, R, PRECISION, BLOCK_K)
             item_squares += new * new
             store_tile(item_u, rows, in_rows, D, cols, D, new)
     square = tl.sum(squares, 1)
     tl.store(lengths + rows * 3, tl.sqrt_rn(square), mask=in_rows)
     tl.debug_barrier()
     rescale = inverse_length(square)
-    if z is not None:
+    if e is not None:
         new_square = tl.sum(new_squares, 1)
         tl.store(lengths + rows * 3 + 1, tl.sqrt_rn(new_square), mask=in_rows)
         x_part = tl.full([BLOCK_M], 1.0, tl.float32) - blend
@@ -134,7 +130,7 @@ def _new_features(
     else:
         new_part = rescale
         x_part = rescale
-    if item_z is not None:
+    if item_e is not None:
         item_square = tl.sum(item_squares, 1)
         tl.store(item_lengths + rows, tl.sqrt_rn(item_square), mask=in_rows)
         item_rescale = inverse_length(item_square)
@@ -142,14 +138,14 @@ def _new_features(
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         value = load_tile(x, rows, in_rows, x_stride, cols, D) * x_part[:, None]
-        if z is not None:
+        if e is not None:
             value += load_tile(u, rows, in_rows, D, cols, D) * new_part[:, None]
         store_tile(features, rows, in_rows, D, cols, D, value)
-        if item_z is not None:
+        if item_e is not None:
             new = load_tile(item_u, rows, in_rows, D, cols, D) * item_rescale[:, None]
             store_tile(item_features, rows, in_rows, D, cols, D, new)
             products += value * new
-    if item_z is not None:
+    if item_e is not None:
         tl.store(item_dot + rows, tl.sum(products, 1), mask=in_rows)
 
 
@@ -157,9 +153,9 @@ def _new_features(
 def features_kernel(
     text,
     image,
-    z_text,
-    z_image,
-    z_item,
+    e_text,
+    e_image,
+    e_item,
     u_text,
     u_image,
     u_item,
@@ -180,7 +176,6 @@ def features_kernel(
     text_stride,
     image_stride,
     RAW: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -194,16 +189,16 @@ def features_kernel(
     share = scalar(blend, blend_value)
     if is_image:
         _new_features(
-            image, image_stride, z_image, z_item, u_image, u_item, lengths + C.to(tl.int64) * 3,
+            image, image_stride, e_image, e_item, u_image, u_item, lengths + C.to(tl.int64) * 3,
             item_lengths, features + C.to(tl.int64) * D, features + (C + B).to(tl.int64) * D,
             item_dot, rows, in_rows, last_weight, last_bias, share, D, R,
-            RAW, ACTIVATION, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
+            RAW, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     else:
         _new_features(
-            text, text_stride, z_text, None, u_text, None, lengths, None, features, None, None,
+            text, text_stride, e_text, None, u_text, None, lengths, None, features, None, None,
             rows, in_rows, last_weight, last_bias, share, D, R,
-            False, ACTIVATION, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
+            False, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     if products is not None:
         tl.debug_barrier()

@@ -66,21 +66,22 @@ def _weights(c: Call, kept: dict[str, Tensor]) -> None:
 def _project(c: Call, kept: dict[str, Tensor]) -> None:
     """Down-sampler, queries, keys and values; of texts only where something attends to them."""
     of, s = c.of, c.s
-    layers = [("x", "down_weight", "down_bias", 0)]
+    names = [("x", "down_weight", "down_bias")]
     if s.down:
-        layers = [
-            ("down", "down_weight", "down_bias", 0),
-            ("x", "down_weight_2", "down_bias_2", of["down_activation"]),
-        ]
-    layers.append(("qkv", "in_weight", "in_bias", 0))
+        names = [("down", "down_weight", "down_bias"), ("x", "down_weight_2", "down_bias_2")]
     text, image = of["text"], of["image"]
-    for name, weight, bias, activation in layers:
-        out = kept[name]
-        out_text = out[: s.c] if any(s.attends) else None
+    for name, weight, bias in (*names, ("qkv", "in_weight", "in_bias")):
+        out = after = kept[name]
+        active: tuple[Tensor | None, Tensor | None] = None, None
+        if name == "down":
+            after = kept["down_active"]
+            active = after[: s.c], after[s.c :]
         linear(
-            c, text, image, of[weight], of[bias], out_text, out[s.c :], activation=activation
+            c, text, image, of[weight], of[bias],
+            out[: s.c] if any(s.attends) else None, out[s.c :],
+            active=active, activation=of["down_activation"],
         )  # fmt: skip
-        text, image = out[: s.c], out[s.c :]
+        text, image = after[: s.c], after[s.c :]
 
 
 def _attend(c: Call, kept: dict[str, Tensor]) -> None:
@@ -121,16 +122,23 @@ def _hidden(c: Call, kept: dict[str, Tensor]) -> None:
         linear(c, kept["attended"][: s.c], values, weight, bias, *out, heads=s.h)
     n_texts, n_images = s.up
     if n_texts + n_images:
-        z = kept["z"]
-        out_text = z[:n_texts] if n_texts else None
-        out_image = z[n_texts:] if n_images else None
-        linear(c, *up_inputs(c, kept), weight, bias, out_text, out_image)
+        z, e = kept["z"], kept.get("e")
+        out = z[:n_texts] if n_texts else None, z[n_texts:] if n_images else None
+        active = (None, None) if e is None else (e[:n_texts], e[n_texts:])
+        linear(
+            c, *up_inputs(c, kept), weight, bias, *out, active=active, activation=c.activation
+        )  # fmt: skip
+
+
+def activated(kept: dict[str, Tensor]) -> Tensor | None:
+    """What the last layer is applied to, of rows."""
+    return kept.get("e", kept.get("z"))
 
 
 def _features(c: Call, kept: dict[str, Tensor]) -> None:
     of, s = c.of, c.s
     n_texts, n_images = s.up
-    z, u = kept.get("z"), kept.get("u")
+    e, u = activated(kept), kept.get("u")
 
     def part(t: Tensor | None, first: int, n: int, wanted: bool) -> Tensor | None:
         return t[first : first + n] if wanted and t is not None else None
@@ -140,9 +148,9 @@ def _features(c: Call, kept: dict[str, Tensor]) -> None:
     features_kernel[(blocks,)](
         of["text"],
         of["image"],
-        part(z, 0, n_texts, blends_text),
-        part(z, n_texts, n_images, n_images > 0),
-        part(z, 0, n_texts, s.text == ITEM),
+        part(e, 0, n_texts, blends_text),
+        part(e, n_texts, n_images, n_images > 0),
+        part(e, 0, n_texts, s.text == ITEM),
         part(u, 0, n_texts, blends_text),
         part(u, n_texts, n_images, n_images > 0),
         part(u, 0, n_texts, s.text == ITEM),
@@ -162,7 +170,6 @@ def _features(c: Call, kept: dict[str, Tensor]) -> None:
         of["text"].stride(0),
         of["image"].stride(0),
         RAW=s.text == ABSENT,
-        ACTIVATION=c.activation,
         BLOCK_M=tiles.FEATURE_ROWS,
         BLOCK_D=tiles.FEATURE_COLUMNS,
         **c.meta,
@@ -208,25 +215,28 @@ def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> Non
         BLOCK_H=tiles.block(c.head_dim),
         **c.meta,
     )
-    tile = tiles.pairs(s.r, 8)
+    tile = tiles.pairs(s.r)
     pairs_kernel[triton.cdiv(s.c, tile["BLOCK_C"]), triton.cdiv(s.b, tile["BLOCK_B"])](
         logits,
         *((kept[name] if save else None) for name in OF_PAIRS),
         kept["constants"],
         *c.last,
-        *pair_inputs(c, kept),
+        kept["similarity"],
+        kept["odds"],
+        kept["hidden"],
+        kept["products"],
+        kept["lengths"],
+        kept["gram"],
+        *c.numbers,
+        s.c,
+        s.b,
+        s.h,
+        s.r,
         s.d,
         BLOCK_D=tiles.PAIR_COLUMNS,
         **pair_meta(c),
         **tile,
     )
-
-
-def pair_inputs(c: Call, kept: dict[str, Tensor]) -> tuple[Any, ...]:
-    """What both kernels of pairs read."""
-    s = c.s
-    names = ("similarity", "odds", "hidden", "products", "lengths", "gram")
-    return *(kept[name] for name in names), *c.numbers, s.c, s.b, s.h, s.r
 
 
 def pair_meta(c: Call) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import activation_backward
+from ..activations import activate, activation_backward
 from ..products import multiply
 
 
@@ -32,6 +32,7 @@ def _linear_tile(
     gate,
     added,
     out,
+    active,
     out_offsets,
     rows,
     stride_n,
@@ -40,7 +41,7 @@ def _linear_tile(
     bias_factor,
     K,
     N,
-    A_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,7 +55,7 @@ def _linear_tile(
         tile = multiply(
             tile, a + tl.program_id(2).to(tl.int64) * a_head, a_offsets, in_rows, 1,
             weight, cols.to(tl.int64) * stride_n, inside, stride_k, K,
-            PRECISION, BLOCK_K, A_ACTIVATION,
+            PRECISION, BLOCK_K,
         )  # fmt: skip
     whole = in_rows[:, None] & inside[None, :]
     place = rows[:, None] * N + cols[None, :]
@@ -65,8 +66,10 @@ def _linear_tile(
         tile = activation_backward(tile, tl.load(gate + place, mask=whole, other=0.0), GATE)
     if added is not None:
         tile += tl.load(added + place, mask=whole, other=0.0)
-    target = out + out_offsets[:, None] + cols[None, :]
-    tl.store(target, tile.to(out.dtype.element_ty), mask=whole)
+    place = out_offsets[:, None] + cols[None, :]
+    tl.store(out + place, tile.to(out.dtype.element_ty), mask=whole)
+    if active is not None:
+        tl.store(active + place, activate(tile, ACTIVATION), mask=whole)
 
 
 @triton.jit(do_not_specialize=["n_texts", "n_images"])
@@ -79,6 +82,8 @@ def linear_kernel(
     added,
     out_text,
     out_image,
+    active_text,
+    active_image,
     n_texts,
     n_images,
     text_stride,
@@ -92,16 +97,16 @@ def linear_kernel(
     bias_factor,
     K,
     N,
-    A_ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """act(a) W^T + bias, times act'(gate), plus what is added, of text rows and of image rows.
+    """a W^T + bias, times act'(gate), plus what is added, of text rows and of image rows.
 
-    Rows that are None are zeros. gate and added are [texts and images, N]; for each head (program 2) a, W and the output begin
+    Rows that are None are zeros. active is act of the result where it is wanted. gate and added are [texts and images, N]; for each head (program 2) a, W and the output begin
     further on.
     """
     rows, in_rows, is_image = rows_of_block(n_texts, n_images, BLOCK_M)
@@ -111,17 +116,17 @@ def linear_kernel(
         if out_image is not None:
             _linear_tile(
                 image, rows * image_stride, in_rows, weight, bias, gate, added,
-                out_image + head * out_head, rows * out_stride, rows + n_texts,
+                out_image + head * out_head, active_image, rows * out_stride, rows + n_texts,
                 stride_n, stride_k, a_head, bias_factor, K, N,
-                A_ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         if out_text is not None:
             _linear_tile(
                 text, rows * text_stride, in_rows, weight, bias, gate, added,
-                out_text + head * out_head, rows * out_stride, rows,
+                out_text + head * out_head, active_text, rows * out_stride, rows,
                 stride_n, stride_k, a_head, bias_factor, K, N,
-                A_ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                ACTIVATION, GATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ import triton.language as tl
 
 from ..activations import activate
 from ..products import multiply, plus
+from ..rows import sum_of_products
 from .attention import load_head, shares
-from .blend import FLOOR, blended, logit, scalar, squared_unit
+from .blend import blended, inverse_length, logit, scalar, squared_unit
 
 SMALL = tl.constexpr(0.0625)
 
@@ -204,15 +205,8 @@ def direct_square(
             ).to(tl.float32)
             part = tl.reshape(part, [pairs, BLOCK_K])
             u = plus(u, tl.dot(part, w, input_precision=PRECISION))
-        squares += tl.sum(u * u, 1)
+        squares += sum_of_products(u, u, 1)
     return tl.reshape(squares, [e.shape[0], e.shape[1]])
-
-
-@triton.jit
-def inverse_length(square):
-    """1 / |u| and the square of the unit vector: 1, or less where the length was floored."""
-    inverse = tl.rsqrt(tl.maximum(square, FLOOR))
-    return inverse, tl.where(square >= FLOOR, 1.0, square * inverse * inverse)
 
 
 @triton.jit(do_not_specialize=["C", "B"])
@@ -258,10 +252,10 @@ def pairs_kernel(
     z = hidden_vectors(odds, hidden, texts, in_texts, items, in_items, units, C, B, H, R)
     e = activate(z, ACTIVATION)
     of_text = load_units(products, texts, in_texts, R, units, R)
-    text_dot = tl.sum(e * of_text[:, None, :], 2)
+    text_dot = sum_of_products(e, of_text[:, None, :], 2)
     text_dot += tl.load(constants + texts, mask=in_texts, other=0.0)[:, None]
     of_image = load_units(products, items + C, in_items, R, units, R)
-    image_dot = tl.sum(e * of_image[None, :, :], 2)
+    image_dot = sum_of_products(e, of_image[None, :, :], 2)
     image_dot += tl.load(constants + items + C, mask=in_items, other=0.0)[None, :]
 
     half, linear = half_gradient(
@@ -269,9 +263,9 @@ def pairs_kernel(
         ACTIVATION, PRECISION, BLOCK_K,
     )  # fmt: skip
     constant = tl.load(gram + R * R + R)
-    square = tl.sum(e * (half + linear[None, None, :]), 2) + constant
+    square = sum_of_products(e, half + linear[None, None, :], 2) + constant
     diagonal = tl.load(gram + units * (R + 1), mask=units < R, other=0.0)
-    terms = tl.sum(e * e * diagonal[None, None, :], 2) + constant
+    terms = sum_of_products(e * e, diagonal[None, None, :], 2) + constant
     cancels = (square < terms * SMALL) & inside
     if tl.max(tl.max(cancels.to(tl.int32), 1), 0) > 0:
         square = direct_square(

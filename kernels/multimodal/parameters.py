@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import IDENTITY
 from ..products import multiply
 from .forms import ABSENT, BOTH, ITEM, NOTHING, TEXTS
 from .linear import column
@@ -42,12 +41,11 @@ def _of_linear(
     n_images,
     N,
     K,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Of a layer K -> N: d_out^T act(x) over n rows of x and, where given, more rows of image."""
+    """Of a layer K -> N: d_out^T x over n rows of x and, where given, more rows of image."""
     rows, cols, first = _tile(K, BLOCK)
     in_rows = rows < N
     in_cols = cols < K
@@ -55,7 +53,7 @@ def _of_linear(
         tile = tl.zeros([BLOCK, BLOCK], tl.float32)
         tile = multiply(
             tile, d_out, rows, in_rows, N, x, cols, in_cols, x_stride, n,
-            PRECISION, BLOCK_K, IDENTITY, ACTIVATION,
+            PRECISION, BLOCK_K,
         )  # fmt: skip
         if image is not None:
             tile = multiply(
@@ -179,19 +177,18 @@ def _of_last(
     d_hidden,
     hidden_stride,
     d_gram,
-    z,
+    e,
     d_u,
     n_features,
     n_u,
     D,
     H,
     R,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Of the last layer, R -> D: W and b, through their products and through u = W act(z) + b."""
+    """Of the last layer, R -> D: W and b, through their products and through u = W e + b."""
     rows, cols, first = _tile(R, BLOCK)
     in_rows = rows < D
     in_cols = cols < R
@@ -210,8 +207,8 @@ def _of_last(
             )  # fmt: skip
         if d_u is not None:
             tile = multiply(
-                tile, d_u, rows, in_rows, D, z, cols, in_cols, R, n_u,
-                PRECISION, BLOCK_K, IDENTITY, ACTIVATION,
+                tile, d_u, rows, in_rows, D, e, cols, in_cols, R, n_u,
+                PRECISION, BLOCK_K,
             )  # fmt: skip
         _store(d_weight, rows, cols, D, R, tile)
     if d_bias is not None and first:
@@ -271,7 +268,7 @@ def parameters_kernel(
     last_bias,
     features,
     d_gram,
-    z,
+    e,
     d_u,
     of_scalars,
     blends,
@@ -292,8 +289,6 @@ def parameters_kernel(
     R,
     TEXT: tl.constexpr,
     IMAGE: tl.constexpr,
-    DOWN_ACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -301,7 +296,7 @@ def parameters_kernel(
 ):
     """Each gradient where its pointer is not None; program 1 chooses the layer.
 
-    d_down and down [projected + B, DOWN] are of the first layer, d_x and x of the whole
+    d_down and down [projected + B, DOWN] are of the first layer, down activated, d_x and x of the whole
     down-sampler; d_hidden [C + B, hidden_stride] is as d_pairs_kernel sums it.
     """
     layer = tl.program_id(1)
@@ -309,19 +304,19 @@ def parameters_kernel(
         if d_down_weight is not None or d_down_bias is not None:
             _of_linear(
                 d_down_weight, d_down_bias, d_down, text, text_stride, image, image_stride, projected,
-                B, DOWN, D, IDENTITY, PRECISION, BLOCK, BLOCK_K,
+                B, DOWN, D, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 1:
         if d_down_weight_2 is not None or d_down_bias_2 is not None:
             _of_linear(
                 d_down_weight_2, d_down_bias_2, d_x, down, DOWN, None, 0, projected + B, 0,
-                E, DOWN, DOWN_ACTIVATION, PRECISION, BLOCK, BLOCK_K,
+                E, DOWN, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 2:
         if d_in_weight is not None or d_in_bias is not None:
             _of_linear(
                 d_in_weight, d_in_bias, d_qkv, x, E, None, 0, projected + B, 0,
-                3 * E, E, IDENTITY, PRECISION, BLOCK, BLOCK_K,
+                3 * E, E, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif layer == 3:
         if d_inner_weight is not None or d_inner_bias is not None:
@@ -333,8 +328,8 @@ def parameters_kernel(
         if d_last_weight is not None or d_last_bias is not None:
             _of_last(
                 d_last_weight, d_last_bias, last_weight, last_bias, features,
-                d_hidden, hidden_stride, d_gram, z, d_u, C + B, n_u, D, H, R,
-                ACTIVATION, PRECISION, BLOCK, BLOCK_K,
+                d_hidden, hidden_stride, d_gram, e, d_u, C + B, n_u, D, H, R,
+                PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif tl.program_id(0) == 0:
         if d_scale is not None:

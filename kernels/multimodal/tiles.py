@@ -7,11 +7,13 @@ import triton
 # Of products: rows, columns, and steps of the sum.
 ROWS, COLUMNS, STEPS, WARPS = 32, 32, 32, 4
 # Of unit features, of which a program owns whole rows.
-FEATURE_ROWS, FEATURE_COLUMNS = 16, 64
+FEATURE_ROWS, FEATURE_COLUMNS = 16, 32
 # Of attention.
 QUERIES, KEYS = 32, 32
-# Elements of a tile of pairs [texts, images, R], warps, and units of a product's sum.
-PAIRS, PAIR_WARPS, PAIR_UNITS = 2048, 8, 32
+# Elements of a tile of pairs [texts, images, R], forward and backward, warps, and units of a
+# product's sum. What was weighed is that no registers spill.
+PAIRS, D_PAIRS, PAIR_WARPS, PAIR_UNITS = 2048, 2048, 8, 32
+OLDER_D_PAIRS = 1024  # before sm_90
 PAIR_COLUMNS = 16  # of u, where it is formed
 GROUPS = 32  # the most programs that share the texts of a tile of images
 COSINE_TEXTS, COSINE_IMAGES = 32, 32
@@ -22,11 +24,21 @@ def block(n: int, least: int = 16) -> int:
     return max(least, int(triton.next_power_of_2(n)))
 
 
-def pairs(r: int, images: int) -> dict[str, int]:
-    """The tile of pairs for this R and so many images, or fewer; 16 pairs at least."""
+def pairs(r: int) -> dict[str, int]:
+    """The tile of pairs of the forward, for this R."""
+    return _pairs(r, PAIRS, 8)
+
+
+def d_pairs(r: int, arch: str) -> dict[str, int]:
+    """The tile of pairs of backward, for this R."""
+    return _pairs(r, OLDER_D_PAIRS if arch in ("sm_80", "sm_86", "sm_89") else D_PAIRS, 16)
+
+
+def _pairs(r: int, elements: int, images: int) -> dict[str, int]:
+    """A tile of that many elements and images, or fewer; of 16 pairs at least."""
     block_r = block(r)
-    pairs = max(PAIRS // block_r, 16)
-    images = min(images, pairs // 2)
+    pairs = max(elements // block_r, 16)
+    images = min(images, pairs)
     return {
         "BLOCK_C": pairs // images,
         "BLOCK_B": images,
