@@ -20,7 +20,7 @@ from .d_features import d_features_kernel
 from .d_pairs import d_pairs_kernel
 from .forward import OF_PAIRS, activated, inner, pair_meta
 from .gradients import similarity_kernel, sums_kernel
-from .parameters import compose_kernel, parameters_kernel
+from .parameters import compose_kernel, projections_kernel, up_kernel
 
 NAMES = ("text", "image", *PARAMETERS)
 
@@ -274,55 +274,79 @@ def _attention(c: Call, kept: Kept, made: Kept) -> Tensor:
     return d_qkv
 
 
-def _parameters(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row: int) -> None:
-    """The gradients of the parameters, and of out_proj and the layer behind it."""
+def _named(gradients: Gradients, *names: str) -> list[Tensor | None]:
+    return [gradients[name] for name in names]
+
+
+def _any(*gradients: Tensor | None) -> bool:
+    return any(gradient is not None for gradient in gradients)
+
+
+def _blocks(n: int, k: int) -> int:
+    """Tiles of a matrix [n, k]."""
+    return triton.cdiv(n, tiles.COLUMNS) * triton.cdiv(k, tiles.COLUMNS)
+
+
+def _projections(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row: int) -> None:
+    """The gradients of in_proj and of the down-sampler."""
     of, s = c.of, c.s
-    names = ["out_weight", "out_bias", "up_weight", "up_bias"]
-    d_inner: list[Tensor | None] = [gradients[name] for name in names[:2]]
-    last = [gradients[name] for name in names[2:]]
-    composed = s.composed and any(gradients[name] is not None for name in names)
-    if s.composed:
-        last = [gradients["up_weight_2"], gradients["up_bias_2"]]
-        d_inner = [_empty(c, s.r, s.e), _empty(c, s.r)] if composed else [None, None]
-    first = [gradients[name] for name in ("down_weight", "down_bias")]
-    second = [gradients[name] for name in ("down_weight_2", "down_bias_2")]
-    projection = [gradients[name] for name in ("in_weight", "in_bias")]
-    numbers = [gradients["blend"], gradients["logit_scale"]]
-    layers = [first, second, projection, d_inner, last]
-    if all(g is None for layer in (*layers, numbers) for g in layer):
+    wanted = _named(
+        gradients,
+        *("down_weight", "down_bias", "down_weight_2", "down_bias_2", "in_weight", "in_bias"),
+    )
+    if not _any(*wanted):
         return
 
     def rows(t: Tensor | None) -> Tensor | None:
         """Of what was projected."""
         return None if t is None else t[first_row:]
 
-    down = s.down or s.e
-    block, n_u = tiles.COLUMNS, sum(s.up)
-    block_h = min(tiles.block(c.head_dim), block)
-    shapes = [(down, s.d), (s.e, down), (3 * s.e, s.e), (s.r, 0), (s.d, s.r)]
-    counts = [
-        triton.cdiv(n, block) * max(triton.cdiv(k, block), 1) if any(g is not None for g in layer)
-        else 1
-        for layer, (n, k) in zip(layers, shapes, strict=True)
-    ]  # fmt: skip
-    counts[3] *= s.h * triton.cdiv(c.head_dim, block_h)
-    d_x = made.get("d_x")
-    d_hidden = made.get("d_hidden")
-    d_down = made.get("d_down", d_x)
-    parameters_kernel[(max(counts), 6)](
-        *first,
-        *second,
-        *projection,
-        *d_inner,
-        *last,
-        *numbers,
-        rows(d_down),
+    down, d_x = s.down or s.e, made.get("d_x")
+    blocks = max(
+        _blocks(down, s.d) * _any(*wanted[:2]),
+        _blocks(s.e, down) * _any(*wanted[2:4]),
+        _blocks(3 * s.e, s.e) * _any(*wanted[4:]),
+    )
+    projections_kernel[(blocks, 3)](
+        *wanted,
+        rows(made.get("d_down", d_x)),
         of["text"],
         of["image"],
         rows(d_x),
         rows(kept.get("down_active")),
         rows(made.get("d_qkv")),
         rows(kept["x"]),
+        of["text"].stride(0),
+        of["image"].stride(0),
+        s.c - first_row,
+        s.b,
+        s.d,
+        down,
+        s.e,
+        BLOCK=tiles.COLUMNS,
+        **c.meta,
+    )
+
+
+def _up(c: Call, kept: Kept, made: Kept, gradients: Gradients) -> None:
+    """The gradients of out_proj and of the up-sampler, of blend and logit_scale."""
+    of, s = c.of, c.s
+    names = ("out_weight", "out_bias", "up_weight", "up_bias")
+    last = _named(gradients, "up_weight_2", "up_bias_2") if s.composed else []
+    composed = s.composed and _any(*_named(gradients, *names))
+    if s.composed:
+        d_inner = [_empty(c, s.r, s.e), _empty(c, s.r)] if composed else [None, None]
+    else:
+        d_inner, last = _named(gradients, *names[:2]), _named(gradients, *names[2:])
+    wanted = [*d_inner, *last, *_named(gradients, "blend", "logit_scale")]
+    if not _any(*wanted):
+        return
+    block_h = min(tiles.block(c.head_dim), tiles.COLUMNS)
+    inner_blocks = triton.cdiv(s.r, tiles.COLUMNS) * s.h * triton.cdiv(c.head_dim, block_h)
+    d_hidden, n_u = made.get("d_hidden"), sum(s.up)
+    blocks = max(inner_blocks * _any(*d_inner), _blocks(s.d, s.r) * _any(*last), 1)
+    up_kernel[(blocks, 3)](
+        *wanted,
         d_hidden,
         made.get("d_z"),
         kept.get("attended"),
@@ -335,38 +359,33 @@ def _parameters(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row
         made.get("d_u"),
         made["of_scalars"],
         made.get("blends") if n_u else None,
-        of["text"].stride(0),
-        of["image"].stride(0),
         0 if d_hidden is None else d_hidden.shape[1],
         s.c,
         s.b,
-        s.c - first_row,
         n_u,
         made["of_scalars"].shape[0],
         0 if _blends_text(c) else s.c,
         s.c + s.up[1],
         s.d,
-        down,
         s.e,
         s.h,
         s.r,
         TEXT=s.text,
         IMAGE=s.image,
-        BLOCK=block,
+        BLOCK=tiles.COLUMNS,
         BLOCK_H=block_h,
         **c.meta,
     )
     if composed:
-        count = triton.cdiv(max(s.r, s.e), block) * triton.cdiv(s.e, block)
-        compose_kernel[(count, 2)](
+        compose_kernel[(_blocks(max(s.r, s.e), s.e), 2)](
             *d_inner,
             of["out_weight"],
             of["out_bias"],
             of["up_weight"],
-            *(gradients[name] for name in names),
+            *_named(gradients, *names),
             s.e,
             s.r,
-            BLOCK=block,
+            BLOCK=tiles.COLUMNS,
             **c.meta,
         )
 
@@ -407,7 +426,8 @@ def _backward(c: Call, kept: Kept, d_logits: Tensor, gradients: Gradients) -> No
             if part in made:
                 linear(c, d_first[rows], None, of["down_weight"], None, gradients[name], None,
                     transposed=True, added=made[part])
-    _parameters(c, kept, made, gradients, first_row)
+    _projections(c, kept, made, gradients, first_row)
+    _up(c, kept, made, gradients)
 
 
 def multimodal_logits_backward(

@@ -235,23 +235,14 @@ def _sum_scalars(parts, step, n):
     return tl.sum(total, 0)
 
 
-NO_SPECIALIZATION = ["C", "B", "projected", "first_blend", "last_blend", "n_tiles", "n_u"]
-
-
-@triton.jit(do_not_specialize=NO_SPECIALIZATION)
-def parameters_kernel(
+@triton.jit(do_not_specialize=["projected", "B"])
+def projections_kernel(
     d_down_weight,
     d_down_bias,
     d_down_weight_2,
     d_down_bias_2,
     d_in_weight,
     d_in_bias,
-    d_inner_weight,
-    d_inner_bias,
-    d_last_weight,
-    d_last_bias,
-    d_blend,
-    d_scale,
     d_down,
     text,
     image,
@@ -259,6 +250,50 @@ def parameters_kernel(
     down,
     d_qkv,
     x,
+    text_stride,
+    image_stride,
+    projected,
+    B,
+    D,
+    DOWN,
+    E,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Each gradient where its pointer is not None; program 1 chooses the layer.
+
+    Rows are those of ``projected`` texts and of images: d_down is of the first layer's, down [.,
+    DOWN] goes into the second, d_x and x [., E] are of the whole down-sampler.
+    """
+    if tl.program_id(1) == 0:
+        if d_down_weight is not None or d_down_bias is not None:
+            _of_linear(
+                d_down_weight, d_down_bias, d_down, text, text_stride, image, image_stride,
+                projected, B, DOWN, D, PRECISION, BLOCK, BLOCK_K,
+            )  # fmt: skip
+    elif tl.program_id(1) == 1:
+        if d_down_weight_2 is not None or d_down_bias_2 is not None:
+            _of_linear(
+                d_down_weight_2, d_down_bias_2, d_x, down, DOWN, None, 0,
+                projected + B, 0, E, DOWN, PRECISION, BLOCK, BLOCK_K,
+            )  # fmt: skip
+    else:
+        if d_in_weight is not None or d_in_bias is not None:
+            _of_linear(
+                d_in_weight, d_in_bias, d_qkv, x, E, None, 0,
+                projected + B, 0, 3 * E, E, PRECISION, BLOCK, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "B", "n_u", "n_tiles", "first_blend", "last_blend"])
+def up_kernel(
+    d_inner_weight,
+    d_inner_bias,
+    d_last_weight,
+    d_last_bias,
+    d_blend,
+    d_scale,
     d_hidden,
     d_z,
     attended,
@@ -272,18 +307,14 @@ def parameters_kernel(
     d_u,
     of_scalars,
     blends,
-    text_stride,
-    image_stride,
     hidden_stride,
     C,
     B,
-    projected,
     n_u,
     n_tiles,
     first_blend,
     last_blend,
     D,
-    DOWN,
     E,
     H,
     R,
@@ -294,42 +325,21 @@ def parameters_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Each gradient where its pointer is not None; program 1 chooses the layer.
+    """Each gradient where its pointer is not None; program 1 chooses the layer, or the numbers.
 
-    d_down and down [projected + B, DOWN] are of the first layer, down activated, d_x and x of the whole
-    down-sampler; d_hidden [C + B, hidden_stride] is as d_pairs_kernel sums it.
+    d_hidden [C + B, hidden_stride] is as d_pairs_kernel's parts sum up; u = W e + b are n_u rows.
     """
-    layer = tl.program_id(1)
-    if layer == 0:
-        if d_down_weight is not None or d_down_bias is not None:
-            _of_linear(
-                d_down_weight, d_down_bias, d_down, text, text_stride, image, image_stride, projected,
-                B, DOWN, D, PRECISION, BLOCK, BLOCK_K,
-            )  # fmt: skip
-    elif layer == 1:
-        if d_down_weight_2 is not None or d_down_bias_2 is not None:
-            _of_linear(
-                d_down_weight_2, d_down_bias_2, d_x, down, DOWN, None, 0, projected + B, 0,
-                E, DOWN, PRECISION, BLOCK, BLOCK_K,
-            )  # fmt: skip
-    elif layer == 2:
-        if d_in_weight is not None or d_in_bias is not None:
-            _of_linear(
-                d_in_weight, d_in_bias, d_qkv, x, E, None, 0, projected + B, 0,
-                3 * E, E, PRECISION, BLOCK, BLOCK_K,
-            )  # fmt: skip
-    elif layer == 3:
+    if tl.program_id(1) == 0:
         if d_inner_weight is not None or d_inner_bias is not None:
             _of_inner(
                 d_inner_weight, d_inner_bias, d_hidden, hidden_stride, d_z, attended, values,
                 mixed, C, B, E, H, R, TEXT, IMAGE, PRECISION, BLOCK, BLOCK_K, BLOCK_H,
             )  # fmt: skip
-    elif layer == 4:
+    elif tl.program_id(1) == 1:
         if d_last_weight is not None or d_last_bias is not None:
             _of_last(
-                d_last_weight, d_last_bias, last_weight, last_bias, features,
-                d_hidden, hidden_stride, d_gram, e, d_u, C + B, n_u, D, H, R,
-                PRECISION, BLOCK, BLOCK_K,
+                d_last_weight, d_last_bias, last_weight, last_bias, features, d_hidden,
+                hidden_stride, d_gram, e, d_u, C + B, n_u, D, H, R, PRECISION, BLOCK, BLOCK_K,
             )  # fmt: skip
     elif tl.program_id(0) == 0:
         if d_scale is not None:

@@ -43,5 +43,5 @@ def _pairs(r: int, elements: int, images: int) -> dict[str, int]:
         "BLOCK_C": pairs // images,
         "BLOCK_B": images,
         "BLOCK_R": block_r,
-        "BLOCK_K": min(block_r, PAIR_UNITS),
+        "BLOCK_K": min(block_r, PAIR_UNITS) if block_r <= 64 else 16,
     }
