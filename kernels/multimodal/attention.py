@@ -194,7 +194,7 @@ def keys_kernel(
     store_head(of_head + 2 * E, keys, in_keys, 3 * E, units, head_dim, d_v)
 
 
-@triton.jit(do_not_specialize=["C", "B"])
+@triton.jit(do_not_specialize=["C", "B", "n_up_texts"])
 def heads_kernel(
     qkv,
     attended,
@@ -211,6 +211,7 @@ def heads_kernel(
     hidden_stride,
     C,
     B,
+    n_up_texts,
     H,
     head_dim,
     R,
@@ -272,15 +273,11 @@ def heads_kernel(
     if d_branch is not None:
         of_branch += head * head_dim
     if is_image:
-        n_branches = 0
         if TEXT == ITEM:
-            n_branches = B
             d_v += load_head(of_branch, rows, in_rows, E, units, head_dim)
-        elif TEXT == TEXTS or TEXT == NOTHING:
-            n_branches = C
         own = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-        if IMAGE == BOTH or IMAGE == TEXTS or IMAGE == ITEM:
-            own = load_head(of_branch, rows + n_branches, in_rows, E, units, head_dim)
+        if IMAGE > NOTHING:
+            own = load_head(of_branch, rows + n_up_texts, in_rows, E, units, head_dim)
         if IMAGE == ITEM:
             d_v += own
         elif IMAGE == TEXTS:

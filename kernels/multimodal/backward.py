@@ -14,19 +14,15 @@ from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, views
 from ..launch import architecture, guard, processors
 from . import tiles
 from .attention import heads_kernel, keys_kernel, queries_kernel
-from .call import Call, call, linear
+from .call import Call, call, empty, linear
 from .cosines import d_cosines_kernel
 from .d_features import d_features_kernel
 from .d_pairs import d_pairs_kernel
 from .forward import OF_PAIRS, activated, inner, pair_meta
 from .gradients import similarity_kernel, sums_kernel
-from .parameters import compose_kernel, projections_kernel, up_kernel
+from .parameter_launches import Gradients, Kept, blends_text, projections, up
 
 NAMES = ("text", "image", *PARAMETERS)
-
-
-Kept = dict[str, Tensor]
-Gradients = dict[str, Tensor | None]  # by the names of what they are of; None: not asked for
 
 
 class Wanted(NamedTuple):
@@ -54,18 +50,8 @@ def _wanted(c: Call, gradients: Gradients) -> Wanted:
     inner_layer = qkv or any_of("out_weight", "out_bias", *composed)
     up = inner_layer or any_of(*last)
     blended = any_of("blend") and sum(s.up) > 0
-    texts = any_of("text") or (_blends_text(c) and (up or blended))
+    texts = any_of("text") or (blends_text(c) and (up or blended))
     return Wanted(up or blended, texts, up and sum(s.up) > 0, inner_layer, qkv, x, first)
-
-
-def _blends_text(c: Call) -> bool:
-    """Whether texts are blended with what they become as rows of their own."""
-    return c.s.up[0] > 0 and c.s.text != ITEM
-
-
-def _empty(c: Call, *shape: int) -> Tensor:
-    image: Tensor = c.of["image"]
-    return image.new_empty(shape, dtype=torch.float32)
 
 
 def _sums(c: Call, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -83,12 +69,12 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
     s = c.s
     grid = triton.cdiv(s.c, tiles.COSINE_TEXTS), triton.cdiv(s.b, tiles.COSINE_IMAGES)
     made = {
-        "d_similarity": _empty(c, s.c, s.others),
-        "of_scalars": _empty(c, grid[0] * grid[1], 2),
+        "d_similarity": empty(c, s.c, s.others),
+        "of_scalars": empty(c, grid[0] * grid[1], 2),
     }
     of_pairs = [kept.get(name) for name in OF_PAIRS]
     d_of_pairs = [None if t is None else torch.empty_like(t) for t in of_pairs]
-    of_images = _empty(c, grid[0], s.b, 2) if s.text == ITEM else None
+    of_images = empty(c, grid[0], s.b, 2) if s.text == ITEM else None
     d_cosines_kernel[grid](
         d_logits,
         kept["similarity"],
@@ -107,7 +93,7 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
         BLOCK_B=tiles.COSINE_IMAGES,
     )
     if of_images is not None and wanted.similarity:
-        made["d_item_dot"] = _empty(c, s.b, 2)
+        made["d_item_dot"] = empty(c, s.b, 2)
         _sums(c, (of_images, made["d_item_dot"]))
     if s.text != BOTH or not wanted.similarity:
         return made
@@ -117,9 +103,9 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
     each = triton.cdiv(text_tiles, most)
     grid = triton.cdiv(text_tiles, each), image_tiles
     width = (s.h + 1) * s.r + 1
-    made["d_odds"] = _empty(c, s.h, s.c, s.b)
-    of_texts, of_images = _empty(c, grid[1], s.c, width), _empty(c, grid[0], s.b, width)
-    of_weights = _empty(c, grid[0] * grid[1], s.r * s.r + s.r + 1)
+    made["d_odds"] = empty(c, s.h, s.c, s.b)
+    of_texts, of_images = empty(c, grid[1], s.c, width), empty(c, grid[0], s.b, width)
+    of_weights = empty(c, grid[0] * grid[1], s.r * s.r + s.r + 1)
     d_pairs_kernel[grid](
         *d_of_pairs,
         made["d_odds"],
@@ -139,8 +125,8 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
         **pair_meta(c),
         **tile,
     )
-    made["d_hidden"] = _empty(c, s.c + s.b, width)
-    made["d_gram"] = _empty(c, of_weights.shape[1])
+    made["d_hidden"] = empty(c, s.c + s.b, width)
+    made["d_gram"] = empty(c, of_weights.shape[1])
     by_text, by_image = made["d_hidden"][: s.c], made["d_hidden"][s.c :]
     _sums(c, (of_texts, by_text), (of_images, by_image), (of_weights, made["d_gram"]))
     return made
@@ -150,7 +136,7 @@ def _features(c: Call, kept: Kept, made: Kept, wanted: Wanted, gradients: Gradie
     """Gradients of features but for what the adapter adds, of what they become, of the blend."""
     of, s = c.of, c.s
     n_texts, n_images = s.up
-    d_features = _empty(c, s.c + s.others, s.d)
+    d_features = empty(c, s.c + s.others, s.d)
     d_hidden = made.get("d_hidden")
     d_products = d_constants = None
     if d_hidden is not None:
@@ -185,23 +171,23 @@ def _features(c: Call, kept: Kept, made: Kept, wanted: Wanted, gradients: Gradie
     d_text, d_image = gradients["text"], gradients["image"]
     found = {}
     if any(s.attends) and d_text is not None:
-        found["d_text"] = d_text = _empty(c, s.c, s.d)
+        found["d_text"] = d_text = empty(c, s.c, s.d)
     if d_image is not None:
-        found["d_image"] = d_image = _empty(c, s.b, s.d)
+        found["d_image"] = d_image = empty(c, s.b, s.d)
     if gradients["blend"] is not None:
-        found["blends"] = _empty(c, s.c + s.b)
+        found["blends"] = empty(c, s.c + s.b)
     if d_u is not None:
         found["d_u"] = d_u
-    blends_text, images = _blends_text(c), n_images > 0
+    blends, images = blends_text(c), n_images > 0
     blocks = triton.cdiv(s.c, tiles.FEATURE_ROWS) + triton.cdiv(s.b, tiles.FEATURE_ROWS)
     d_features_kernel[(blocks,)](
         d_features,
         kept["features"],
         of["text"],
         of["image"],
-        part(u, 0, n_texts, blends_text),
+        part(u, 0, n_texts, blends),
         part(u, n_texts, n_images, images),
-        part(d_u, 0, n_texts, blends_text),
+        part(d_u, 0, n_texts, blends),
         part(d_u, n_texts, n_images, images),
         kept["lengths"],
         d_text,
@@ -251,6 +237,7 @@ def _attention(c: Call, kept: Kept, made: Kept) -> Tensor:
         0 if d_hidden is None else d_hidden.shape[1],
         s.c,
         s.b,
+        s.up[0],
         s.h,
         c.head_dim,
         s.r,
@@ -274,122 +261,6 @@ def _attention(c: Call, kept: Kept, made: Kept) -> Tensor:
     return d_qkv
 
 
-def _named(gradients: Gradients, *names: str) -> list[Tensor | None]:
-    return [gradients[name] for name in names]
-
-
-def _any(*gradients: Tensor | None) -> bool:
-    return any(gradient is not None for gradient in gradients)
-
-
-def _blocks(n: int, k: int) -> int:
-    """Tiles of a matrix [n, k]."""
-    return triton.cdiv(n, tiles.COLUMNS) * triton.cdiv(k, tiles.COLUMNS)
-
-
-def _projections(c: Call, kept: Kept, made: Kept, gradients: Gradients, first_row: int) -> None:
-    """The gradients of in_proj and of the down-sampler."""
-    of, s = c.of, c.s
-    wanted = _named(
-        gradients,
-        *("down_weight", "down_bias", "down_weight_2", "down_bias_2", "in_weight", "in_bias"),
-    )
-    if not _any(*wanted):
-        return
-
-    def rows(t: Tensor | None) -> Tensor | None:
-        """Of what was projected."""
-        return None if t is None else t[first_row:]
-
-    down, d_x = s.down or s.e, made.get("d_x")
-    blocks = max(
-        _blocks(down, s.d) * _any(*wanted[:2]),
-        _blocks(s.e, down) * _any(*wanted[2:4]),
-        _blocks(3 * s.e, s.e) * _any(*wanted[4:]),
-    )
-    projections_kernel[(blocks, 3)](
-        *wanted,
-        rows(made.get("d_down", d_x)),
-        of["text"],
-        of["image"],
-        rows(d_x),
-        rows(kept.get("down_active")),
-        rows(made.get("d_qkv")),
-        rows(kept["x"]),
-        of["text"].stride(0),
-        of["image"].stride(0),
-        s.c - first_row,
-        s.b,
-        s.d,
-        down,
-        s.e,
-        BLOCK=tiles.COLUMNS,
-        **c.meta,
-    )
-
-
-def _up(c: Call, kept: Kept, made: Kept, gradients: Gradients) -> None:
-    """The gradients of out_proj and of the up-sampler, of blend and logit_scale."""
-    of, s = c.of, c.s
-    names = ("out_weight", "out_bias", "up_weight", "up_bias")
-    last = _named(gradients, "up_weight_2", "up_bias_2") if s.composed else []
-    composed = s.composed and _any(*_named(gradients, *names))
-    if s.composed:
-        d_inner = [_empty(c, s.r, s.e), _empty(c, s.r)] if composed else [None, None]
-    else:
-        d_inner, last = _named(gradients, *names[:2]), _named(gradients, *names[2:])
-    wanted = [*d_inner, *last, *_named(gradients, "blend", "logit_scale")]
-    if not _any(*wanted):
-        return
-    block_h = min(tiles.block(c.head_dim), tiles.COLUMNS)
-    inner_blocks = triton.cdiv(s.r, tiles.COLUMNS) * s.h * triton.cdiv(c.head_dim, block_h)
-    d_hidden, n_u = made.get("d_hidden"), sum(s.up)
-    blocks = max(inner_blocks * _any(*d_inner), _blocks(s.d, s.r) * _any(*last), 1)
-    up_kernel[(blocks, 3)](
-        *wanted,
-        d_hidden,
-        made.get("d_z"),
-        kept.get("attended"),
-        kept["qkv"][:, 2 * s.e :],
-        kept.get("mixed"),
-        *c.last,
-        kept["features"],
-        made.get("d_gram"),
-        activated(kept),
-        made.get("d_u"),
-        made["of_scalars"],
-        made.get("blends") if n_u else None,
-        0 if d_hidden is None else d_hidden.shape[1],
-        s.c,
-        s.b,
-        n_u,
-        made["of_scalars"].shape[0],
-        0 if _blends_text(c) else s.c,
-        s.c + s.up[1],
-        s.d,
-        s.e,
-        s.h,
-        s.r,
-        TEXT=s.text,
-        IMAGE=s.image,
-        BLOCK=tiles.COLUMNS,
-        BLOCK_H=block_h,
-        **c.meta,
-    )
-    if composed:
-        compose_kernel[(_blocks(max(s.r, s.e), s.e), 2)](
-            *d_inner,
-            of["out_weight"],
-            of["out_bias"],
-            of["up_weight"],
-            *_named(gradients, *names),
-            s.e,
-            s.r,
-            BLOCK=tiles.COLUMNS,
-            **c.meta,
-        )
-
-
 def _backward(c: Call, kept: Kept, d_logits: Tensor, gradients: Gradients) -> None:
     of, s = c.of, c.s
     wanted = _wanted(c, gradients)
@@ -404,7 +275,7 @@ def _backward(c: Call, kept: Kept, d_logits: Tensor, gradients: Gradients) -> No
             c, made["d_u"], None, c.last[0], None, made["d_z"], None, transposed=True, **gate
         )  # fmt: skip
         if wanted.qkv:
-            made["d_branch"] = _empty(c, sum(s.up), s.e)
+            made["d_branch"] = empty(c, sum(s.up), s.e)
             weight = inner(c, kept)[0]
             linear(c, made["d_z"], None, weight, None, made["d_branch"], None, transposed=True)
     if wanted.qkv:
@@ -422,12 +293,24 @@ def _backward(c: Call, kept: Kept, d_logits: Tensor, gradients: Gradients) -> No
         )  # fmt: skip
     if wanted.first:
         d_first = made["d_down" if s.down else "d_x"]
-        for name, rows, part in (("text", slice(s.c), "d_text"), ("image", slice(s.c, None), "d_image")):
+        for name, rows, part in (
+            ("text", slice(s.c), "d_text"),
+            ("image", slice(s.c, None), "d_image"),
+        ):
             if part in made:
-                linear(c, d_first[rows], None, of["down_weight"], None, gradients[name], None,
-                    transposed=True, added=made[part])
-    _projections(c, kept, made, gradients, first_row)
-    _up(c, kept, made, gradients)
+                linear(
+                    c,
+                    d_first[rows],
+                    None,
+                    of["down_weight"],
+                    None,
+                    gradients[name],
+                    None,
+                    transposed=True,
+                    added=made[part],
+                )
+    projections(c, kept, made, gradients, first_row)
+    up(c, kept, made, gradients)
 
 
 def multimodal_logits_backward(

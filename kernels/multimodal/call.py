@@ -81,7 +81,12 @@ def call(text: Tensor, image: Tensor, *rest: Any) -> Call:
         of,
         _difference(of["bias_ti"], of["bias_tt"]),
         _difference(of["bias_ii"], of["bias_it"]),
-        {"PRECISION": precision(), "BLOCK_K": tiles.STEPS, "num_warps": tiles.WARPS},
+        {
+            "PRECISION": precision(),
+            "BLOCK_K": tiles.STEPS,
+            "num_warps": tiles.WARPS,
+            "num_stages": 1,
+        },
     )
 
 
@@ -109,8 +114,9 @@ def linear(
 ) -> None:
     """a W^T + bias, times act'(gate), plus what is added, of rows of text and of image.
 
-    Of the two, those without an output are left out. ``active`` gets act of the results. ``transposed``: by W in W^T's place. With
-    ``heads`` a and weight have a part of their columns for each, and out all columns of each.
+    Of the two, those without an output are left out. ``active`` gets act of the results.
+    ``transposed``: by W in W^T's place. With ``heads`` a and weight have a part of their columns
+    for each, and out all columns of each.
     """
     n_texts = 0 if out_text is None else out_text.shape[0]
     n_images = 0 if out_image is None else out_image.shape[0]
@@ -150,3 +156,9 @@ def linear(
         **meta,
         **c.meta,
     )
+
+
+def empty(c: Call, *shape: int) -> Tensor:
+    """Of fp32, on the device of the features."""
+    image: Tensor = c.of["image"]
+    return image.new_empty(shape, dtype=torch.float32)

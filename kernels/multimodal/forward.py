@@ -20,7 +20,6 @@ from .features import features_kernel
 from .linear import weights_kernel
 from .pairs import pairs_kernel, products_kernel
 
-
 OF_PAIRS = ("squares", "text_dots", "image_dots")  # |u|^2, t.u, i.u
 
 
@@ -248,9 +247,7 @@ def pair_meta(c: Call) -> dict[str, Any]:
     }
 
 
-def multimodal_logits_forward(
-    text: Tensor, image: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def multimodal_logits_forward(text: Tensor, image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``fastadapters::multimodal_logits_forward``."""
     *inputs, save = rest
     c = call(text, image, *inputs)

@@ -106,8 +106,8 @@ def linear_kernel(
 ):
     """a W^T + bias, times act'(gate), plus what is added, of text rows and of image rows.
 
-    Rows that are None are zeros. active is act of the result where it is wanted. gate and added are [texts and images, N]; for each head (program 2) a, W and the output begin
-    further on.
+    Rows that are None are zeros. active is act of the result where it is wanted. gate and added
+    are [texts and images, N]; for each head (program 2) a, W and the output begin further on.
     """
     rows, in_rows, is_image = rows_of_block(n_texts, n_images, BLOCK_M)
     head = tl.program_id(2).to(tl.int64)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..products import multiply
-from .forms import ABSENT, BOTH, ITEM, NOTHING, TEXTS
+from .forms import BOTH, ITEM, TEXTS
 from .linear import column
 
 
@@ -78,6 +78,8 @@ def _of_inner(
     mixed,
     C,
     B,
+    n_up_texts,
+    n_u,
     E,
     H,
     R,
@@ -105,6 +107,8 @@ def _of_inner(
         if attended is not None:
             own_attended += C.to(tl.int64) * E
         of_image = d_z
+        if d_z is not None:
+            of_image += n_up_texts.to(tl.int64) * R
         if TEXT == BOTH:
             part = d_hidden + head * R
             tile = multiply(
@@ -119,15 +123,11 @@ def _of_inner(
             tile = multiply(
                 tile, d_z, rows, in_rows, R, attended, cols, in_units, E, C, PRECISION, BLOCK_K
             )
-            of_image += C.to(tl.int64) * R
         elif TEXT == ITEM:
             tile = multiply(
                 tile, d_z, rows, in_rows, R, own_values, cols, in_units, 3 * E, B,
                 PRECISION, BLOCK_K,
             )  # fmt: skip
-            of_image += B.to(tl.int64) * R
-        elif TEXT == NOTHING:
-            of_image += C.to(tl.int64) * R
         if IMAGE == BOTH:
             tile = multiply(
                 tile, of_image, rows, in_rows, R, mixed, cols, in_units, E, B, PRECISION, BLOCK_K
@@ -156,14 +156,7 @@ def _of_inner(
                 )
             total = total / H
         if d_z is not None:
-            n = 0
-            if IMAGE != ABSENT:
-                n += B
-            if TEXT == ITEM:
-                n += B
-            elif TEXT == TEXTS or TEXT == NOTHING:
-                n += C
-            total += column(d_z, R, None, 0, rows, in_rows, n, BLOCK)
+            total += column(d_z, R, None, 0, rows, in_rows, n_u, BLOCK)
         tl.store(d_bias + rows, total.to(d_bias.dtype.element_ty), mask=in_rows)
 
 
@@ -286,7 +279,9 @@ def projections_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["C", "B", "n_u", "n_tiles", "first_blend", "last_blend"])
+@triton.jit(
+    do_not_specialize=["C", "B", "n_up_texts", "n_u", "n_tiles", "first_blend", "last_blend"]
+)
 def up_kernel(
     d_inner_weight,
     d_inner_bias,
@@ -310,6 +305,7 @@ def up_kernel(
     hidden_stride,
     C,
     B,
+    n_up_texts,
     n_u,
     n_tiles,
     first_blend,
@@ -333,7 +329,8 @@ def up_kernel(
         if d_inner_weight is not None or d_inner_bias is not None:
             _of_inner(
                 d_inner_weight, d_inner_bias, d_hidden, hidden_stride, d_z, attended, values,
-                mixed, C, B, E, H, R, TEXT, IMAGE, PRECISION, BLOCK, BLOCK_K, BLOCK_H,
+                mixed, C, B, n_up_texts, n_u, E, H, R, TEXT, IMAGE,
+                PRECISION, BLOCK, BLOCK_K, BLOCK_H,
             )  # fmt: skip
     elif tl.program_id(1) == 1:
         if d_last_weight is not None or d_last_bias is not None:
