@@ -18,7 +18,7 @@ from .call import Call, call, empty, linear
 from .cosines import d_cosines_kernel
 from .d_features import d_features_kernel
 from .d_pairs import d_pairs_kernel
-from .forward import OF_PAIRS, activated, inner, pair_meta
+from .forward import OF_PAIRS, inner, pair_meta
 from .gradients import similarity_kernel, sums_kernel
 from .parameter_launches import Gradients, Kept, blends_text, projections, up
 
