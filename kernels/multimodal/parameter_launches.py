@@ -134,5 +134,5 @@ def up(c: Call, kept: Kept, made: Kept, gradients: Gradients) -> None:
             s.e,
             s.r,
             BLOCK=tiles.COLUMNS,
-            **c.meta,
+            **c.meta | {"BLOCK_K": tiles.STEPS // 2},
         )
