@@ -84,12 +84,12 @@ void Warp::check_held(const Instruction& instruction) {
 }
 
 // Of the fragments the one in the deepest call and with the lowest program counter runs, so that
-// branches meet again; but at a barrier or exchange the lanes wait for those that may still come.
+// branches meet again; but at a barrier, an exchange and the end lanes wait for those that may
+// still come.
 void Warp::step() {
   if (fragments.size() > 1) {
-    auto moves = std::find_if(fragments.begin(), fragments.end(), [this](const Fragment& f) {
-      return !program.code[f.pc].gathers;
-    });
+    auto moves = std::find_if(fragments.begin(), fragments.end(),
+                              [this](const Fragment& f) { return !program.code[f.pc].gathers; });
     if (moves != fragments.end()) std::rotate(fragments.begin(), moves, moves + 1);
   }
   Fragment& here = fragments.front();

@@ -179,8 +179,7 @@ struct Warp {
   Program& program;
   Observer observer;
   Mask live, exited = 0;
-  std::vector<Fragment>
-      fragments;  // the first one runs: see step
+  std::vector<Fragment> fragments;  // the first one runs: see step
   std::vector<uint8_t> registers, local;
   bool waiting = false;
 
