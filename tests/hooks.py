@@ -67,6 +67,8 @@ def load() -> ModuleType:
         "sequence_fusion_backward",
         "cross_modal_attention_forward",
         "cross_modal_attention_backward",
+        "multimodal_logits_forward",
+        "multimodal_logits_backward",
     ):
         schema = getattr(torch.ops.fastadapters, name).default._schema
         module.library.define(str(schema).partition("::")[2])
