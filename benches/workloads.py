@@ -53,7 +53,7 @@ class Bottleneck(NamedTuple):
         return [forward, backward] if training else [forward]
 
 
-class CrossModalAttention(NamedTuple):
+class Multimodal(NamedTuple):
     """The adapter head of CLIP: text features [classes, dim] and image features [batch, dim]."""
 
     name: str
@@ -68,10 +68,10 @@ class CrossModalAttention(NamedTuple):
     masked: bool = False
     quick: bool = False
 
-    def on(self, device: str) -> CrossModalAttention:
+    def on(self, device: str) -> Multimodal:
         return self
 
-    def small(self) -> CrossModalAttention:
+    def small(self) -> Multimodal:
         return self._replace(
             classes=self.classes // 100 + 5, batch=3, dim=48, attn_dim=16, heads=2, hidden=8
         )
@@ -201,14 +201,14 @@ CLASSES = {
     "UCF101": 101,
 }
 
-CROSS_MODAL_ATTENTION = [
+MULTIMODAL = [
     *(
-        CrossModalAttention(name, classes, batch, quick=(name, batch) == ("Caltech101", 32))
+        Multimodal(name, classes, batch, quick=(name, batch) == ("Caltech101", 32))
         for name, classes in CLASSES.items()
         for batch in (32, 64, 256)
     ),
-    CrossModalAttention("SUN397, image only", 397, 64, adapt="image"),
-    CrossModalAttention("SUN397, masked", 397, 64, masked=True),
+    Multimodal("SUN397, image only", 397, 64, adapt="image"),
+    Multimodal("SUN397, masked", 397, 64, masked=True),
 ]
 
 SEQUENCE_FUSION = [

@@ -18,7 +18,7 @@ from benches import (
     harness,
     report,
     test_bottleneck,
-    test_cross_modal_attention,
+    test_multimodal,
     test_sequence_fusion,
     workloads,
 )
@@ -26,7 +26,7 @@ from fastadapters import backends
 from fastadapters.crossover import LIMITS, Limit
 from fastadapters.modules import BottleneckAdapter
 
-MODULES = (test_bottleneck, test_cross_modal_attention, test_sequence_fusion)
+MODULES = (test_bottleneck, test_multimodal, test_sequence_fusion)
 SMALL = [(module, w.small()) for module in MODULES for w in module.WORKLOADS]
 KINDS = list({(m, type(w), w._replace(name="", quick=False)): (m, w) for m, w in SMALL}.values())
 
@@ -73,7 +73,7 @@ def test_flops_are_those_of_the_products(module, workload, training) -> None:
         harness.stepper(eager, case.inputs, cotangents)()
     flops = sum(cost.flops for cost in workload.costs(training))
     counted = counter.get_total_flops()
-    tolerance = 0.1 if module is test_cross_modal_attention else 0.0
+    tolerance = 0.1 if module is test_multimodal else 0.0
     assert counted == pytest.approx(flops, rel=tolerance, abs=0)
 
 
@@ -141,8 +141,8 @@ def test_the_ratio_of_the_crossover_is_the_worst(monkeypatch) -> None:
 
 
 def test_definition_in_parts_is_the_definition() -> None:
-    workload = workloads.CROSS_MODAL_ATTENTION[0].small()
-    case = test_cross_modal_attention.case(workload, "cpu", torch.float32)
+    workload = workloads.MULTIMODAL[0].small()
+    case = test_multimodal.case(workload, "cpu", torch.float32)
     dy = (torch.randn(workload.batch, workload.classes),)
     whole, parts = (
         harness.evaluate(case.definition, case.inputs, dy, torch.float64, case.batched, part)
