@@ -23,7 +23,7 @@ inline Vec power_of_two(Vec y) {
 // For positive x that are neither subnormal nor nearly infinite.
 inline Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
-  Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
+  Vec r = (Vec)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)x);
   return r + r * (1.0f - x * r);
 #elif defined(__AVX2__)
   Vec r = (Vec)_mm256_rcp_ps((__m256)x);
@@ -35,7 +35,7 @@ inline Vec reciprocal(Vec x) {
 
 inline Vec square_root(Vec x) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_sqrt_ps((__m512)x);
+  return (Vec)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)x);
 #elif defined(__AVX2__)
   return (Vec)_mm256_sqrt_ps((__m256)x);
 #else
