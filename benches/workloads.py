@@ -53,6 +53,35 @@ class Bottleneck(NamedTuple):
         return [forward, backward] if training else [forward]
 
 
+class CrossModalAttention(NamedTuple):
+    """Attention of shared texts [classes, heads, width] and one image an item, all outputs."""
+
+    name: str
+    classes: int
+    batch: int
+    heads: int = 4
+    width: int = 32
+    masked: bool = False
+    quick: bool = False
+
+    def on(self, device: str) -> CrossModalAttention:
+        return self
+
+    def small(self) -> CrossModalAttention:
+        return self._replace(classes=self.classes // 100 + 5, batch=3, heads=2, width=8)
+
+    def costs(self, training: bool) -> list[Cost]:
+        """Texts over texts once; over one key attention is its value, whatever the score."""
+        c, b, a = self.classes, self.batch, self.heads * self.width
+        flops = 4 * b * c * a
+        if not self.masked:
+            flops += 4 * c * c * a + 2 * b * (c + 1) * a
+        inputs, outputs = 3 * (c + b) * a, b * (c + 1) * a
+        forward = Cost(inputs + outputs, flops)
+        backward = Cost(2 * inputs + outputs, 2 * flops)
+        return [forward, backward] if training else [forward]
+
+
 class Multimodal(NamedTuple):
     """The adapter head of CLIP: text features [classes, dim] and image features [batch, dim]."""
 
@@ -200,6 +229,12 @@ CLASSES = {
     "EuroSAT": 10,
     "UCF101": 101,
 }
+
+CROSS_MODAL_ATTENTION = [
+    CrossModalAttention(name, CLASSES[name], batch, masked=masked, quick=name == "Caltech101")
+    for name, batch in (("EuroSAT", 32), ("Caltech101", 32), ("SUN397", 64), ("ImageNet", 64))
+    for masked in (False, True)
+]
 
 MULTIMODAL = [
     *(
