@@ -42,15 +42,17 @@ inline void factor(const Head& h, double* gram, float* form) {
 }
 
 // u = W e + b = W (e - center) + (b + W center): where u is small because the terms cancel for
-// every e, e is nearly the same everywhere, and near to it both terms are small.
+// every e, e is nearly the same everywhere, and near to it both terms are small. The center is that
+// of a text, so that no item's logits depend on another item.
 inline void find_center(const Head& h, const MultimodalState& s) {
   const float* values = h.hidden == Hidden::text ? s.attended
-                        : h.needs[1][2]          ? s.qkv + (h.texts * 3 + 2) * h.width
+                        : h.needs[0][2]          ? s.qkv + 2 * h.width
                                                  : nullptr;
   for (int64_t i = 0; i < h.inner; ++i) {
     float z = h.inner_bias[i];
-    if (values && h.items) z += dot(values, h.inner_weight + i * h.width, h.width);
-    s.center[i] = h.gelu ? gelu(broadcast(z)).value[0] : z;
+    if (values) z += dot(values, h.inner_weight + i * h.width, h.width);
+    float e = h.gelu ? gelu(broadcast(z)).value[0] : z;
+    s.center[i] = std::isfinite(e) ? e : 0;
   }
 }
 inline void center_last_layer(const Head& h, const MultimodalState& s) {
