@@ -11,7 +11,7 @@ from fastadapters import eager, functional, reference
 
 from . import workloads
 from .harness import Case, parameters
-from .test_multimodal import ADDITIVE, MASKED
+from .test_multimodal import ADDITIVE
 
 WORKLOADS = workloads.CROSS_MODAL_ATTENTION
 
@@ -23,14 +23,13 @@ def case(w: workloads.CrossModalAttention, device: str, dtype: torch.dtype) -> C
 
     def joined(fn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         def call(**tensors: Tensor) -> Tensor:
-            return torch.cat(fn(**tensors, bias=MASKED if w.masked else ADDITIVE), dim=1)
+            return torch.cat(fn(**tensors, bias=ADDITIVE), dim=1)
 
         return call
 
-    kind = "masked" if w.masked else "additive"
     return Case(
         op="cross_modal_attention",
-        workload=f"{w.name}, {kind}: C {w.classes}, B {w.batch}",
+        workload=f"{w.name}: C {w.classes}, B {w.batch}",
         inputs=inputs,
         candidates={
             "ours": joined(functional.cross_modal_attention),

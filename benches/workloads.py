@@ -61,7 +61,6 @@ class CrossModalAttention(NamedTuple):
     batch: int
     heads: int = 4
     width: int = 32
-    masked: bool = False
     quick: bool = False
 
     def on(self, device: str) -> CrossModalAttention:
@@ -73,9 +72,7 @@ class CrossModalAttention(NamedTuple):
     def costs(self, training: bool) -> list[Cost]:
         """Texts over texts once; over one key attention is its value, whatever the score."""
         c, b, a = self.classes, self.batch, self.heads * self.width
-        flops = 4 * b * c * a
-        if not self.masked:
-            flops += 4 * c * c * a + 2 * b * (c + 1) * a
+        flops = 4 * b * c * a + 4 * c * c * a + 2 * b * (c + 1) * a
         inputs, outputs = 3 * (c + b) * a, b * (c + 1) * a
         forward = Cost(inputs + outputs, flops)
         backward = Cost(2 * inputs + outputs, 2 * flops)
@@ -231,9 +228,8 @@ CLASSES = {
 }
 
 CROSS_MODAL_ATTENTION = [
-    CrossModalAttention(name, CLASSES[name], batch, masked=masked, quick=name == "Caltech101")
+    CrossModalAttention(name, CLASSES[name], batch, quick=name == "Caltech101")
     for name, batch in (("EuroSAT", 32), ("Caltech101", 32), ("SUN397", 64), ("ImageNet", 64))
-    for masked in (False, True)
 ]
 
 MULTIMODAL = [

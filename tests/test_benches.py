@@ -74,7 +74,7 @@ def test_flops_are_those_of_the_products(module, workload, training) -> None:
         harness.stepper(eager, case.inputs, cotangents)()
     flops = sum(cost.flops for cost in workload.costs(training))
     counted = counter.get_total_flops()
-    tolerance = 0.1 if module in (test_cross_modal_attention, test_multimodal) else 0.0
+    tolerance = 0.3 if module is test_multimodal else 0.0  # eagerly |u|^2 is found twice
     assert counted == pytest.approx(flops, rel=tolerance, abs=0)
 
 
