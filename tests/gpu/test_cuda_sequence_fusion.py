@@ -217,7 +217,7 @@ KERNELS = {
     "backward": (
         "8backwardINS0_8BFloat16E",
         [
-            replace(MOSI, residual="none", rank=3),
+            replace(MOSI, residual="none", rank=3, biases="some"),
             replace(FOOD, dims=(40, 40), dim=80, widths=(40, 20), rank=3, biases="some"),
         ],
     ),
