@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop wheel wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of t
 	python -m benches.report --auto build/bench-auto.json
 
 ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+interop: setup build/clients.stamp ## Losses and times of the clients with and without `fastadapters.patch`, into docs/interop.md
+	PYTHONPATH=build/clients OMP_NUM_THREADS=1 python -m benches.patched
+
 wheel: setup ## Build the wheel into dist/, with every architecture where it has CUDA kernels
 	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
