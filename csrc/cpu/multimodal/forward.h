@@ -214,6 +214,9 @@ inline void forward(const MultimodalForward& p, const MultimodalState& saved,
   auto a = carve<ForwardArrays>(shared_scratch(), p);
   const Head& h = a.h;
   MultimodalState s = p.state ? saved : MultimodalState(p, a.state);
+  // What an option leaves out holds nothing, not whatever was there.
+  bool complete = h.hidden == Hidden::pair && h.sees[1][0] && h.sees[1][1];
+  if (p.state && !complete) std::memset(p.state, 0, s.size * sizeof(float));
   project(h, p, threads, s, a.activated);
   if (h.last_query > h.first_query) {
     a.packed.fill(h, threads, s.qkv);
