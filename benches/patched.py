@@ -28,7 +28,7 @@ import published
 
 PAGE = Path(__file__).parent.parent / "docs" / "interop.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
-STEPS, ROUNDS, D = 5, 7, 768
+STEPS, ROUNDS, D = 5, 15, 768
 Loss = Callable[[nn.Module], Tensor]
 
 
@@ -104,8 +104,8 @@ def with_seq_bn(model: Any) -> Any:
     import adapters
 
     adapters.init(model)
-    model.add_adapter("a", config="seq_bn")
-    model.train_adapter("a")
+    model.add_adapter("seq_bn", config="seq_bn")
+    model.train_adapter("seq_bn")
     return model
 
 

@@ -90,23 +90,24 @@ def why_not_plain(
     return None
 
 
-def _parameters(b: Bottleneck) -> list[Tensor]:
-    layers = (b.down, b.up) if b.norm is None else (b.down, b.up, b.norm)
-    tensors = [t for layer in layers for t in layer._parameters.values() if t is not None]
-    return [*tensors, b.scale] if isinstance(b.scale, Tensor) else [*tensors]
-
-
 def why_called_on(b: Bottleneck, x: Tensor, residual: Tensor | None = None) -> str | None:
     """Why the layers must be called on this x: what PyTorch does with it is another thing."""
     reason = why_all_called(x=x, residual=residual, scale=b.scale)
     if reason is not None:
         return reason
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and residual is not x and residual.shape != x.shape:
         return "residual has another shape than x: it is broadcast"
-    dtypes = {t.dtype for t in _parameters(b)}
-    mixes = autocast_dtype(x) is not None and dtypes.issubset(FUSED_DTYPES)
-    if not mixes and dtypes != {x.dtype}:
-        return "x and the parameters are of several dtypes, without autocast"
+    dtype = x.dtype
+    tensors = [*b.down._parameters.values(), *b.up._parameters.values(), b.scale]
+    if b.norm is not None:
+        tensors += b.norm._parameters.values()
+    for t in tensors:
+        if (
+            isinstance(t, Tensor)
+            and t.dtype != dtype
+            and (t.dtype not in FUSED_DTYPES or autocast_dtype(x) is None)
+        ):
+            return "x and the parameters are of several dtypes, without autocast"
     return None
 
 
