@@ -1,4 +1,4 @@
-"""`Adapter` and `ParallelAdapter` of `adapters` (1.3.0, adapters/methods/modeling.py).
+"""`Adapter` and `ParallelAdapter` of `adapters` (1.0.1 to 1.3.0, adapters/methods/modeling.py).
 
 SeqBn, DoubleSeqBn, ParBn, MAM, AdapterPlus, alone and in compositions. What is behind the scale,
 dropout, residual and LayerNorm, is called as it is there, as is stochastic depth. ``down``, second
@@ -111,6 +111,8 @@ def override_parallel(own: Forward) -> Forward:
 
 
 CLIENTS = [
-    Client("adapters", frozenset(["4b21377f118b702b"]), _PARTS, why_not, override),
+    Client(
+        "adapters", frozenset(["4b21377f118b702b", "05b466419dec77f9"]), _PARTS, why_not, override
+    ),
     Client("adapters", frozenset(["d9b198c340dfa65e"]), _PARTS, why_not, override_parallel),
 ]

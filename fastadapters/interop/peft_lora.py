@@ -1,4 +1,4 @@
-"""LoRA of `peft` (0.21.2, peft/tuners/lora/layer.py, `Linear`).
+"""LoRA of `peft` (0.17.1, 0.18.1 to 0.21.2, peft/tuners/lora/layer.py, `Linear`).
 
 The frozen layer and the dropout in front of A are called as they are there. Skipped: layers with
 more or fewer channels out than in, and the variants (DoRA and others). Merged, disabled or mixed
@@ -70,7 +70,7 @@ def override(own: Forward) -> Forward:
 CLIENTS = [
     Client(
         "peft",
-        frozenset(["33969d320c7d70ee"]),
+        frozenset(["33969d320c7d70ee", "8c427fa41c235a6f"]),
         frozenset(["base_layer", "lora_A", "lora_B"]),
         why_not,
         override,
