@@ -65,6 +65,9 @@ def call(kernels: Any, tensors: Tensors, **options: Any) -> Tensors:
 
 
 def check_kernels(kernels: Any, tensors: Tensors, name: str, **options: Any) -> None:
+    """In float32 the base is `eager`, which has the kernels' algebra and more roundings than the
+    definition.
+    """
     dtype = tensors["image"].dtype
 
     def head(t: Tensors) -> Tensor:
@@ -74,7 +77,7 @@ def check_kernels(kernels: Any, tensors: Tensors, name: str, **options: Any) -> 
     def pair(draw: int) -> tuple[Tensors, Tensors]:
         moved = {key: last_bit(t, draw, dtype) for key, t in tensors.items()}
         gold = run(head, {key: t.double() for key, t in moved.items()}, "reference")
-        return gold, run(head, moved, "reference")
+        return gold, run(head, moved, "eager" if dtype == torch.float32 else "reference")
 
     check_all(call(kernels, tensors, **options), pair, name)
 
@@ -101,7 +104,7 @@ def test_blocks_and_tiles(isa: str, kernels: Any) -> None:
     choose(isa)
     for c, b in ((2, 17), (16, 8), (49, 9), (97, 33), (200, 2)):
         for bias in (ADDITIVE, MASKED):
-            tensors = with_scalars(head_tensors(c, b, 24, 12, 7, torch.float32))
+            tensors = with_scalars(head_tensors(c, b, 64, 12, 7, torch.float32))
             check_kernels(kernels, tensors, f"C {c}, B {b}", bias=bias)
     tensors = with_scalars(head_tensors(30, 20, 300, 72, 40, torch.float32))
     check_kernels(kernels, tensors, "wide", bias=((0.3, -1.0), (0.5, 2.0)))
@@ -110,20 +113,28 @@ def test_blocks_and_tiles(isa: str, kernels: Any) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bias", [ADDITIVE, MASKED, ((0.0, -INF), (0.0, 0.0))], ids=str)
 def test_gradients_are_as_exact_as_eagerly(bias: Any, isa: str, kernels: Any) -> None:
-    """Sums over many pairs and rows are no long chains of additions."""
+    """Sums over many pairs and rows are no long chains of additions: over a few roundings of the
+    same inputs, the errors are about those of `eager`.
+    """
     choose(isa)
-    tensors = with_scalars(head_tensors(200, 48, 96, 48, 32, torch.float32))
+    exact = with_scalars(head_tensors(200, 48, 96, 48, 32, torch.float32))
 
     def head(t: Tensors) -> Tensor:
         return logits(t, bias=bias, logit_scale=t["scale"], blend=t["blend"])
 
-    gold = run(head, {name: t.double() for name, t in tensors.items()}, "reference")
-    base, out = run(head, tensors, "eager"), call(kernels, tensors, bias=bias)
-    for name, t in out.items():
-        if name == "out 0" or t.numel() < 32:
-            continue  # the logits are under the rule; a few roundings decide on few numbers
-        ours, eager = ((side[name].double() - gold[name]).square().mean() for side in (out, base))
-        assert ours <= 1.4**2 * eager, f"{name}: {(ours / eager).sqrt():.2f}"
+    squares: dict[str, list[float]] = {name: [0.0, 0.0] for name in exact}
+    for draw in range(6):
+        tensors = {name: last_bit(t, draw, torch.float32) for name, t in exact.items()}
+        gold = run(head, {name: t.double() for name, t in tensors.items()}, "reference")
+        for i, out in enumerate((call(kernels, tensors, bias=bias), run(head, tensors, "eager"))):
+            for name, sums in squares.items():
+                error = out[f"d_{name}"].double() - gold[f"d_{name}"]
+                sums[i] += float(error.square().mean())
+    for name, (ours, eager) in squares.items():
+        # A few numbers say little: these are under the rule alone.
+        assert exact[name].numel() < 512 or ours <= 1.4**2 * eager, (
+            f"{name}: {(ours / eager) ** 0.5}"
+        )
 
 
 @pytest.mark.parametrize("isa", ISAS)
