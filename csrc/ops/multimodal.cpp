@@ -8,13 +8,11 @@
 #include <tuple>
 
 #include "run.h"
-#if __has_include("../cpu/multimodal/multimodal.h") && !defined(FASTADAPTERS_SIMULATION)
+#ifndef FASTADAPTERS_SIMULATION
 #include "../cpu/multimodal/multimodal.h"
-#define FASTADAPTERS_HAS_CPU
 #endif
-#if __has_include("../cuda/multimodal/multimodal.h") && defined(FASTADAPTERS_CUDA)
+#ifdef FASTADAPTERS_CUDA
 #include "../cuda/multimodal/multimodal.h"
-#define FASTADAPTERS_HAS_CUDA
 #endif
 
 namespace {
@@ -108,33 +106,33 @@ class Arguments {
 };
 
 int64_t state_of([[maybe_unused]] const Multimodal& args, [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image)) return cuda::multimodal_logits_state(args);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   return cpu::multimodal_logits_state(args);
 #endif
   return 0;
 }
 
 void run([[maybe_unused]] const MultimodalForward& args, [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image))
     return run_cuda(args, image, true, &cuda::multimodal_logits_forward_workspace,
                     &cuda::multimodal_logits_forward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::multimodal_logits_forward(args, threads());
 #endif
 }
 
 void run([[maybe_unused]] const MultimodalBackward& args, [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image))
     return run_cuda(args, image, true, &cuda::multimodal_logits_backward_workspace,
                     &cuda::multimodal_logits_backward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::multimodal_logits_backward(args, threads());
 #endif
 }
@@ -211,14 +209,12 @@ multimodal_logits_backward(Tensor d_logits, Tensor text, Tensor state, Tensor im
 
 }  // namespace
 
-#if defined(FASTADAPTERS_HAS_CPU) || defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CPU, m) {
   m.impl("multimodal_logits_forward", TORCH_BOX(&multimodal_logits_forward));
   m.impl("multimodal_logits_backward", TORCH_BOX(&multimodal_logits_backward));
 }
-#endif
 
-#if defined(FASTADAPTERS_HAS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
+#if defined(FASTADAPTERS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CUDA, m) {
   m.impl("multimodal_logits_forward", TORCH_BOX(&multimodal_logits_forward));
   m.impl("multimodal_logits_backward", TORCH_BOX(&multimodal_logits_backward));

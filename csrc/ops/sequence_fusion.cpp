@@ -8,13 +8,11 @@
 #include <tuple>
 
 #include "run.h"
-#if __has_include("../cpu/sequence_fusion/sequence_fusion.h") && !defined(FASTADAPTERS_SIMULATION)
+#ifndef FASTADAPTERS_SIMULATION
 #include "../cpu/sequence_fusion/sequence_fusion.h"
-#define FASTADAPTERS_HAS_CPU
 #endif
-#if __has_include("../cuda/sequence_fusion/sequence_fusion.h") && defined(FASTADAPTERS_CUDA)
+#ifdef FASTADAPTERS_CUDA
 #include "../cuda/sequence_fusion/sequence_fusion.h"
-#define FASTADAPTERS_HAS_CUDA
 #endif
 
 namespace {
@@ -123,23 +121,23 @@ class Arguments {
 };
 
 void run([[maybe_unused]] const SequenceFusionForward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(x))
     return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::sequence_fusion_forward_workspace,
                     &cuda::sequence_fusion_forward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::sequence_fusion_forward(args, threads());
 #endif
 }
 
 void run([[maybe_unused]] const SequenceFusionBackward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(x))
     return run_cuda(args, x, args.dtype == Dtype::float32,
                     &cuda::sequence_fusion_backward_workspace, &cuda::sequence_fusion_backward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::sequence_fusion_backward(args, threads());
 #endif
 }
@@ -222,14 +220,12 @@ Tensors sequence_fusion_backward(Tensor dy, Tensors inputs, Tensor products, Ten
 
 }  // namespace
 
-#if defined(FASTADAPTERS_HAS_CPU) || defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CPU, m) {
   m.impl("sequence_fusion_forward", TORCH_BOX(&sequence_fusion_forward));
   m.impl("sequence_fusion_backward", TORCH_BOX(&sequence_fusion_backward));
 }
-#endif
 
-#if defined(FASTADAPTERS_HAS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
+#if defined(FASTADAPTERS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CUDA, m) {
   m.impl("sequence_fusion_forward", TORCH_BOX(&sequence_fusion_forward));
   m.impl("sequence_fusion_backward", TORCH_BOX(&sequence_fusion_backward));
