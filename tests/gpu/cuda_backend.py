@@ -63,9 +63,9 @@ def load() -> Any:
     sources = {s: [*NVCC, "-gencode=arch=compute_80,code=compute_80"] for s in KERNELS}
     sources |= {s: command for s in sorted((CSRC / "ops").glob("*.cpp")) if has_kernels(s)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = pool.map(lambda s: str(compile_source(sources[s], s)), sources)
+        objects = list(pool.map(lambda s: compile_source(sources[s], s), sources))
     runtime = ["-cudart", "shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    library = compile_once(["nvcc", "-shared", *objects, *runtime], "cuda.so")
+    library = compile_once(["nvcc", "-shared", *map(str, objects), *runtime], "cuda.so")
     load.library = ops.define(NAMESPACE, ("CPU",))  # the schemas live as long as this
-    device.load_cuda(library, torch_ops=True)
+    device.load_cuda(library, torch_ops=True, objects=objects[: len(KERNELS)])
     return getattr(torch.ops, NAMESPACE)

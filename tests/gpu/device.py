@@ -428,14 +428,22 @@ def _cuda_simulated(run: Simulation) -> Iterator[None]:
         _runtime().simulate(None, run.arch, MULTIPROCESSORS)
 
 
-def load_cuda(path: str | pathlib.Path, *, torch_ops: bool = False) -> ctypes.CDLL | None:
+def load_cuda(
+    path: str | pathlib.Path,
+    *,
+    torch_ops: bool = False,
+    objects: Sequence[pathlib.Path] = (),
+) -> ctypes.CDLL | None:
     """Loads a library built with `-cudart shared` and PTX inside, to launch from in `simulate`.
 
     torch_ops: load it with torch.ops.load_library, for a library that registers operators.
+    objects: where the PTX is taken from instead. Of a library cuobjdump names it after the sources,
+        so that of two with one name a single one is left.
     """
     path = pathlib.Path(path)
     _runtime()
-    _extract_ptx(path)
+    for file in objects or [path]:
+        _extract_ptx(file)
     if torch_ops:
         torch.ops.load_library(str(path))
         return None
