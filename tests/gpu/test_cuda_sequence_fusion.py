@@ -190,18 +190,11 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def test_tf32(tf32: None) -> None:
-    """Where PyTorch may round fp32 factors to TF32's 10 bits the kernels do, with fp16's errors."""
+def test_float32_is_never_rounded_to_tf32(tf32: None) -> None:
     for case in (MOSI, SPLIT[1]):
-        tensors = cases.inputs(case)
         with device.simulate(80) as run:
-            out = cases.run(case, tensors, "cuda")
-        assert run.total().count("mma.sync.aligned.m16n8k8") > 0
-        pair = cases.reference_pair(replace(case, dtype=FP16))
-        gold, base = pair(0)
-        for name, t in out.items():
-            error, allowed = ((v.double() - gold[name]).abs().max() for v in (t, base[name]))
-            assert error <= 2 * allowed + 2e-3 * gold[name].abs().max(), name
+            cases.check_backend(case, "cuda")
+        assert run.total().count("mma.sync.aligned.m16n8k8") == 0
 
 
 # Several tiles of everything that is walked over, and more steps than stages; both forms of x, and
