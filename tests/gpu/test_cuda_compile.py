@@ -166,7 +166,7 @@ def test_sequence_fusion_fits(arch: int) -> None:
     """Nothing spills, and tensor cores multiply, but in fp32; two blocks have their registers."""
     kernels = of_op("sequence_fusion", arch)
     multiplying = [r for r in kernels if re.search("BFloat16|Float16|Float32", r.name)]
-    assert len(multiplying) == 5 * len(DTYPES)
+    assert len(multiplying) == 5 * 3
     for r in kernels:
         assert r.spills == 0 and r.stack == 0, r.name
         expected = r in multiplying and "Float32ILb0E" not in r.name
