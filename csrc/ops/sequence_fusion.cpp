@@ -6,6 +6,7 @@
 
 #include <deque>
 #include <tuple>
+#include <utility>
 
 #include "run.h"
 #ifndef FASTADAPTERS_SIMULATION
@@ -142,6 +143,16 @@ void run([[maybe_unused]] const SequenceFusionBackward& args, [[maybe_unused]] c
 #endif
 }
 
+// How many numbers of P and of z all modalities have.
+std::pair<int64_t, int64_t> saved_sizes(const SequenceFusion& args) {
+  int64_t products = 0, z = 0;
+  for (int i = 0; i < args.modalities; ++i) {
+    products += args.items * args.rank() * args.out_len * args.modality[i].width;
+    z += args.items * args.modality[i].tokens * args.modality[i].width;
+  }
+  return {products, z};
+}
+
 std::tuple<Tensor, Tensor, Tensor> sequence_fusion_forward(
     Tensors inputs, OptionalTensor residual, Tensors down_weights, Tensors down_biases,
     Tensors time_factors, Tensors feature_factors, OptionalTensor lengths, int64_t activation,
@@ -151,11 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_fusion_forward(
   Arguments a(args, x, inputs,
               {down_weights, down_biases, time_factors, feature_factors, lengths, activation,
                compute_dtype, out_dtype, summed, add_leading});
-  int64_t products = 0, z = 0;
-  for (int i = 0; i < args.modalities; ++i) {
-    products += args.items * args.rank() * args.out_len * args.modality[i].width;
-    z += args.items * args.modality[i].tokens * args.modality[i].width;
-  }
+  auto [products, z] = saved_sizes(args);
   int64_t sizes[] = {args.items, args.out_len, args.dim};
   Tensor y = empty(x, sizes, 3, scalar_type(args.out_dtype));
   Tensor saved_products = empty(x, {save ? products : 0}, ScalarType::Float);
@@ -180,11 +187,7 @@ Tensors sequence_fusion_backward(Tensor dy, Tensors inputs, Tensor products, Ten
               {down_weights, down_biases, time_factors, feature_factors, lengths, activation,
                compute_dtype, out_dtype, summed, add_leading});
   a.rows(args.dy, dy, args.items, args.out_len, args.dim, args.out_dtype, true, "dy");
-  int64_t p = 0, n_z = 0;
-  for (int i = 0; i < args.modalities; ++i) {
-    p += args.items * args.rank() * args.out_len * args.modality[i].width;
-    n_z += args.items * args.modality[i].tokens * args.modality[i].width;
-  }
+  auto [p, n_z] = saved_sizes(args);
   STD_TORCH_CHECK(products.is_contiguous() && products.scalar_type() == ScalarType::Float &&
                       (products.numel() == p || !products.numel()) && same_device(products, dy),
                   "products: expected what the forward saved");
