@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <sstream>
@@ -10,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "tensors.h"
 
@@ -178,6 +180,23 @@ bool same_bits(const std::vector<Values>& a, const std::vector<Values>& b) {
   for (size_t i = 0; i < a.size(); ++i)
     if (!std::equal(a[i].begin(), a[i].end(), b[i].begin(), same)) return false;
   return true;
+}
+
+// Failures of check(sample, its index, dtype, instruction sets) over samples and dtypes, printed.
+template <class Sample, size_t n, class Check>
+int check_samples(const Sample (&samples)[n], Check check) {
+  std::vector<std::string> isas;
+  std::istringstream names(fastadapters_cpu_isas());
+  for (std::string name; std::getline(names, name, ',');) isas.push_back(name);
+  int failures = 0, index = 0;
+  for (const Sample& sample : samples) {
+    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
+      failures += check(sample, index, dtype, isas);
+    ++index;
+  }
+  std::printf("%d samples x 3 dtypes on %s: %d failures\n", index, fastadapters_cpu_isas(),
+              failures);
+  return failures;
 }
 
 }  // namespace

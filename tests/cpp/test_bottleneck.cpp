@@ -169,21 +169,11 @@ int check(const Case& c, int index, Dtype dtype, const std::vector<std::string>&
 }
 
 int main() {
-  std::vector<std::string> isas;
-  std::istringstream names(fastadapters_cpu_isas());
-  for (std::string name; std::getline(names, name, ',');) isas.push_back(name);
-
-  int failures = 0, index = 0;
-  for (const Case& c : kCases) {
-    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
-      failures += check(c, index, dtype, isas);
-    ++index;
-  }
+  int failures = check_samples(kCases, check);
   if (fastadapters_set_cpu_isa("no such set")) {
     std::puts("an unknown instruction set was accepted");
     ++failures;
   }
-  std::printf("%d cases x 3 dtypes on %s: %d failures\n", index, fastadapters_cpu_isas(), failures);
   return failures != 0;
 }
 

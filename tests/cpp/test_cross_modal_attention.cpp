@@ -209,21 +209,7 @@ int check(const Case& c, int index, Dtype dtype, const std::vector<std::string>&
   return failures;
 }
 
-int main() {
-  std::vector<std::string> isas;
-  std::istringstream names(fastadapters_cpu_isas());
-  for (std::string name; std::getline(names, name, ',');) isas.push_back(name);
-  int failures = 0, index = 0;
-  for (const Case& c : kCases) {
-    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
-      failures += check(c, index, dtype, isas);
-    ++index;
-  }
-  std::printf("%d cases x 3 dtypes on %s: %d failures\n", index, fastadapters_cpu_isas(), failures);
-  return failures != 0;
-}
-
 }  // namespace
 }  // namespace fastadapters
 
-int main() { return fastadapters::main(); }
+int main() { return fastadapters::check_samples(fastadapters::kCases, fastadapters::check) != 0; }

@@ -183,22 +183,7 @@ int check(const Sample& s, int index, Dtype dtype, const std::vector<std::string
   return failures;
 }
 
-int main() {
-  std::vector<std::string> isas;
-  std::istringstream names(fastadapters_cpu_isas());
-  for (std::string name; std::getline(names, name, ',');) isas.push_back(name);
-  int failures = 0, index = 0;
-  for (const Sample& s : kSamples) {
-    for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
-      failures += check(s, index, dtype, isas);
-    ++index;
-  }
-  std::printf("%d samples x 3 dtypes on %s: %d failures\n", index, fastadapters_cpu_isas(),
-              failures);
-  return failures != 0;
-}
-
 }  // namespace
 }  // namespace fastadapters
 
-int main() { return fastadapters::main(); }
+int main() { return fastadapters::check_samples(fastadapters::kSamples, fastadapters::check) != 0; }
