@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from .checks import check_choice
 from .crossover import LIMITS, Limit
 from .cuda_limits import cuda_fits
+from .options import BackendName
 
-NAMES = ("auto", "reference", "eager", "cpu", "triton", "cuda")
+_P = ParamSpec("_P")
+
+NAMES: tuple[str, ...] = get_args(BackendName)
 
 # The backends with a kernel for each op, fastest first.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -243,10 +247,7 @@ def resolve(op: str, x: Tensor, problem: Problem | None = None) -> str:
         if name == "eager" and problem is not None and not _all_plain(x, problem):
             name = "reference"  # each operation as published: what subclasses are known to take
     else:
-        if name not in NAMES:
-            raise ValueError(
-                f"FASTADAPTERS_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}"
-            )
+        check_choice("FASTADAPTERS_BACKEND", name, NAMES)
         why = None if name in ("reference", "eager") else _why_not(name, op, x, problem)
         if why is not None:
             raise RuntimeError(f"backend {name!r} cannot run {op}: {why}")
@@ -268,7 +269,7 @@ def call_layers(op: str, reason: str) -> None:
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: BackendName) -> Iterator[None]:
     """Run the ops in this block on backend ``name``: auto, reference, eager, cpu, triton or cuda.
 
     ``auto`` (the default; the environment variable FASTADAPTERS_BACKEND changes it) takes the
@@ -277,8 +278,7 @@ def backend(name: str) -> Iterator[None]:
     Raises ValueError for an unknown name.
     """
     global _selected
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    check_choice("name", name, NAMES)
     previous, _selected = _selected, name
     try:
         yield
@@ -286,9 +286,11 @@ def backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
+def explain(fn: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> list[Decision]:
     """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order."""
     global _log
+    if not callable(fn):
+        raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")
     log: list[Decision] = []
     previous, _log = _log, log
     try:

@@ -60,7 +60,7 @@ BAD_OPTIONS = [
     ("multimodal", {"dim": 0}, ValueError, "dim: expected at least 1, got 0"),
     ("multimodal", {"blend": "x"}, TypeError, "blend: expected a number, got str"),
     ("wander", {"feature_rank": 0}, ValueError, "feature_rank: expected at least 1, got 0"),
-    ("wander", {"fusion": "sum"}, ValueError, "fusion: expected one of summed, cp, got 'sum'"),
+    ("wander", {"fusion": "sum"}, ValueError, "fusion: expected one of cp, summed, got 'sum'"),
     ("wander", {"fusion": "cp"}, ValueError, "time_rank: expected feature_rank = 2 with 'cp'"),
     ("wander", {"init": "lora"}, ValueError, "init: expected one of trainable, published"),
     ("wander", {"out_len": 0}, ValueError, "out_len: expected at least 1, got 0"),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Activation
 from ..reference.bottleneck import ACTIVATIONS
 from ..reference.philox import dropout_multiplier
 
@@ -43,7 +44,7 @@ def bottleneck(
     *,
     down_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,

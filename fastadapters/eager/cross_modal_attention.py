@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..options import Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -75,7 +76,7 @@ def cross_modal_attention(
     *,
     bias: Bias = MASKED,
     scale: float | None = None,
-    outputs: str = "both",
+    outputs: Outputs = "both",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Same arguments and result as `fastadapters.reference.cross_modal_attention`.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Activation, Adapt
 from ..reference.bottleneck import ACTIVATIONS
 from ..reference.cross_modal_attention import MASKED, Bias
 from ..reference.multimodal import Layer, mlp
@@ -38,7 +39,7 @@ def multimodal_features(
     *,
     num_heads: int,
     bias: Bias = MASKED,
-    down_activation: str = "identity",
+    down_activation: Activation = "identity",
     attention: Callable[..., Any] = cross_modal_attention,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and result as `fastadapters.reference.multimodal_features`.
@@ -117,8 +118,8 @@ def multimodal_logits(
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
     blend: float | Tensor = 0.2,
-    adapt: str = "both",
-    down_activation: str = "identity",
+    adapt: Adapt = "both",
+    down_activation: Activation = "identity",
 ) -> Tensor:
     """Same arguments and result as `fastadapters.reference.multimodal_logits`.
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..options import Activation, Fusion
 from ..reference.bottleneck import ACTIVATIONS
 from ..reference.sequence_fusion import counted
 
@@ -19,7 +20,7 @@ def _factor(
     down_bias: Tensor | None,
     time_factor: Tensor,
     feature_factor: Tensor,
-    activation: str,
+    activation: Activation,
     length: Tensor | None,
 ) -> list[Tensor]:
     """A^T act(x Wd^T + b) U of one modality: R tensors [B, T_o, D].
@@ -59,10 +60,10 @@ def sequence_fusion(
     time_factors: Sequence[Tensor],
     feature_factors: Sequence[Tensor],
     *,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     residual: Tensor | None = None,
     lengths: Tensor | None = None,
-    fusion: str = "cp",
+    fusion: Fusion = "cp",
 ) -> Tensor:
     """Same arguments and result as `fastadapters.reference.sequence_fusion`."""
     factors = []

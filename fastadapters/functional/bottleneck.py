@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..checks import (
 )
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
+from ..options import Activation
 from .arguments import (
     PLAIN,
     compute_and_out_dtype,
@@ -81,7 +82,7 @@ def check_bottleneck(
 
 
 def check_options(
-    activation: str, norm_eps: float, dropout: float, training: bool
+    activation: Activation, norm_eps: float, dropout: float, training: bool
 ) -> tuple[float, float]:
     """The options must be what they are named; eps and dropout as floats."""
     check_choice("activation", activation, ACTIVATION_CODES)
@@ -108,7 +109,11 @@ def plain_bottleneck(
     residual: Tensor | None,
     compute: torch.dtype,
     out: torch.dtype,
-    **options: Any,
+    *,
+    activation: Activation,
+    norm_eps: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> Tensor:
     """The bottleneck on backend ``name``, reference or eager; LayerNorm in the dtype of ``x``."""
     cast = {
@@ -117,8 +122,9 @@ def plain_bottleneck(
     }
     with without_autocast(x):
         y: Tensor = PLAIN[name].bottleneck(
-            x, **cast, residual=residual, compute_dtype=compute, **options
-        )
+            x, **cast, activation=activation, residual=residual, norm_eps=norm_eps,
+            dropout=dropout, seed=seed, compute_dtype=compute,
+        )  # fmt: skip
     return y.to(out)
 
 
@@ -153,7 +159,7 @@ def bottleneck(
     *,
     down_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -218,8 +224,10 @@ def bottleneck(
         side = BottleneckParameters(
             down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
         )
-        options = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
-        return plain_bottleneck(name, x, side, residual, dtype, out, seed=seed, **options)
+        return plain_bottleneck(
+            name, x, side, residual, dtype, out,
+            activation=activation, norm_eps=norm_eps, dropout=dropout, seed=seed,
+        )  # fmt: skip
     seed = draw_seed(x, dropout, training)
     x, residual, add_x = storage(x, residual, dtype, out)
     learnable, scale_value = split_scale(scale)

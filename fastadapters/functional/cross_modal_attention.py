@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args, overload
 
 from torch import Tensor
 from torch.fx import Proxy
@@ -12,6 +13,7 @@ from .. import backends
 from ..checks import check_activations, check_bias, check_choice, check_number, check_tensor
 from ..ops import NAMESPACES, autograd
 from ..ops.cross_modal_attention import IMAGE, TEXT
+from ..options import Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
 from .arguments import PLAIN, compute_dtype, leaf, owned, saves, without_autocast
 
@@ -24,6 +26,7 @@ def _sees_one_key(bias: Sequence[float], keys: tuple[int, int]) -> bool:
     return [n for n, b in zip(keys, bias, strict=True) if b > -math.inf] == [1]
 
 
+@overload
 def cross_modal_attention(
     text_q: Tensor,
     text_k: Tensor,
@@ -34,7 +37,36 @@ def cross_modal_attention(
     *,
     bias: Bias = MASKED,
     scale: float | None = None,
-    outputs: str = "both",
+    outputs: Literal["both"] = "both",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def cross_modal_attention(
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_q: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    *,
+    bias: Bias = MASKED,
+    scale: float | None = None,
+    outputs: Literal["text", "image"],
+) -> Tensor: ...
+
+
+def cross_modal_attention(
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    image_q: Tensor,
+    image_k: Tensor,
+    image_v: Tensor,
+    *,
+    bias: Bias = MASKED,
+    scale: float | None = None,
+    outputs: Outputs = "both",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention over the text and the image tokens of each item (arXiv 2409.02958).
 
@@ -76,7 +108,7 @@ def cross_modal_attention(
     for name, tensor in (("text_q", text_q), ("text_k", text_k), ("text_v", text_v)):
         check_tensor(name, tensor, symbols, shape, device)
     bias = check_bias("bias", bias)
-    check_choice("outputs", outputs, ("both", "text", "image"))
+    check_choice("outputs", outputs, get_args(Outputs))
     if scale is not None:
         scale = check_number("scale", scale, " or None")
 
@@ -103,7 +135,7 @@ def cross_modal_attention(
 
 
 def attend(
-    name: str, tensors: Sequence[Tensor], bias: Bias, scale: float, outputs: str
+    name: str, tensors: Sequence[Tensor], bias: Bias, scale: float, outputs: Outputs
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-modal attention by the kernels of backend ``name``, on tensors of one dtype."""
     which = {"text": TEXT, "image": IMAGE, "both": TEXT | IMAGE}[outputs]

@@ -23,6 +23,7 @@ from ..checks import (
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..ops.multimodal import ADAPT_CODES
+from ..options import Activation, Adapt, Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
 from ..reference.multimodal import Layer
 from .arguments import PLAIN, compute_dtype, leaf, owned, parameter, saves, without_autocast
@@ -46,7 +47,7 @@ def check_features(text: Tensor, image: Tensor) -> None:
     check_tensor("text", text, "[C, D]" if text.dim() == 2 else "[B, C, D]", shape, image.device)
 
 
-def check_logits(text: Tensor, logit_scale: float | Tensor, adapt: str) -> None:
+def check_logits(text: Tensor, logit_scale: float | Tensor, adapt: Adapt) -> None:
     if text.dim() != 2:
         raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
     check_choice("adapt", adapt, ADAPT_CODES)
@@ -75,7 +76,7 @@ def _check_multimodal(
     up: Sequence[Layer],
     num_heads: int,
     bias: Bias,
-    down_activation: str,
+    down_activation: Activation,
 ) -> tuple[int, Bias]:
     """All arguments must fit; the number of heads as an int, the bias as floats."""
     check_features(text, image)
@@ -107,7 +108,7 @@ def _check_multimodal(
     return heads, check_bias("bias", bias)
 
 
-def _attention(name: str, *tensors: Tensor, bias: Bias, outputs: str) -> Any:
+def _attention(name: str, *tensors: Tensor, bias: Bias, outputs: Outputs) -> Any:
     return attend(name, tensors, bias, tensors[0].shape[-1] ** -0.5, outputs)
 
 
@@ -121,7 +122,7 @@ def multimodal_features(
     *,
     num_heads: int,
     bias: Bias = MASKED,
-    down_activation: str = "identity",
+    down_activation: Activation = "identity",
 ) -> tuple[Tensor, Tensor]:
     """What the multi-modal adapter makes of class texts and of images (arXiv 2409.02958).
 
@@ -183,8 +184,8 @@ def multimodal_logits(
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
     blend: float | Tensor = 0.2,
-    adapt: str = "both",
-    down_activation: str = "identity",
+    adapt: Adapt = "both",
+    down_activation: Activation = "identity",
 ) -> Tensor:
     """Class logits of CLIP features blended with the multi-modal adapter's (arXiv 2409.02958).
 

@@ -12,6 +12,7 @@ from .. import backends
 from ..checks import check_split
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
+from ..options import Activation
 from .arguments import (
     PLAIN,
     compute_and_out_dtype,
@@ -39,7 +40,7 @@ def multiway_bottleneck(
     first: BottleneckParameters,
     second: BottleneckParameters,
     *,
-    activation: str = "relu",
+    activation: Activation = "relu",
     residual: Tensor | None = None,
     norm_eps: float = 1e-5,
     dropout: float = 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from .. import backends
 from ..checks import check_activations, check_choice, check_ndim, check_tensor
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
+from ..options import Activation, Fusion, Leading
 from ..reference.sequence_fusion import leading_tokens
 from .arguments import PLAIN, compute_dtype, leaf, parameter, readable, saves, without_autocast
 
@@ -24,10 +25,10 @@ def sequence_fusion(
     time_factors: Sequence[Tensor],
     feature_factors: Sequence[Tensor],
     *,
-    activation: str = "gelu",
-    residual: Tensor | str | None = None,
+    activation: Activation = "gelu",
+    residual: Tensor | Leading | None = None,
     lengths: Sequence[Tensor | None] | Tensor | None = None,
-    fusion: str = "cp",
+    fusion: Fusion = "cp",
 ) -> Tensor:
     """Low-rank fusion of any number M of token sequences (Wander, arXiv 2412.08979).
 
@@ -80,11 +81,11 @@ def _check(
     down_biases: Sequence[Tensor | None],
     time_factors: Sequence[Tensor],
     feature_factors: Sequence[Tensor],
-    activation: str,
-    residual: Tensor | str | None,
+    activation: Activation,
+    residual: Tensor | Leading | None,
     lengths: Sequence[Tensor | None] | Tensor | None,
-    fusion: str,
-) -> tuple[Tensor | str | None, Tensor | None]:
+    fusion: Fusion,
+) -> tuple[Tensor | Leading | None, Tensor | None]:
     """All arguments must fit; the residual, and the lengths as one tensor [M, B] of int64."""
     modalities = len(inputs)
     if modalities == 0:
@@ -101,7 +102,7 @@ def _check(
         check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
     check_ndim("time_factors[0]", time_factors[0], "[R, T, T_o]", 3)
     check_ndim("feature_factors[0]", feature_factors[0], "[R, r, D]", 3)
-    check_choice("fusion", fusion, ("cp", "summed"))
+    check_choice("fusion", fusion, get_args(Fusion))
     check_choice("activation", activation, ACTIVATION_CODES)
     n_items, device = inputs[0].shape[0], inputs[0].device
     (time_rank, _, out_len), (rank, _, d) = time_factors[0].shape, feature_factors[0].shape
@@ -123,7 +124,7 @@ def _check(
             f"feature_factors[{i}]", feature_factors[i], "[R, r, D]", (rank, width, d), device
         )
     if isinstance(residual, str):
-        check_choice("residual", residual, ("leading",))
+        check_choice("residual", residual, get_args(Leading))
         missing = out_len
         for i, x in enumerate(inputs):
             if missing > 0 or lengths is not None:
@@ -180,10 +181,10 @@ def _dispatch(
     down_biases: list[Tensor | None],
     time_factors: list[Tensor],
     feature_factors: list[Tensor],
-    activation: str,
-    residual: Tensor | str | None,
+    activation: Activation,
+    residual: Tensor | Leading | None,
     lengths: Tensor | None,
-    fusion: str,
+    fusion: Fusion,
 ) -> Tensor:
     first, (_, _, out_len) = inputs[0], time_factors[0].shape
     dtype = out = compute_dtype(first)

@@ -14,20 +14,21 @@ from ..backends import FUSED_DTYPES
 from ..functional.arguments import autocast_dtype
 from ..modules.bottleneck import normalize
 from ..modules.layers import why_all_called, why_called
+from ..options import Activation
 from .trees import tree_hash
 
-_FUNCTIONS: dict[Callable[..., Any], str] = {
+_FUNCTIONS: dict[Callable[..., Any], Activation] = {
     F.relu: "relu",
     torch.relu: "relu",
     F.gelu: "gelu",
     F.silu: "silu",
 }
-_MODULES: dict[type[nn.Module], str] = {
+_MODULES: dict[type[nn.Module], Activation] = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
     nn.Identity: "identity",
 }
-_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+_GELUS: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
 
 # Modules that only call what they hold: the attribute, by the hash of their forward.
 # `adapters` 1.3.0 Activation_Function_Class; transformers 4.57.6 to 5.23.0 GELUActivation.
@@ -40,14 +41,14 @@ class Bottleneck(NamedTuple):
 
     down: nn.Module
     up: nn.Module
-    activation: str
+    activation: Activation
     scale: float | Tensor = 1.0
     dropout: float = 0.0
     norm: nn.Module | None = None
     after: bool = False
 
 
-def activation_of(name: str, f: Any) -> tuple[str | None, str]:
+def activation_of(name: str, f: Any) -> tuple[Activation | None, str]:
     """(the op's name for ``f``, "") or (None, why it has none); ``name`` is the client's."""
     if not isinstance(f, nn.Module):
         known = _FUNCTIONS.get(f)

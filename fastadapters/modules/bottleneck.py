@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,9 @@ from ..checks import (
     check_sizes,
 )
 from ..ops.codes import ACTIVATION_CODES
+from ..options import Activation, Init, LayerNormPlace, LearnableScale
 from ..reference.bottleneck import ACTIVATIONS
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
-
-INITS = ("lora", "houlsby", "bert")
-LAYERNORMS = (None, "in", "out")
 
 
 def normalize(y: Tensor, norm: nn.LayerNorm, scale: float | Tensor) -> Tensor:
@@ -74,23 +72,23 @@ class BottleneckAdapter(nn.Module):
         dim: int,
         bottleneck: int,
         *,
-        activation: str = "relu",
-        scale: float | str = 1.0,
+        activation: Activation = "relu",
+        scale: float | LearnableScale = 1.0,
         dropout: float = 0.0,
-        layernorm: str | None = None,
+        layernorm: LayerNormPlace | None = None,
         residual: bool = True,
         bias: bool = True,
-        init: str = "lora",
+        init: Init = "lora",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dim, bottleneck = check_sizes(dim=dim, bottleneck=bottleneck)
         check_choice("activation", activation, ACTIVATION_CODES)
-        check_choice("layernorm", layernorm, LAYERNORMS)
-        check_choice("init", init, INITS)
+        check_choice("layernorm", layernorm, (None, *get_args(LayerNormPlace)))
+        check_choice("init", init, get_args(Init))
         if isinstance(scale, str):
-            check_choice("scale", scale, ("learnable", "channel"))
+            check_choice("scale", scale, get_args(LearnableScale))
         else:
             scale = check_number("scale", scale, ", 'learnable' or 'channel'")
         self.activation = activation
@@ -250,6 +248,9 @@ class BottleneckAdapter(nn.Module):
             return y
         y = self.normalize(y)
         return y if residual is None else y + residual
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _call_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """`forward` as published, operation for operation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends, functional
 from ..checks import check_bias, check_choice, check_number, check_sizes
 from ..functional.multimodal import check_features, check_logits
+from ..options import Adapt, Downsampler, Mask, Upsampler
 from ..reference.cross_modal_attention import MASKED, Bias
 from ..reference.multimodal import Layer, blended_logits
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
-_MASKS: dict[str, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
+_MASKS: dict[Mask, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
 
 
 # What a sampler may consist of for the op to know what it does.
@@ -81,10 +82,10 @@ class MultiModalAdapter(nn.Module):
         attn_dim: int = 128,
         num_heads: int = 4,
         *,
-        downsample: str = "linear",
-        upsample: str = "linear",
+        downsample: Downsampler = "linear",
+        upsample: Upsampler = "linear",
         hidden_dim: int = 32,
-        mask: str | Bias = "masked",
+        mask: Mask | Bias = "masked",
         blend: float = 0.2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -111,12 +112,10 @@ class MultiModalAdapter(nn.Module):
             between = [nn.GELU()] if kind == "mlp" else []
             return nn.Sequential(linear(n_in, hidden_dim), *between, linear(hidden_dim, n_out))
 
-        self.downsampler = build(
-            "downsample", downsample, ("linear", "factored", "mlp"), dim, attn_dim
-        )
+        self.downsampler = build("downsample", downsample, get_args(Downsampler), dim, attn_dim)
         # Holds its four parameters under the published names; see `_why_called`.
         self.mha = nn.MultiheadAttention(attn_dim, num_heads, device=device, dtype=dtype)
-        self.upsampler = build("upsample", upsample, ("linear", "mlp"), attn_dim, dim)
+        self.upsampler = build("upsample", upsample, get_args(Upsampler), attn_dim, dim)
         keep_initial_values(self)
 
     def reset_parameters(self) -> None:
@@ -193,6 +192,9 @@ class MultiModalAdapter(nn.Module):
         new_text, new_image = self._features(text, image)
         return new_text.contiguous(), new_image
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def forward_sequence(self, tokens: Tensor) -> Tensor:
         """tokens [C + 1, B, D], texts first and one image last, to the same: the published call."""
         if tokens.dim() != 3 or tokens.shape[0] < 2:
@@ -201,7 +203,7 @@ class MultiModalAdapter(nn.Module):
         return torch.cat([text.transpose(0, 1), image[None]])
 
     def logits(
-        self, text: Tensor, image: Tensor, logit_scale: float | Tensor, *, adapt: str = "both"
+        self, text: Tensor, image: Tensor, logit_scale: float | Tensor, *, adapt: Adapt = "both"
     ) -> Tensor:
         """Class logits [B, C] of image [B, D] and text [C, D], see `functional.multimodal_logits`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import backends, functional
 from ..checks import check_choice, check_probability, check_residual, check_sizes, check_split
 from ..ops.codes import ACTIVATION_CODES
+from ..options import Activation, Init, LayerNormPlace, LearnableScale
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
@@ -46,10 +47,27 @@ class MultiwayAdapter(nn.Module):
         bottleneck: int,
         *,
         modalities: tuple[str, str] = ("vision", "text"),
-        **options: Any,
+        activation: Activation = "relu",
+        scale: float | LearnableScale = 1.0,
+        dropout: float = 0.0,
+        layernorm: LayerNormPlace | None = None,
+        residual: bool = True,
+        bias: bool = True,
+        init: Init = "lora",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._add({n: BottleneckAdapter(dim, bottleneck, **options) for n in _names(modalities)})
+        self._add(
+            {
+                name: BottleneckAdapter(
+                    dim, bottleneck, activation=activation, scale=scale, dropout=dropout,
+                    layernorm=layernorm, residual=residual, bias=bias, init=init, device=device,
+                    dtype=dtype,
+                )
+                for name in _names(modalities)
+            }
+        )  # fmt: skip
 
     @classmethod
     def from_modules(cls, modules: Mapping[str, nn.Module]) -> MultiwayAdapter:
@@ -150,6 +168,9 @@ class MultiwayAdapter(nn.Module):
         y = torch.cat(halves, dim=-2)
         return y if residual is None else y + residual
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _call_adapters(
         self, x: Tensor, split: int, residual: Tensor | None, add_residual: bool | None
     ) -> Tensor:
@@ -203,7 +224,7 @@ class AlignmentEnhancer(nn.Module):
         dim: int,
         hidden_dim: int,
         *,
-        activation: str = "gelu",
+        activation: Activation = "gelu",
         dropout: float = 0.0,
         drop_path: float = 0.0,
         subln: bool = False,
@@ -265,6 +286,9 @@ class AlignmentEnhancer(nn.Module):
             items = y.new_ones(y.shape[0], *[1] * (y.dim() - 1))
             y = y * F.dropout(items, self.drop_path)
         return y if residual is None else residual + y
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _call_layers(self, x: Tensor) -> Tensor:
         h = ACTIVATIONS[self.activation](self.fc1(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import cast
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import backends, functional
 from ..checks import check_activations, check_choice, check_sizes, check_tensor
 from ..functional.sequence_fusion import stack_lengths
+from ..options import Fusion, FusionInit, Leading
 from ..reference.sequence_fusion import counted, leading_tokens
 from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
 
@@ -56,8 +57,8 @@ class WanderAdapter(nn.Module):
         feature_rank: int,
         time_rank: int,
         out_len: int | None = None,
-        fusion: str = "summed",
-        init: str = "trainable",
+        fusion: Fusion = "summed",
+        init: FusionInit = "trainable",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,8 +75,8 @@ class WanderAdapter(nn.Module):
             out_len=out_len, **given, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
         )  # fmt: skip
         dims, lengths = sizes[: len(given)] * (modalities // len(given)), sizes[len(given) :]
-        check_choice("fusion", fusion, ("summed", "cp"))
-        check_choice("init", init, ("trainable", "published"))
+        check_choice("fusion", fusion, get_args(Fusion))
+        check_choice("init", init, get_args(FusionInit))
         if fusion == "cp" and feature_rank != time_rank:
             raise ValueError(
                 f"time_rank: expected feature_rank = {feature_rank} with 'cp', got {time_rank}"
@@ -189,7 +190,10 @@ class WanderAdapter(nn.Module):
             fusion=self.fusion,
         )
 
-    def _residual(self, inputs: list[Tensor], lengths: Tensor | None) -> Tensor | str | None:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _residual(self, inputs: list[Tensor], lengths: Tensor | None) -> Tensor | Leading | None:
         """The leading tokens, as `functional.sequence_fusion` takes a residual.
 
         Where the op does not lay them end to end itself, for widths differ or there are too few.

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Activation
 from .philox import dropout_multiplier
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "relu": F.relu,
     "gelu": F.gelu,
@@ -27,7 +28,7 @@ def bottleneck(
     *,
     down_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     scale: float | Tensor = 1.0,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,

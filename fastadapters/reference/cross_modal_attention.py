@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..options import Outputs
+
 Bias = Sequence[Sequence[float]]
 MASKED: Bias = ((-math.inf, 0.0), (0.0, -math.inf))
 
@@ -22,7 +24,7 @@ def cross_modal_attention(
     *,
     bias: Bias = MASKED,
     scale: float | None = None,
-    outputs: str = "both",
+    outputs: Outputs = "both",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * scale + mask) v over the C texts and I images of each item.
 

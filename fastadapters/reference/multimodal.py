@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Activation, Adapt
 from .bottleneck import ACTIVATIONS
 from .cross_modal_attention import MASKED, Bias, cross_modal_attention
 
 Layer = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
 
 
-def mlp(x: Tensor, layers: Sequence[Layer], activation: str) -> Tensor:
+def mlp(x: Tensor, layers: Sequence[Layer], activation: Activation) -> Tensor:
     """One or more linear layers with the activation between them."""
     for i, (weight, bias) in enumerate(layers):
         x = F.linear(x if i == 0 else ACTIVATIONS[activation](x), weight, bias)
@@ -31,7 +32,7 @@ def multimodal_features(
     *,
     num_heads: int,
     bias: Bias = MASKED,
-    down_activation: str = "identity",
+    down_activation: Activation = "identity",
 ) -> tuple[Tensor, Tensor]:
     """Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler."""
     tokens = torch.cat([text.expand(image.shape[0], -1, -1), image[:, None]], dim=1)
@@ -58,8 +59,8 @@ def multimodal_logits(
     logit_scale: float | Tensor,
     bias: Bias = MASKED,
     blend: float | Tensor = 0.2,
-    adapt: str = "both",
-    down_activation: str = "identity",
+    adapt: Adapt = "both",
+    down_activation: Activation = "identity",
 ) -> Tensor:
     """logit_scale * cosine of each item's image with each text, both blended with the adapter's."""
     features = multimodal_features(
@@ -77,7 +78,7 @@ def blended_logits(
     *,
     logit_scale: float | Tensor,
     blend: float | Tensor,
-    adapt: str,
+    adapt: Adapt,
 ) -> Tensor:
     """Logits of text [C, D] and image [B, D] and what the adapter makes of them.
 

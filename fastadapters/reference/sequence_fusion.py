@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..options import Activation, Fusion
 from .bottleneck import ACTIVATIONS
 
 
@@ -51,10 +52,10 @@ def sequence_fusion(
     time_factors: Sequence[Tensor],
     feature_factors: Sequence[Tensor],
     *,
-    activation: str = "gelu",
+    activation: Activation = "gelu",
     residual: Tensor | None = None,
     lengths: Tensor | None = None,
-    fusion: str = "cp",
+    fusion: Fusion = "cp",
 ) -> Tensor:
     """residual + sum over the rank of the product over modalities of A^T (act(x Wd^T + b) U).
 
