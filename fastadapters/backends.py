@@ -184,14 +184,14 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
     for dtype in (x.dtype,) if problem is None else (x.dtype, problem.compute, problem.out):
         if dtype not in FUSED_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if problem is not None and problem.refusal is not None:
+        return problem.refusal
     if problem is not None and not _all_plain(x, problem):
         return "it reads plain tensors, not a subclass"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func and forward-mode differentiation need plain PyTorch"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"
-    if problem is not None and problem.refusal is not None:
-        return problem.refusal
     missing = unavailable(name)
     if missing is None and op == "bottleneck" and name == "cuda" and problem is not None:
         dtypes = (problem.compute, x.dtype, problem.out)

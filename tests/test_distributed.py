@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallelism on two gloo processes: adapters train as they do in one."""
+"""DDP, FSDP2, DTensor and tensor parallelism on two gloo processes: adapters train as in one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import os
 import socket
 from pathlib import Path
 
+import published
 import pytest
 import torch
 import torch.distributed as dist
 from compare import check_all, last_bit, named
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -30,8 +32,10 @@ BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) 
 STEPS, BATCH, D = 3, 8, 24
 
 
-def build() -> nn.Module:
+def build(kind: str = "") -> nn.Module:
     torch.manual_seed(0)
+    if kind == "patched fsdp2":
+        return nn.Sequential(*(published.AdaptFormer(D, 6, layernorm="in") for _ in range(2)))
     return nn.Sequential(
         BottleneckAdapter(D, 6, init="bert", layernorm="in", scale="learnable"),
         nn.Linear(D, D),
@@ -43,8 +47,12 @@ def shard(model: nn.Module, kind: str) -> nn.Module:
     """The model on two processes; "inner" kinds have the adapters' own layers sharded."""
     if kind == "ddp":
         return DistributedDataParallel(model)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     adapters = [layer for layer in model if isinstance(layer, BottleneckAdapter)]
+    if kind == "dtensor":
+        return distribute_module(model, mesh)
+    if kind == "patched fsdp2":
+        assert len(fastadapters.patch(model).replaced) == 2
     if kind == "inner tensor parallel":
         plan = {"down_proj": ColwiseParallel(), "up_proj": RowwiseParallel()}
         for adapter in adapters:
@@ -74,9 +82,11 @@ def worker(rank: int, port: int, kind: str, backend: str, path: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = shard(build(), kind)
+    model = shard(build(kind), kind)
     batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(1))
-    if kind != "inner tensor parallel":
+    if kind == "dtensor":
+        batches = distribute_tensor(batches, init_device_mesh("cpu", (2,)), [Shard(1)])
+    elif kind != "inner tensor parallel":
         batches = batches.chunk(2, dim=1)[rank]
     with fastadapters.backend(backend):
         parameters = train(model, batches)
@@ -92,7 +102,7 @@ def worker(rank: int, port: int, kind: str, backend: str, path: str) -> None:
 
 
 KINDS = [(kind, backend) for kind in ("ddp", "fsdp2") for backend in BACKENDS] + [
-    (kind, "auto") for kind in ("inner fsdp2", "inner tensor parallel")
+    (kind, "auto") for kind in ("inner fsdp2", "inner tensor parallel", "patched fsdp2", "dtensor")
 ]
 
 
@@ -108,7 +118,7 @@ def test_two_processes_train_like_one(kind: str, backend: str, tmp_path: Path) -
     def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         moved = last_bit(batches, draw, batches.dtype)
         with fastadapters.backend("reference"):
-            gold = train(build().double(), moved.double())
-            return named(gold), named(train(build(), moved))
+            gold = train(build(kind).double(), moved.double())
+            return named(gold), named(train(build(kind), moved))
 
     check_all(named(torch.load(path)), pair)

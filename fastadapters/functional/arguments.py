@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,9 +79,26 @@ def parameter(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype in backends.FUSED_DTYPES else t.to(dtype)
 
 
+_stream = 0
+
+
+@contextlib.contextmanager
+def dropout_stream(number: int) -> Iterator[None]:
+    """Other dropout masks than those of other numbers, though generators be in the same state."""
+    global _stream
+    previous, _stream = _stream, number
+    try:
+        yield
+    finally:
+        _stream = previous
+
+
 def draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
     """(key, offset) of the dropout stream, from PyTorch's generator on the device of x."""
-    return torch.randint(2**62, (2,), device=x.device) if training and dropout > 0.0 else None
+    if not training or dropout <= 0.0:
+        return None
+    seed = torch.randint(2**62, (2,), device=x.device)
+    return seed + _stream if _stream else seed
 
 
 def plain_dropout(x: Tensor, dropout: float, training: bool) -> tuple[Tensor | None, float]:

@@ -32,6 +32,7 @@ from .arguments import (
     saves,
     without_autocast,
 )
+from .shards import on_shards
 
 
 def check_bottleneck(
@@ -209,6 +210,13 @@ def bottleneck(
     """
     if isinstance(x, Proxy):
         return leaf(bottleneck, locals())
+    sharded = (
+        None
+        if type(x) in backends.PLAIN_TYPES
+        else on_shards(bottleneck, locals(), ("x", "residual"), 1)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     scale = check_bottleneck(
         x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, residual
     )
@@ -218,7 +226,7 @@ def bottleneck(
         residual, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias,
     )  # fmt: skip
     r, d = down_weight.shape
-    name = backends.resolve("bottleneck", x, backends.Problem(d, r, dtype, out, others))
+    name = backends.resolve("bottleneck", x, backends.Problem(d, r, dtype, out, others, sharded))
     if name in PLAIN:
         seed, dropout = plain_dropout(x, dropout, training)
         side = BottleneckParameters(

@@ -16,6 +16,7 @@ from ..ops.cross_modal_attention import IMAGE, TEXT
 from ..options import Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
 from .arguments import PLAIN, compute_dtype, leaf, owned, saves, without_autocast
+from .shards import on_shards
 
 
 def _sees_one_key(bias: Sequence[float], keys: tuple[int, int]) -> bool:
@@ -24,6 +25,12 @@ def _sees_one_key(bias: Sequence[float], keys: tuple[int, int]) -> bool:
     bias: what is added for text and for image keys; ``keys``: how many there are of each.
     """
     return [n for n, b in zip(keys, bias, strict=True) if b > -math.inf] == [1]
+
+
+def _per_item(text_q: object) -> tuple[str, ...]:
+    """The names of the arguments that have a leading B."""
+    images, texts = ("image_q", "image_k", "image_v"), ("text_q", "text_k", "text_v")
+    return images + texts if isinstance(text_q, Tensor) and text_q.dim() == 4 else images
 
 
 @overload
@@ -92,6 +99,13 @@ def cross_modal_attention(
     """
     if isinstance(image_q, Proxy):
         return leaf(cross_modal_attention, locals())
+    sharded = (
+        None
+        if type(image_q) in backends.PLAIN_TYPES
+        else on_shards(cross_modal_attention, locals(), _per_item(text_q), 3)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     check_activations("image_q", image_q, "[B, I, H, d]", 4)
     device = image_q.device
     n_items, *shared = image_q.shape
@@ -115,7 +129,7 @@ def cross_modal_attention(
     dtype = compute_dtype(image_q)
     given = (text_q, text_k, text_v, image_q, image_k, image_v)
     _, heads, width = shared
-    problem = backends.Problem(heads * width, width, dtype, dtype, given)
+    problem = backends.Problem(heads * width, width, dtype, dtype, given, sharded)
     name = backends.resolve("cross_modal_attention", image_q, problem)
     tensors = tuple(t.to(dtype) for t in given)
     if name not in PLAIN:

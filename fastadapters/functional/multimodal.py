@@ -28,6 +28,7 @@ from ..reference.cross_modal_attention import MASKED, Bias
 from ..reference.multimodal import Layer
 from .arguments import PLAIN, compute_dtype, leaf, owned, parameter, saves, without_autocast
 from .cross_modal_attention import attend
+from .shards import on_shards
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -112,6 +113,11 @@ def _attention(name: str, *tensors: Tensor, bias: Bias, outputs: Outputs) -> Any
     return attend(name, tensors, bias, tensors[0].shape[-1] ** -0.5, outputs)
 
 
+def _per_item(text: object) -> tuple[str, ...]:
+    """The names of the arguments that have a leading B."""
+    return ("image", "text") if isinstance(text, Tensor) and text.dim() == 3 else ("image",)
+
+
 def multimodal_features(
     text: Tensor,
     image: Tensor,
@@ -151,6 +157,13 @@ def multimodal_features(
     """
     if isinstance(image, Proxy):
         return leaf(multimodal_features, locals())
+    sharded = (
+        None
+        if type(image) in backends.PLAIN_TYPES
+        else on_shards(multimodal_features, locals(), _per_item(text), 1)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     num_heads, bias = _check_multimodal(
         text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
     )
@@ -158,7 +171,7 @@ def multimodal_features(
     e = out_proj[0].shape[0]
     layers = (*down, in_proj, out_proj, *up)
     others = (text, *(t for layer in layers for t in layer))
-    problem = backends.Problem(e, e // num_heads, dtype, dtype, others)
+    problem = backends.Problem(e, e // num_heads, dtype, dtype, others, sharded)
     name = backends.resolve("cross_modal_attention", image, problem)
     options: dict[str, Any] = {}
     if name not in PLAIN:
@@ -213,6 +226,13 @@ def multimodal_logits(
     """
     if isinstance(image, Proxy):
         return leaf(multimodal_logits, locals())
+    sharded = (
+        None
+        if type(image) in backends.PLAIN_TYPES
+        else on_shards(multimodal_logits, locals(), ("image",), 1)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     num_heads, bias = _check_multimodal(
         text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
     )
@@ -221,7 +241,7 @@ def multimodal_logits(
     dtype = compute_dtype(image)
     layers = (*down, in_proj, out_proj, *up)
     others = (text, logit_scale, blend, *(t for layer in layers for t in layer))
-    problem = backends.Problem(image.shape[1], up[0][0].shape[0], dtype, dtype, others)
+    problem = backends.Problem(image.shape[1], up[0][0].shape[0], dtype, dtype, others, sharded)
     name = backends.resolve("multimodal", image, problem)
     if name in PLAIN:
         inside = dtype if name == "reference" or dtype not in _LOW_PRECISION else torch.float32

@@ -32,6 +32,7 @@ from .bottleneck import (
     split_scale,
     storage,
 )
+from .shards import on_shards
 
 
 def multiway_bottleneck(
@@ -64,6 +65,13 @@ def multiway_bottleneck(
     """
     if isinstance(x, Proxy):
         return leaf(multiway_bottleneck, locals())
+    sharded = (
+        None
+        if type(x) in backends.PLAIN_TYPES
+        else on_shards(multiway_bottleneck, locals(), ("x", "residual"), 2)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     if not isinstance(x, Tensor) or x.dim() < 2:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise (ValueError if isinstance(x, Tensor) else TypeError)(
@@ -87,7 +95,7 @@ def multiway_bottleneck(
     options |= {"norm_eps": norm_eps, "dropout": dropout}
     dtype, out = compute_and_out_dtype(x, residual, first.scale, second.scale)
     r = max(first.down_weight.shape[0], second.down_weight.shape[0])
-    problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *first, *second))
+    problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *first, *second), sharded)
     name = backends.resolve("bottleneck", x, problem)
     if name in PLAIN:
         del options["training"]

@@ -16,6 +16,7 @@ from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..options import Activation, Fusion, Leading
 from ..reference.sequence_fusion import leading_tokens
 from .arguments import PLAIN, compute_dtype, leaf, parameter, readable, saves, without_autocast
+from .shards import on_shards
 
 
 def sequence_fusion(
@@ -65,13 +66,20 @@ def sequence_fusion(
     """
     if any(isinstance(x, Proxy) for x in inputs):
         return cast(Tensor, leaf(sequence_fusion, locals()))
+    sharded = (
+        None
+        if all(type(x) in backends.PLAIN_TYPES for x in inputs)
+        else on_shards(sequence_fusion, locals(), ("inputs", "residual", "lengths"), 2)
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     residual, lengths = _check(
         inputs, down_weights, down_biases, time_factors, feature_factors, activation, residual,
         lengths, fusion,
     )  # fmt: skip
     return _dispatch(
         list(inputs), list(down_weights), list(down_biases), list(time_factors),
-        list(feature_factors), activation, residual, lengths, fusion,
+        list(feature_factors), activation, residual, lengths, fusion, sharded,
     )  # fmt: skip
 
 
@@ -185,6 +193,7 @@ def _dispatch(
     residual: Tensor | Leading | None,
     lengths: Tensor | None,
     fusion: Fusion,
+    refusal: str | None,
 ) -> Tensor:
     first, (_, _, out_len) = inputs[0], time_factors[0].shape
     dtype = out = compute_dtype(first)
@@ -197,7 +206,8 @@ def _dispatch(
     given = None if isinstance(residual, str) else residual
     others = (given, lengths, *(t for group in groups for t in group))
     r, d = max(weight.shape[0] for weight in down_weights), feature_factors[0].shape[2]
-    refusal = f"it takes 8 modalities, not {len(inputs)}" if len(inputs) > 8 else None
+    if len(inputs) > 8:
+        refusal = f"it takes 8 modalities, not {len(inputs)}"
     problem = backends.Problem(d, r, dtype, out, others, refusal)
     name = backends.resolve("sequence_fusion", first, problem)
     if name in PLAIN:

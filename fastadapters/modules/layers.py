@@ -19,6 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from ..backends import PLAIN_TYPES
+from ..functional.shards import is_replicated, is_sharded
 
 # The layers that the ops know, with the forward that they know.
 _FORWARDS: dict[type[nn.Module], object] = {
@@ -56,7 +57,7 @@ def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -
         reason = "has no weight, or one that is no parameter"
     else:
         for t in parameters.values():
-            if type(t) not in PLAIN_TYPES:
+            if type(t) not in PLAIN_TYPES and not is_replicated(t):
                 reason = f"has a {type(t).__name__} as parameter"
                 break
         else:
@@ -69,7 +70,8 @@ def why_all_called(**tensors: object) -> str | None:
     if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return "there are hooks on all modules: each layer's own forward is called"
     for name, t in tensors.items():
-        if type(t) not in PLAIN_TYPES and isinstance(t, (Tensor, Proxy)):
+        plain = type(t) in PLAIN_TYPES or is_sharded(t)
+        if not plain and isinstance(t, (Tensor, Proxy)):
             return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
     return None
 
