@@ -109,9 +109,10 @@ def test_sizes(sizes: tuple[int, ...], bias: Sequence[Sequence[float]]) -> None:
 @pytest.mark.parametrize("adapt", ["both", "image"])
 @pytest.mark.parametrize("bias", [MASKED, ADDITIVE, TEXTS_ONLY], ids=["masked", "both", "texts"])
 def test_degenerate_rows(bias: Sequence[Sequence[float]], adapt: str) -> None:
-    """A text and an image of zeros, and an adapter that gives 0."""
+    """A text and an image of zeros, a text below the floor of a length, an adapter that gives 0."""
     tensors = sample(7, 3, 32, 16, 8)
     tensors["text"][2] = 0
+    tensors["text"][4] *= 1e-14
     tensors["image"][1] = 0
     check(tensors, "zero rows", bias=bias, adapt=adapt)
     for name in ("up1.weight", "up1.bias"):

@@ -74,6 +74,8 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
     }
     of_pairs = [kept.get(name) for name in OF_PAIRS]
     d_of_pairs = [None if t is None else torch.empty_like(t) for t in of_pairs]
+    if s.text in (BOTH, ITEM):
+        made["d_text_squares"] = empty(c, grid[1], s.c)
     of_images = empty(c, grid[0], s.b, 2) if s.text == ITEM else None
     d_cosines_kernel[grid](
         d_logits,
@@ -81,6 +83,7 @@ def _pairs(c: Call, kept: Kept, d_logits: Tensor, wanted: Wanted) -> Kept:
         *of_pairs,
         made["d_similarity"],
         *d_of_pairs,
+        made.get("d_text_squares"),
         of_images,
         made["of_scalars"],
         kept.get("item_dot"),
@@ -178,7 +181,7 @@ def _features(c: Call, kept: Kept, made: Kept, wanted: Wanted, gradients: Gradie
         found["blends"] = empty(c, s.c + s.b)
     if d_u is not None:
         found["d_u"] = d_u
-    blends, images = blends_text(c), n_images > 0
+    blends, images, d_squares = blends_text(c), n_images > 0, made.get("d_text_squares")
     blocks = triton.cdiv(s.c, tiles.FEATURE_ROWS) + triton.cdiv(s.b, tiles.FEATURE_ROWS)
     d_features_kernel[(blocks,)](
         d_features,
@@ -196,6 +199,8 @@ def _features(c: Call, kept: Kept, made: Kept, wanted: Wanted, gradients: Gradie
         made.get("d_item_dot"),
         kept.get("item_lengths"),
         part(d_u, 0, n_texts, s.text == ITEM),
+        d_squares,
+        0 if d_squares is None else d_squares.shape[0],
         of["blend"],
         of["blend_value"],
         s.c,

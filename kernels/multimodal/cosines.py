@@ -94,6 +94,7 @@ def d_cosines_kernel(
     d_squares,
     d_text_dots,
     d_image_dots,
+    of_texts,
     of_images,
     of_scalars,
     item_dot,
@@ -113,8 +114,8 @@ def d_cosines_kernel(
     Where there are squares, |u|^2 of each pair, d_similarity, d_squares, d_text_dots and
     d_image_dots are [C, B]. Where there is item_dot, d_similarity [C, 2 B] is of products with
     images and with what texts become that see the image, and of_images [tiles of C, B, 2] holds
-    the gradients of item_dot and of the latters' squares. of_scalars [tiles, 2] are those of scale
-    and blend.
+    the gradients of item_dot and of the latters' squares. In either case of_texts [tiles of B, C]
+    are those of the texts' squares. of_scalars [tiles, 2] are those of scale and blend.
     """
     texts = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     items = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -148,6 +149,8 @@ def d_cosines_kernel(
             d_along, d_mixed, text_dot, image_dot, alike, text_square, new_square, share
         )
         tl.store(d_similarity + row, (1.0 - share) * d_along, mask=inside)
+        sums = of_texts + tl.program_id(1) * C.to(tl.int64) + texts
+        tl.store(sums, tl.sum((1.0 - share) * (1.0 - share) * d_mixed, 1), mask=in_texts)
         d_text_dot = 2.0 * share * (1.0 - share) * d_mixed
         d_image_dot = share * d_along
         d_new_square = share * share * d_mixed

@@ -29,6 +29,9 @@ def _d_new_features(
     d_item_dot,
     item_lengths,
     d_item_u,
+    d_squares,
+    square_tiles,
+    n_rows,
     D,
     RAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -37,7 +40,8 @@ def _d_new_features(
     """d_x, d_u and each row's part of d_blend from d_features.
 
     With f = p / |p| and p = blend u^ + (1 - blend) x^: dp = (df - f (f.df)) / |p|, and so on; no
-    projection where a length was floored. Only sums along D are needed before.
+    projection where a length was floored. Only sums along D are needed before. d_squares
+    [square_tiles, n_rows] are parts of the gradient of |f|^2, which is 1 but where it was floored.
     """
     length = tl.load(lengths + rows * 3, mask=in_rows, other=1.0)
     rescale = 1.0 / tl.maximum(length, FLOOR)
@@ -83,7 +87,12 @@ def _d_new_features(
         x_along = tl.where(length >= FLOOR, x_along, 0.0)
         u_along = tl.where(u_length >= FLOOR, u_along, 0.0)
     else:
-        along = tl.where(length >= FLOOR, along, 0.0)
+        d_square = tl.zeros([BLOCK_M], tl.float32)
+        if d_squares is not None:
+            for i in range(square_tiles):
+                part = d_squares + i * n_rows.to(tl.int64) + rows
+                d_square += tl.load(part, mask=in_rows, other=0.0)
+        along = tl.where(length >= FLOOR, along, -2.0 * d_square)
     if d_item_dot is not None:
         item_length = tl.load(item_lengths + rows, mask=in_rows, other=1.0)
         item_rescale = 1.0 / tl.maximum(item_length, FLOOR)
@@ -117,7 +126,7 @@ def _d_new_features(
             store_tile(d_x, rows, in_rows, D, cols, D, d)
 
 
-@triton.jit(do_not_specialize=["C", "B"])
+@triton.jit(do_not_specialize=["C", "B", "square_tiles"])
 def d_features_kernel(
     d_features,
     features,
@@ -134,6 +143,8 @@ def d_features_kernel(
     item_dot,
     item_lengths,
     d_u_item,
+    d_squares,
+    square_tiles,
     blend,
     blend_value,
     C,
@@ -149,7 +160,8 @@ def d_features_kernel(
     """The gradients of text, image and up-sampled rows; of the former but what the adapter adds.
 
     d_features is as features in ``features_kernel``; item_dot [B, 2] the gradients of item_dot
-    there and of |item|^2; d_blend [C + B] the rows' parts of it.
+    there and of |item|^2, d_squares [square_tiles, C] parts of those of texts' squares; d_blend
+    [C + B] the rows' parts of it.
     """
     rows, in_rows, is_image = rows_of_block(C, B, BLOCK_M)
     share = scalar(blend, blend_value)
@@ -163,12 +175,12 @@ def d_features_kernel(
             d_features + first * D, features + first * D, image, image_stride, u_image,
             d_u_image, lengths + first * 3, d_image, d_blend_image, rows, in_rows, share,
             features + second * D, d_features + second * D, item_dot, item_lengths, d_u_item,
-            D, RAW, BLOCK_M, BLOCK_D,
+            None, 0, B, D, RAW, BLOCK_M, BLOCK_D,
         )  # fmt: skip
     else:
         if TEXTS:
             _d_new_features(
                 d_features, features, text, text_stride, u_text, d_u_text, lengths, d_text,
                 d_blend, rows, in_rows, share, None, None, None, None, None,
-                D, False, BLOCK_M, BLOCK_D,
+                d_squares, square_tiles, C, D, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
