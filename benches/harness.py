@@ -21,6 +21,7 @@ from torch import Tensor
 import fastadapters
 from tests.compare import check_all, last_bit
 
+from .noise import is_settled, ratios
 from .workloads import Cost
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -74,6 +75,8 @@ class Row(NamedTuple):
     roof: str = ""
     roof_seconds: float = 0.0
     notes: str = ""
+    ratios: dict[str, tuple[float, float]] = {}  # noqa: RUF012 (never written to)
+    """for each baseline, between what its time over ours lies: see `noise.interval`"""
 
 
 def autocast(case: Case, device: str, dtype: torch.dtype) -> Case:
@@ -142,12 +145,14 @@ def measure(
     min_rounds: int = 5,
     max_rounds: int = 200,
     calls: int = 1,
+    settled: Callable[[dict[str, list[float]]], bool] = lambda samples: True,
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate, in turns, for about ``budget`` seconds altogether.
 
-    The candidates are warm: each has been called before. On a GPU each call starts with a cold L2
-    and is timed by events; clearing the cache keeps the GPU busy while the host runs ahead.
-    Where one round takes many times the budget, it is the only one.
+    Up to three times as long where ``settled``, given the samples so far, says that noise hides
+    what is looked for. The candidates are warm: each has been called before. On a GPU each call
+    starts with a cold L2 and is timed by events; clearing the cache keeps the GPU busy while the
+    host runs ahead. Where one round takes many times the budget, it is the only one.
     """
     clock = _cuda_clock() if device == "cuda" else _cpu_clock
     names = list(candidates)
@@ -156,7 +161,9 @@ def measure(
     start = time.perf_counter()
     for i in range(max_rounds):
         elapsed = time.perf_counter() - start
-        if (i >= min_rounds and elapsed > budget) or (i > 0 and elapsed > 5 * budget > 0):
+        if i >= min_rounds and elapsed > budget and (elapsed > 3 * budget or settled(samples)):
+            break
+        if i > 0 and elapsed > 5 * budget > 0:
             break
         for name in order.sample(names, len(names)):
             samples[name].append(clock(candidates[name], calls))
@@ -338,13 +345,15 @@ def run(
                 mode = COMPILE_MODES[label]
                 fn = torch.compile(case.candidates[name], dynamic=False, mode=mode)
                 take(f"{label} {name}", fn, compiled=True)
+    others = [name for name in steps if name != "ours"]
     moved = [cost.elements * dtype.itemsize for cost in case.costs]
     limits = roofs(device, products, moved[0])
     samples = measure(
         steps | {n: fn for n, (fn, _) in limits.items()},
         device,
         budget=budget,
-        min_rounds=5 if full else 3,
+        min_rounds=6,
+        settled=lambda samples: all(is_settled(*r, 1.0) for r in ratios(samples, others).values()),
     )
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     per_second = {name: amount / seconds.pop(name) for name, (_, amount) in limits.items()}
@@ -362,6 +371,7 @@ def run(
         flops=sum(cost.flops for cost in case.costs),
         roof="memory" if memory > compute else "compute",
         roof_seconds=sum(max(phase) for phase in phases),
+        ratios=ratios(samples, others),
     )
     return row, samples["ours"]
 

@@ -1,9 +1,10 @@
-"""Tables and a plot from the JSON of `pytest benches/ --benchmark-json=FILE`.
+"""Tables and plots from the JSON of `pytest benches/ --benchmark-json=FILE`.
 
 python -m benches.report FILE.json...            prints the tables
 python -m benches.report --auto FILE.json...     the choice of `auto` alone, against eager
-python -m benches.report --write FILE.json...    also puts them into README.md, between the markers,
-                                                 and draws docs/bench.svg
+python -m benches.report --write FILE.json...    also puts the short one into README.md and all of
+                                                 them into docs/measured.md, between the markers,
+                                                 and draws docs/speed.svg and docs/bench.svg
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import COMPILE_MODES, Row
+from .plots import bars, speed
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -26,22 +28,39 @@ BASELINES = {
         f"{mode} {name}" for mode in COMPILE_MODES for name in ("reference", "eager")
     ),
 }
+TITLES = {
+    "reference": "x published",
+    "eager": "x plain PyTorch",
+    "compiled": "x torch.compile",
+}
+
+
+def fastest(row: Row, baseline: str) -> str | None:
+    """Which form of a baseline that has several was the fastest."""
+    names = [name for name in BASELINES[baseline] if name in row.seconds]
+    return min(names, key=row.seconds.__getitem__, default=None)
 
 
 def best(row: Row, baseline: str) -> float | None:
     """Seconds of a baseline: of the fastest where it has several forms."""
-    times = [row.seconds[name] for name in BASELINES[baseline] if name in row.seconds]
-    return min(times, default=None)
+    name = fastest(row, baseline)
+    return None if name is None else row.seconds[name]
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def ratio(row: Row | None, baseline: str) -> str:
-    """How many times faster ours is; in bold where it loses."""
-    time = None if row is None else best(row, baseline)
-    if row is None or time is None:
+    """How many times as fast ours is: in bold where it loses, with "even" where noise decides."""
+    name = None if row is None else fastest(row, baseline)
+    if row is None or name is None:
         return "-"
-    value = time / row.seconds["ours"]
-    text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
-    return f"**{text}**" if value < 1.0 else text
+    text = number(row.seconds[name] / row.seconds["ours"])
+    low, high = row.ratios.get(name, (0.0, 0.0))
+    if low < 1.0 < high:
+        return f"even ({number(low)} to {number(high)})"
+    return f"**{text}**" if row.seconds[name] < row.seconds["ours"] else text
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -55,6 +74,12 @@ def place(row: Row) -> str:
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def peaks(row: Row) -> str:
+    """MiB that ours and plain PyTorch hold at most."""
+    both = [row.peak_bytes[name] for name in ("ours", "eager") if name in row.peak_bytes]
+    return " / ".join(f"{n / 2**20:.3g}" for n in both)
 
 
 def op_table(rows: Sequence[Row]) -> str:
@@ -78,16 +103,13 @@ def op_table(rows: Sequence[Row]) -> str:
         if other is not None and other is not row and other.match == "yes":
             ratios = [f"{r} [{ratio(other, n)}]" for r, n in zip(ratios, BASELINES, strict=True)]
         share = row.roof_seconds / row.seconds["ours"]
-        peaks = [
-            f"{row.peak_bytes[n] / 2**20:.3g}" for n in ("ours", "eager") if n in row.peak_bytes
-        ]
         lines.append(
             [*line, f"{ms(row.seconds['ours'])} ({row.backend})", *ratios,
-             f"{share:.0%} {row.roof}", " / ".join(peaks), row.match]
+             f"{share:.0%} {row.roof}", peaks(row), row.match]
         )  # fmt: skip
     return markdown(
-        ("workload", "direction", "dtype", "on", "ours, ms", "x reference", "x eager", "x compiled",
-         "% of roof", "peak MiB, ours / eager", "match"),
+        ("workload", "direction", "dtype", "on", "ours, ms (backend)", *TITLES.values(),
+         "% of roof", "peak MiB, ours / plain", "right"),
         lines,
     )  # fmt: skip
 
@@ -104,7 +126,7 @@ def other_table(rows: Sequence[Row]) -> str:
             place(row) + (", kept pages" if row.malloc == "kept" else ""),
         )
         lines.append((*line, times, row.notes, row.match))
-    return markdown(("workload", "direction", "dtype", "on", "ms", "", "match"), lines)
+    return markdown(("workload", "direction", "dtype", "on", "ms", "", "right"), lines)
 
 
 def auto_table(rows: Sequence[Row]) -> str:
@@ -128,15 +150,33 @@ def auto_table(rows: Sequence[Row]) -> str:
     return f"{table}\n\n{lost} of {cells} below {LOSES} of eager."
 
 
+def has_roof(row: Row) -> bool:
+    """Whether a row is of an op; those of other benches have candidates of their own."""
+    return bool(row.roof)
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Every row, losing ones included."""
     parts = []
     for op in dict.fromkeys(row.op for row in rows):
         some = [row for row in rows if row.op == op]
-        with_roof = any(row.roof for row in some) or any(row.match != "yes" for row in some)
-        parts.append(f"**{op}**\n\n" + (op_table if with_roof else other_table)(some))
+        of_op = any(has_roof(row) or row.match != "yes" for row in some)
+        parts.append(f"**{op}**\n\n" + (op_table if of_op else other_table)(some))
     skipped = {f"{n} on {r.workload}: {why}" for r in rows for n, why in r.skipped.items()}
     return "\n\n".join([*parts, *(f"Could not run: {line}." for line in sorted(skipped))])
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """A line for each op row's training step with the default malloc."""
+    lines = [
+        (row.op, row.workload, row.dtype, ms(row.seconds["ours"]),
+         *(ratio(row, name) for name in BASELINES), peaks(row))
+        for row in rows
+        if has_roof(row) and row.direction == "training step" and row.malloc == "default"
+    ]  # fmt: skip
+    head = ("op", "workload", "dtype", "ours, ms", *TITLES.values(), "peak MiB, ours / plain")
+    notes = [f"{row.workload}, {row.dtype}: {row.notes}." for row in rows if row.op == "end to end"]
+    return "\n\n".join([markdown(head, lines), *notes])
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Row], str]:
@@ -153,49 +193,33 @@ def load(paths: Sequence[Path]) -> tuple[list[Row], str]:
     return rows, "; ".join(dict.fromkeys(machines))
 
 
-def plot(rows: Sequence[Row], machine: str, path: Path) -> None:
-    """Bars of the time of each form relative to the published module's."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "fastadapters"
-    shown = [r for r in rows if r.roof and "reference" in r.seconds and r.malloc == "default"]
-    forms = (*BASELINES, "ours")
-    height = 0.8 / len(forms)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.55 * len(shown)), layout="constrained")
-    for i, form in enumerate(forms):
-        times = [r.seconds["ours"] if form == "ours" else best(r, form) for r in shown]
-        values = [(t or 0.0) / r.seconds["reference"] for t, r in zip(times, shown, strict=True)]
-        where = [j + (i - 1.5) * height for j in range(len(shown))]
-        bars = axes.barh(where, values, height, label=form)
-        axes.bar_label(bars, [ms(t) + " ms" if t else "" for t in times], padding=2, fontsize=6)
-    labels = [f"{r.workload}\n{r.direction}, {r.dtype}, {place(r)}" for r in shown]
-    axes.set_yticks(range(len(shown)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("time relative to the published module (shorter is better)")
-    axes.set_title(machine, fontsize=8)
-    figure.legend(loc="outside lower right", ncols=len(forms), fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
+def write(page: Path, text: str) -> None:
+    """Put the text between the markers of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--write", action="store_true", help="update README.md and docs/bench.svg")
+    parser.add_argument("--write", action="store_true", help="update README.md and docs/")
     parser.add_argument("--auto", action="store_true", help="whether `auto` loses to eager")
     args = parser.parse_args()
     rows, machine = load(args.files)
-    timed = [row for row in rows if row.roof or row.match != "yes"]
+    timed = [row for row in rows if has_roof(row) or row.match != "yes"]
     text = f"{machine}\n\n{auto_table(timed) if args.auto else tables(rows)}"
     print(text)
     if args.write:
-        readme = ROOT / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-        plot(rows, machine, ROOT / "docs" / "bench.svg")
+        write(ROOT / "README.md", f"{machine}, training steps:\n\n{short_table(rows)}")
+        write(ROOT / "docs" / "measured.md", text)
+        shown = [
+            (row, {n: best(row, n) for n in BASELINES} | {"ours": row.seconds["ours"]})
+            for row in rows
+            if has_roof(row) and "reference" in row.seconds and row.malloc == "default"
+        ]
+        bars(shown, machine, ROOT / "docs" / "bench.svg")
+        speed(shown, machine, ROOT / "docs" / "speed.svg")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ from benches import (
     adaptformer,
     crossover,
     harness,
+    noise,
     report,
     test_bottleneck,
     test_cross_modal_attention,
+    test_end_to_end,
     test_multimodal,
     test_sequence_fusion,
     workloads,
@@ -264,12 +266,59 @@ def test_the_table_of_auto_marks_what_loses() -> None:
     assert lines[-1] == "1 of 3 below 0.97 of eager."
 
 
+def test_an_interval_holds_the_median_of_95_in_100() -> None:
+    draws = torch.randn(2000, 20, generator=torch.Generator().manual_seed(0)).tolist()
+    held = sum(low < 0.0 < high for low, high in map(noise.interval, draws))
+    assert 0.94 < held / len(draws) < 0.98
+    assert noise.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert noise.interval(range(6)) == (0, 5)
+    assert noise.interval(range(9)) == (1, 7)
+
+
+def test_what_noise_hides_is_measured_for_longer(monkeypatch) -> None:
+    now = 0.0
+
+    def wait() -> None:
+        nonlocal now
+        now += 1.0
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    for settled, rounds in ((True, 6), (False, 16)):
+        samples = harness.measure(
+            {"f": wait}, budget=5.0, min_rounds=2, settled=lambda samples, is_it=settled: is_it
+        )
+        assert len(samples["f"]) == rounds
+
+
+def test_the_table_says_where_noise_decides() -> None:
+    seconds = {"ours": 0.002, "reference": 0.0021, "eager": 0.0019}
+    noisy = row(seconds, ratios={"reference": (0.9, 1.2), "eager": (0.9, 0.99)})
+    line = report.tables([noisy]).splitlines()[4]
+    assert "| even (0.90 to 1.20) | **0.95** | - |" in line
+
+
+def test_a_share_below_the_noise_is_called_so() -> None:
+    samples = {
+        "ours": [1.0] * 6,
+        "reference": [1.0, 0.9, 1.1, 1.0, 1.0, 1.0],
+        "without adapters": [0.99, 1.0, 1.0, 0.9, 1.0, 1.0],
+    }
+    gain = noise.ratios(samples, ["reference"])["reference"]
+    hidden = test_end_to_end.said(test_end_to_end.share(samples), gain)
+    assert "below the noise, -11.1% to 10.0%" in hidden and "0.90 to 1.10 x" in hidden
+    shown = test_end_to_end.said((0.05, 0.2), (1.01, 1.02))
+    assert "5.0% to 20.0%" in shown and "1.25 x" in shown and "noise" not in shown
+
+
 def test_report_writes_readme_and_plot(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "docs").mkdir()
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "measured.md"
+    for file in (readme, page):
+        file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    seconds = {"ours": 0.002, "reference": 0.006, "eager": 0.003}
+    rows = [row(seconds), row(seconds, direction="training step"), row({}, match="no", roof="")]
     data = {
-        "rows": [row({"ours": 0.002, "reference": 0.006, "eager": 0.003})._asdict()],
+        "rows": [row._asdict() for row in rows],
         "machine_info": {
             "cpu": {"brand_raw": "A CPU", "count": 2},
             "fastadapters": {"torch": "2.x", "malloc": "default"},
@@ -285,7 +334,10 @@ def test_report_writes_readme_and_plot(tmp_path, monkeypatch, capsys) -> None:
     assert "old" in readme.read_text()
     monkeypatch.setattr(sys, "argv", ["report", "--write", str(file)])
     report.main()
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n")
-    assert "old" not in text and printed.strip() in text
-    assert (tmp_path / "docs" / "bench.svg").read_text().count("<svg") == 1
+    for text in (readme.read_text(), page.read_text()):
+        assert text.startswith("before\n") and text.endswith("after\n")
+        assert "old" not in text and "A CPU, 2 cores" in text
+    assert printed.strip() in page.read_text()
+    assert readme.read_text().count("| bottleneck | w | float32 |") == 1
+    for picture in ("bench.svg", "speed.svg"):
+        assert (tmp_path / "docs" / picture).read_text().count("<svg") == 1
