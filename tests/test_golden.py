@@ -83,7 +83,7 @@ def run_multimodal(module: nn.Module, inputs: dict[str, Tensor]) -> Outputs:
     text, image = inputs["text"], inputs["image"]
     tokens = torch.cat([text[:, None].expand(-1, image.shape[0], -1), image[None]])
     logits = [module.logits(text, image, 100.0, adapt=adapt) for adapt in ("both", "image")]
-    return [module.forward_sequence(tokens), *logits]
+    return [module(tokens), *logits]
 
 
 def run_multimodal_shared(module: nn.Module, inputs: dict[str, Tensor]) -> Outputs:

@@ -63,7 +63,7 @@ def test_multimodal_is_the_published_one(
     tokens = torch.cat([texts.transpose(0, 1), image[None]])
     with fastadapters.backend(backend):
         new_text, new_image = module(text, image)
-        sequence = module.forward_sequence(tokens)
+        sequence = module(tokens)
     expected = published(module, tokens, bias)
     assert_exact(sequence, expected)
     assert_exact(new_text, expected[:-1].transpose(0, 1))
@@ -107,8 +107,8 @@ BAD_MULTIMODAL = [
     (lambda m, t, i: m.logits(t, i, 1.0, adapt="none"), "adapt: expected one of both, text"),
     (lambda m, t, i: m.logits(t, i, torch.ones(2)), "logit_scale: expected one element"),
     (lambda m, t, i: m.logits(t.expand(3, 6, D), i, 1.0), "text: expected [C, D]"),
-    (lambda m, t, i: m.forward_sequence(i), "tokens: expected [C + 1, B, D], C >= 1"),
-    (lambda m, t, i: m.forward_sequence(i[None]), "tokens: expected [C + 1, B, D], C >= 1"),
+    (lambda m, t, i: m(i), "text: expected tokens [C + 1, B, D] without image"),
+    (lambda m, t, i: m(i[None]), "text: expected tokens [C + 1, B, D] without image"),
 ]
 
 

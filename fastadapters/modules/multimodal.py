@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -184,23 +184,37 @@ class MultiModalAdapter(nn.Module):
         backends.call_layers("cross_modal_attention", reason)
         return self._call_layers(text, image)
 
-    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """text [C, D] (or one set per item [B, C, D]) and image [B, D] to [B, C, D] and [B, D]."""
-        leaf: tuple[Tensor, Tensor] | None = as_leaf(self, text, image)
+    @overload
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, text: Tensor) -> Tensor: ...
+
+    def forward(self, text: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """The adapted features, before they are blended: the published call, or texts and images.
+
+        Args:
+            text: class texts [C, D], or one set per item [B, C, D]. Alone, it is the published
+                module's one argument: tokens [C + 1, B, D], the texts and one image last.
+            image: [B, D].
+
+        Returns:
+            [B, C, D] and [B, D]; of tokens [C + 1, B, D].
+        """
+        leaf: tuple[Tensor, Tensor] | Tensor | None = as_leaf(self, text, image)
         if leaf is not None:
             return leaf
-        new_text, new_image = self._features(text, image)
-        return new_text.contiguous(), new_image
+        if image is not None:
+            new_text, new_image = self._features(text, image)
+            return new_text.contiguous(), new_image
+        if not isinstance(text, Tensor) or text.dim() != 3 or text.shape[0] < 2:
+            given = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"text: expected tokens [C + 1, B, D] without image, got {given}")
+        new_text, new_image = self._features(text[:-1].transpose(0, 1), text[-1])
+        return torch.cat([new_text.transpose(0, 1), new_image[None]])
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def forward_sequence(self, tokens: Tensor) -> Tensor:
-        """tokens [C + 1, B, D], texts first and one image last, to the same: the published call."""
-        if tokens.dim() != 3 or tokens.shape[0] < 2:
-            raise ValueError(f"tokens: expected [C + 1, B, D], C >= 1, got {list(tokens.shape)}")
-        text, image = self._features(tokens[:-1].transpose(0, 1), tokens[-1])
-        return torch.cat([text.transpose(0, 1), image[None]])
 
     def logits(
         self, text: Tensor, image: Tensor, logit_scale: float | Tensor, *, adapt: Adapt = "both"
