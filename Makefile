@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check wheel wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -119,7 +119,7 @@ sanitize-device: setup ## With a GPU: the CUDA kernels under compute-sanitizer
 	done
 
 # The tables show the bottleneck with kept pages, too: see docs/performance.md.
-bench: setup ## The main benchmarks and their table, in 10 minutes
+bench: setup ## The main benchmarks and their table, in 12 minutes
 	mkdir -p build
 	pytest benches --benchmark-quiet --benchmark-json=build/bench.json
 	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --dtype float32,autocast --benchmark-quiet --benchmark-json=build/bench-kept.json
@@ -139,6 +139,12 @@ bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of t
 ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX
 interop: setup build/clients.stamp ## Losses and times of the clients with and without `fastadapters.patch`, into docs/interop.md
 	PYTHONPATH=build/clients OMP_NUM_THREADS=1 python -m benches.patched
+
+docs: setup ## Build the site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+
+docs-check: docs ## Screenshots of README and site by headless Chromium, into build/look, to be looked at
+	python docs/look.py
 
 wheel: setup ## Build the wheel into dist/, with every architecture where it has CUDA kernels
 	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
