@@ -17,7 +17,7 @@ NAMES = {
 }
 COLOURS = {"reference": "#c9ced6", "compiled": "#9aa5b5", "eager": "#6b7a90", "ours": "#e8590c"}
 OPS = {
-    "bottleneck": "AdaptFormer",
+    "bottleneck": "Adapter of AdaptFormer",
     "multimodal": "Multi-Modal Adapter's head",
     "sequence_fusion": "Wander",
 }
@@ -80,7 +80,8 @@ def speed(shown: Shown, machine: str, path: Path) -> None:
     ]
     figure, axes = _pyplot().subplots(figsize=(8, 0.9 + 0.72 * len(some)), layout="constrained")
     _draw(axes, some, 7.5)
-    labels = [f"{OPS[row.op]}\n{row.workload.partition(', D ')[0]}" for row, _ in some]
+    workloads = [row.workload.partition(", D ")[0].replace(" AdaptFormer", "") for row, _ in some]
+    labels = [f"{OPS[row.op]}\n{name}" for (row, _), name in zip(some, workloads, strict=True)]
     axes.set_yticks(range(len(some)), labels, fontsize=9)
     axes.set_title(f"One training step, float32, measured on {machine}", fontsize=9)
     figure.legend(loc="outside lower right", ncols=len(NAMES), fontsize=8, frameon=False)

@@ -88,7 +88,7 @@ def arguments(x: Tensor, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
     adapter(x).logits()  # type: ignore[attr-defined]
     fastadapters.MultiwayAdapter(8, 4)(x)  # type: ignore[call-arg]
     fastadapters.AlignmentEnhancer(8, 4)(x, x)  # type: ignore[call-arg]
-    fastadapters.MultiModalAdapter()(x)  # type: ignore[call-arg]
+    fastadapters.MultiModalAdapter()("x")  # type: ignore[call-overload]
     fastadapters.WanderAdapter(8, [4], 2, feature_rank=1, time_rank=1)(x, "1")  # type: ignore[arg-type]
     fastadapters.explain(bottleneck, x)  # type: ignore[call-arg]
     fastadapters.explain(adapter, x, y=x)  # type: ignore[call-arg]
