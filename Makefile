@@ -141,7 +141,7 @@ interop: setup build/clients.stamp ## Losses and times of the clients with and w
 	PYTHONPATH=build/clients OMP_NUM_THREADS=1 python -m benches.patched
 
 docs: setup ## Build the site into build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --quiet --strict
 
 docs-check: docs ## Screenshots of README and site by headless Chromium, into build/look, to be looked at
 	python docs/look.py

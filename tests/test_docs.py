@@ -116,7 +116,8 @@ def test_pictures_are_as_the_script_draws_them() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Those within the repository: files, and headings of pages."""
+    """Those within the repository: files, and headings of pages; what `make docs` checks, too,
+    where it knows the page: of the API it makes the headings."""
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -125,7 +126,7 @@ def test_links_lead_somewhere() -> None:
             path, _, anchor = target.partition("#")
             file = page if not path else (page.parent / path).resolve()
             assert file.exists(), f"{page.name}: {target}"
-            if anchor:
+            if anchor and file.name != "api.md":
                 heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
                 slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads}
                 assert anchor in slugs, f"{page.name}: {target}"
