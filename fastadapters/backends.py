@@ -276,6 +276,12 @@ def backend(name: BackendName) -> Iterator[None]:
     fastest that can run and falls back silently; any other that cannot run raises RuntimeError
     when an op is called. The choice is process-wide, like the flags of ``torch.backends``.
     Raises ValueError for an unknown name.
+
+    Example:
+        >>> import fastadapters
+        >>> adapter = fastadapters.BottleneckAdapter(768, 64)
+        >>> with fastadapters.backend("reference"):
+        ...     y = adapter(torch.randn(4, 768))
     """
     global _selected
     check_choice("name", name, NAMES)
@@ -287,7 +293,15 @@ def backend(name: BackendName) -> Iterator[None]:
 
 
 def explain(fn: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> list[Decision]:
-    """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order."""
+    """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order.
+
+    Example:
+        >>> import fastadapters
+        >>> adapter = fastadapters.BottleneckAdapter(768, 64)
+        >>> with fastadapters.backend("eager"):
+        ...     fastadapters.explain(adapter, torch.randn(4, 768))
+        [Decision(op='bottleneck', backend='eager', reason='chosen by name')]
+    """
     global _log
     if not callable(fn):
         raise TypeError(f"fn: expected a callable, got {type(fn).__name__}")

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Collection, Sequence
 from numbers import Real
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -15,43 +16,52 @@ from torch.fx import Proxy
 
 # What torch.compile and torch.export put in the place of an int and of a float.
 _INTEGERS = (int, torch.SymInt)
+# What may be sparse or nested; subclasses have ways of their own.
+_DENSE = (Tensor, torch.nn.Parameter)
 _SYMBOLIC = (torch.SymFloat, torch.SymInt)
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_floats(name: str, value: Tensor, symbols: str) -> None:
+    """``value`` must be a dense tensor of 16 to 64 bits, or of a subclass of Tensor."""
+    if isinstance(value, Tensor) and value.dtype in FLOATS:
+        if type(value) not in _DENSE or (value.layout is torch.strided and not value.is_nested):
+            return
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+    else:
+        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"{name}: expected a floating-point tensor {symbols}, got {kind}")
 
 
 def check_tensor(
     name: str, value: Tensor, symbols: str, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """``value`` must be a floating-point tensor of ``shape`` on the ``device`` of x."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
+    check_floats(name, value, symbols)
     if value.shape != shape:
         raise ValueError(f"{name}: expected {symbols} = {list(shape)}, got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} like x, got {value.device}")
 
 
 def check_ndim(name: str, value: Tensor, symbols: str, ndim: int) -> None:
-    """``value`` must be a tensor of ``ndim`` dimensions, none of size 0."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {symbols}, got {type(value).__name__}")
+    """``value`` must be a floating-point tensor of ``ndim`` dimensions, none of size 0."""
+    check_floats(name, value, symbols)
     if value.dim() != ndim or 0 in value.shape:
         raise ValueError(f"{name}: expected {symbols}, none of them 0, got {list(value.shape)}")
 
 
 def check_activations(name: str, value: Tensor, symbols: str, ndim: int) -> None:
     """``value`` must be a floating-point tensor of ``ndim`` dimensions, only the first maybe 0."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor {symbols}, got {kind}")
+    check_floats(name, value, symbols)
     if value.dim() != ndim or 0 in value.shape[1:]:
         raise ValueError(f"{name}: expected {symbols}, only B may be 0, got {list(value.shape)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
-    """``value`` must be one of ``choices``."""
-    if value not in choices:
+    """``value`` must be one of ``choices``, words and perhaps None."""
+    if not isinstance(value, (str, NoneType)) or value not in choices:
         listed = ", ".join(map(str, choices))
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
@@ -70,25 +80,36 @@ def check_integer(name: str, value: Any) -> int:
     if isinstance(value, _INTEGERS) and not isinstance(value, bool):
         return cast(int, value)
     if not isinstance(value, bool) and hasattr(value, "__index__"):
-        with contextlib.suppress(TypeError):
-            return operator.index(value)
+        with contextlib.suppress(TypeError, RuntimeError):  # the latter of tensors without values
+            if not isinstance(value, Tensor) or value.dtype != torch.bool:
+                return operator.index(value)
     raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
 def check_number(name: str, value: Any, or_else: str = "") -> float:
     """``value`` must be a real number, of NumPy's or a 0-dim tensor perhaps; as a float."""
-    if type(value) is float:
-        return value
-    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex():
-        if value.requires_grad:
-            raise ValueError(f"{name}: expected a number, got a tensor that requires grad")
-        if value.dtype != torch.bool:
-            return float(value)
     if isinstance(value, _SYMBOLIC):
         return cast(float, value)
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
-    return float(value)
+    number = value
+    if type(value) is not float:
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name}: expected a number, got a tensor that requires grad")
+        if not _is_number(value):
+            raise TypeError(f"{name}: expected a number{or_else}, got {type(value).__name__}")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.nan
+    if number != number:
+        raise ValueError(f"{name}: expected a number{or_else}, got {value!r}")
+    return cast(float, number)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        real = value.dtype != torch.bool and not value.is_complex()
+        return real and value.dim() == 0 and not value.is_meta
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_probability(name: str, value: Any) -> float:
@@ -111,6 +132,27 @@ def check_flag(name: str, value: object) -> None:
     """``value`` must be True or False."""
     if value is not True and value is not False:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """``device`` and ``dtype`` must be what parameters can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in FLOATS):
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(
+                f"device: expected a device such as 'cuda:0', got {device!r}"
+            ) from None
+
+
+def check_list(name: str, value: Any, items: str) -> list[Any]:
+    """``value`` must have items, each checked elsewhere; as a list."""
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected {items}, got {type(value).__name__}") from None
 
 
 def check_bias(name: str, bias: Any) -> tuple[tuple[float, ...], ...]:

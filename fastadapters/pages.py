@@ -60,6 +60,11 @@ def keep_pages() -> bool:
     Returns:
         Whether it took effect. It sets glibc's malloc (mallopt); elsewhere, and where another
         allocator has taken its place, nothing happens but a warning that says why.
+
+    Example:
+        >>> import fastadapters
+        >>> fastadapters.keep_pages()  # doctest: +SKIP
+        True
     """
     problem = _set()
     if problem is not None:

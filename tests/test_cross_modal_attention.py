@@ -193,7 +193,11 @@ BAD_ATTENTION = [
         ValueError,
         "image_k: expected [B, I, H, d] = [2, 1, 2, 4], got [2, 2, 2, 4]",
     ),
-    ({"text_q": None}, TypeError, "text_q: expected a tensor [C, H, d], got NoneType"),
+    (
+        {"text_q": None},
+        TypeError,
+        "text_q: expected a floating-point tensor [C, H, d], got NoneType",
+    ),
     ({"text_q": torch.ones(2, 4)}, ValueError, "text_q: expected [C, H, d] or [B, C, H, d]"),
     ({"text_q": torch.ones(0, 2, 4)}, ValueError, "C >= 1, got [0, 2, 4]"),
     ({"text_q": torch.ones(3, 2, 5)}, ValueError, "text_q: expected [C, H, d] = [3, 2, 4]"),
@@ -203,7 +207,7 @@ BAD_ATTENTION = [
     ({"bias": ((0, 0),)}, ValueError, "bias: expected 2 x 2 numbers"),
     ({"bias": 0.0}, ValueError, "bias: expected 2 x 2 numbers"),
     ({"bias": ((0, INF), (0, 0))}, ValueError, "bias: expected finite numbers or -inf"),
-    ({"bias": ((0, math.nan), (0, 0))}, ValueError, "bias: expected finite numbers or -inf"),
+    ({"bias": ((0, math.nan), (0, 0))}, ValueError, "bias: expected a number, got nan"),
     ({"outputs": "images"}, ValueError, "outputs: expected one of both, text, image"),
     ({"scale": "1"}, TypeError, "scale: expected a number or None, got str"),
 ]

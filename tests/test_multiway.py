@@ -105,5 +105,5 @@ def test_bad_split(split: int) -> None:
         multiway_bottleneck(x, split, *sides)
     with pytest.raises(ValueError, match=r"x: expected a tensor \[\.\.\., T, D\], got \[72\]"):
         multiway_bottleneck(x[0, 0], 0, *sides)
-    with pytest.raises(TypeError, match="x: expected a tensor"):
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
         multiway_bottleneck(None, 0, *sides)  # type: ignore[arg-type]

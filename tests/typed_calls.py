@@ -33,6 +33,7 @@ def right(x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], layer: tuple[Tensor, Te
     assert_type(fastadapters.AlignmentEnhancer(8, 32)(x), Tensor)
     head = fastadapters.MultiModalAdapter(mask=((0, 1), (1, 0)), downsample="mlp")
     assert_type(head(x, x), tuple[Tensor, Tensor])
+    assert_type(head(x), Tensor)
     assert_type(head.logits(x, x, 100.0, adapt="image"), Tensor)
     wander = fastadapters.WanderAdapter(40, (50, 50), 8, feature_rank=4, time_rank=4)
     assert_type(wander([x, None], lengths=[None, x]), Tensor)

@@ -13,6 +13,7 @@ from ..checks import (
     check_choice,
     check_eps,
     check_flag,
+    check_floats,
     check_number,
     check_probability,
     check_residual,
@@ -47,15 +48,12 @@ def check_bottleneck(
     residual: Tensor | None,
 ) -> float | Tensor:
     """x, a residual and the `BottleneckParameters` must fit; the scale, a number as a float."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a floating-point tensor [..., D], got {kind}")
+    check_floats("x", x, "[..., D]")
     shape, device = x.shape, x.device
     if not shape or shape[-1] == 0:
         raise ValueError(f"x: expected [..., D] with D >= 1, got {list(shape)}")
     d = shape[-1]
-    if not isinstance(down_weight, Tensor):
-        raise TypeError(f"down_weight: expected a tensor [r, D], got {type(down_weight).__name__}")
+    check_floats("down_weight", down_weight, "[r, D]")
     shape = down_weight.shape
     if len(shape) != 2 or shape[0] == 0:
         raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(shape)}")
@@ -75,10 +73,11 @@ def check_bottleneck(
     check_residual(residual, x)
     if not isinstance(scale, Tensor) or (scale.dim() == 0 and not scale.is_floating_point()):
         return check_number("scale", scale, " or a tensor")
-    if scale.shape in ((), (1,)):
-        check_tensor("scale", scale, "[1]", tuple(scale.shape), device)
+    if scale.dim() == 0:
+        check_tensor("scale", scale, "[]", (), device)
     else:
-        check_tensor("scale", scale, "[1] or [D]", (d,), device)
+        one = scale.dim() == 1 and scale.numel() == 1
+        check_tensor("scale", scale, "[1] or [D]", (1,) if one else (d,), device)
     return scale
 
 
@@ -92,7 +91,13 @@ def check_options(
 
 
 class BottleneckParameters(NamedTuple):
-    """The parameters of one bottleneck, named and shaped as in `bottleneck`."""
+    """The parameters of one bottleneck, named and shaped as in `bottleneck`.
+
+    Example:
+        >>> side = BottleneckParameters(torch.randn(64, 768), torch.zeros(768, 64), scale=0.1)
+        >>> bottleneck(torch.randn(4, 768), **side._asdict()).shape
+        torch.Size([4, 768])
+    """
 
     down_weight: Tensor
     up_weight: Tensor
@@ -207,6 +212,12 @@ def bottleneck(
     Raises:
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
+
+    Example:
+        >>> x = torch.randn(2, 197, 768)
+        >>> down, up = torch.randn(64, 768), torch.zeros(768, 64)
+        >>> torch.equal(bottleneck(x, down, up, residual=x), x)
+        True
     """
     if isinstance(x, Proxy):
         return leaf(bottleneck, locals())

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import backends
-from ..checks import check_activations, check_bias, check_choice, check_number, check_tensor
+from ..checks import (
+    check_activations,
+    check_bias,
+    check_choice,
+    check_floats,
+    check_number,
+    check_tensor,
+)
 from ..ops import NAMESPACES, autograd
 from ..ops.cross_modal_attention import IMAGE, TEXT
 from ..options import Outputs
@@ -96,6 +103,16 @@ def cross_modal_attention(
     Raises:
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
+
+    Example:
+        >>> import torch
+        >>> text = torch.randn(3, 100, 4, 32)  # queries, keys and values of 100 classes, 4 heads
+        >>> image = torch.randn(3, 8, 1, 4, 32)  # of 8 items with a token each
+        >>> text_out, image_out = cross_modal_attention(*text, *image)
+        >>> text_out.shape, image_out.shape
+        (torch.Size([8, 100, 4, 32]), torch.Size([8, 1, 4, 32]))
+        >>> cross_modal_attention(*text, *image, outputs="image").shape
+        torch.Size([8, 1, 4, 32])
     """
     if isinstance(image_q, Proxy):
         return leaf(cross_modal_attention, locals())
@@ -111,8 +128,7 @@ def cross_modal_attention(
     n_items, *shared = image_q.shape
     for name, tensor in (("image_k", image_k), ("image_v", image_v)):
         check_tensor(name, tensor, "[B, I, H, d]", tuple(image_q.shape), device)
-    if not isinstance(text_q, Tensor):
-        raise TypeError(f"text_q: expected a tensor [C, H, d], got {type(text_q).__name__}")
+    check_floats("text_q", text_q, "[C, H, d]")
     if text_q.dim() not in (3, 4) or text_q.shape[-3] == 0:
         raise ValueError(
             f"text_q: expected [C, H, d] or [B, C, H, d] with C >= 1, got {list(text_q.shape)}"

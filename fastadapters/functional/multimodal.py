@@ -15,7 +15,9 @@ from ..checks import (
     check_activations,
     check_bias,
     check_choice,
+    check_floats,
     check_integer,
+    check_list,
     check_ndim,
     check_number,
     check_tensor,
@@ -40,8 +42,7 @@ def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
 def check_features(text: Tensor, image: Tensor) -> None:
     check_activations("image", image, "[B, D]", 2)
     n_items, d = image.shape
-    if not isinstance(text, Tensor):
-        raise TypeError(f"text: expected a tensor [C, D], got {type(text).__name__}")
+    check_floats("text", text, "[C, D]")
     if text.dim() not in (2, 3) or text.shape[-2] == 0:
         raise ValueError(f"text: expected [C, D] with C >= 1, got {list(text.shape)}")
     shape = (n_items,) * (text.dim() - 2) + (text.shape[-2], d)
@@ -52,16 +53,32 @@ def check_logits(text: Tensor, logit_scale: float | Tensor, adapt: Adapt) -> Non
     if text.dim() != 2:
         raise ValueError(f"text: expected [C, D], got {list(text.shape)}")
     check_choice("adapt", adapt, ADAPT_CODES)
-    _scalar("logit_scale", logit_scale)
+    _scalar("logit_scale", logit_scale, text.device)
 
 
-def _scalar(name: str, value: float | Tensor) -> float | Tensor:
+def _scalar(name: str, value: float | Tensor, device: torch.device) -> float | Tensor:
     """A number, or a tensor of one element as []."""
     if not isinstance(value, Tensor):
         return check_number(name, value, " or a tensor")
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: expected a number or a tensor, got one of {value.dtype}")
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got {value.device}")
     return value.reshape(())
+
+
+def _check_layers(name: str, layers: Sequence[Layer]) -> list[Layer]:
+    """One or two layers, each a pair."""
+    listed = check_list(name, layers, "one or two layers")
+    if len(listed) not in (1, 2):
+        raise ValueError(f"{name}: expected one or two layers, got {len(listed)}")
+    for i, layer in enumerate(listed):
+        if not isinstance(layer, (tuple, list)) or len(layer) != 2:
+            at = f"{name}[{i}]" if len(listed) > 1 else name
+            raise TypeError(f"{at}: expected a pair (weight, bias), got {type(layer).__name__}")
+    return listed
 
 
 def _number_or(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -81,17 +98,22 @@ def _check_multimodal(
 ) -> tuple[int, Bias]:
     """All arguments must fit; the number of heads as an int, the bias as floats."""
     check_features(text, image)
+    groups = {
+        "down": _check_layers("down", down),
+        "in_proj": _check_layers("in_proj", [in_proj]),
+        "out_proj": _check_layers("out_proj", [out_proj]),
+        "up": _check_layers("up", up),
+    }
     device, d = image.device, image.shape[1]
     check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
     e = out_proj[0].shape[0]
-    for name, layers, ends, end_symbols in (
-        ("down", down, (d, e), ("D", "E")),
-        ("in_proj", [in_proj], (e, 3 * e), ("E", "3 E")),
-        ("out_proj", [out_proj], (e, e), ("E", "E")),
-        ("up", up, (e, d), ("E", "D")),
+    for name, ends, end_symbols in (
+        ("down", (d, e), ("D", "E")),
+        ("in_proj", (e, 3 * e), ("E", "3 E")),
+        ("out_proj", (e, e), ("E", "E")),
+        ("up", (e, d), ("E", "D")),
     ):
-        if len(layers) not in (1, 2):
-            raise ValueError(f"{name}: expected one or two layers, got {len(layers)}")
+        layers = groups[name]
         sizes, symbols = list(ends), list(end_symbols)
         if len(layers) == 2:
             check_ndim(f"{name}[0] weight", layers[0][0], f"[R, {symbols[0]}]", 2)
@@ -154,6 +176,18 @@ def multimodal_features(
 
     Raises:
         As `cross_modal_attention`.
+
+    Example:
+        >>> def layer(n_in, n_out):
+        ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
+        >>> layers = {
+        ...     "down": [layer(512, 128)], "in_proj": layer(128, 3 * 128),
+        ...     "out_proj": layer(128, 128), "up": [layer(128, 512)],
+        ... }
+        >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # 100 classes, 8 images
+        >>> new_text, new_image = multimodal_features(text, image, **layers, num_heads=4)
+        >>> new_text.shape, new_image.shape
+        (torch.Size([8, 100, 512]), torch.Size([8, 512]))
     """
     if isinstance(image, Proxy):
         return leaf(multimodal_features, locals())
@@ -223,6 +257,17 @@ def multimodal_logits(
 
     Raises:
         As `cross_modal_attention`.
+
+    Example:
+        >>> def layer(n_in, n_out):
+        ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
+        >>> down, up = [layer(512, 128)], [layer(128, 32), layer(32, 512)]
+        >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # 100 classes, 8 images
+        >>> multimodal_logits(
+        ...     text, image, down, layer(128, 3 * 128), layer(128, 128), up,
+        ...     num_heads=4, logit_scale=100.0,
+        ... ).shape
+        torch.Size([8, 100])
     """
     if isinstance(image, Proxy):
         return leaf(multimodal_logits, locals())
@@ -237,7 +282,8 @@ def multimodal_logits(
         text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
     )
     check_logits(text, logit_scale, adapt)
-    blend, logit_scale = _scalar("blend", blend), _scalar("logit_scale", logit_scale)
+    blend = _scalar("blend", blend, image.device)
+    logit_scale = _scalar("logit_scale", logit_scale, image.device)
     dtype = compute_dtype(image)
     layers = (*down, in_proj, out_proj, *up)
     others = (text, logit_scale, blend, *(t for layer in layers for t in layer))

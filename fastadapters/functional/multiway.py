@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import backends
-from ..checks import check_split
+from ..checks import check_floats, check_split
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..options import Activation
@@ -62,6 +62,13 @@ def multiway_bottleneck(
 
     Raises:
         As `bottleneck`; ValueError if ``split`` is not in [-1, T].
+
+    Example:
+        >>> image, text = (
+        ...     BottleneckParameters(torch.randn(r, 768), torch.randn(768, r)) for r in (64, 16)
+        ... )
+        >>> multiway_bottleneck(torch.randn(2, 197 + 52, 768), 197, image, text).shape
+        torch.Size([2, 249, 768])
     """
     if isinstance(x, Proxy):
         return leaf(multiway_bottleneck, locals())
@@ -72,11 +79,12 @@ def multiway_bottleneck(
     )
     if sharded is not None and not isinstance(sharded, str):
         return sharded
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise (ValueError if isinstance(x, Tensor) else TypeError)(
-            f"x: expected a tensor [..., T, D], got {given}"
-        )
+    check_floats("x", x, "[..., T, D]")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected a tensor [..., T, D], got {list(x.shape)}")
+    for name, side in (("first", first), ("second", second)):
+        if not isinstance(side, BottleneckParameters):
+            raise TypeError(f"{name}: expected BottleneckParameters, got {type(side).__name__}")
     tokens = x.shape[-2]
     split = check_split(split, tokens)
     options: dict[str, Any] = {

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import backends
-from ..checks import check_activations, check_choice, check_ndim, check_tensor
+from ..checks import check_activations, check_choice, check_list, check_ndim, check_tensor
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..options import Activation, Fusion, Leading
 from ..reference.sequence_fusion import leading_tokens
 from .arguments import PLAIN, compute_dtype, leaf, parameter, readable, saves, without_autocast
 from .shards import on_shards
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sequence_fusion(
@@ -63,9 +65,26 @@ def sequence_fusion(
     Raises:
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
+
+    Example:
+        >>> words, frames = torch.randn(8, 50, 300), torch.randn(8, 375, 35)
+        >>> sequence_fusion(
+        ...     [words, frames],
+        ...     [torch.randn(16, 300), torch.randn(16, 35)],
+        ...     [None, None],
+        ...     [torch.randn(4, 50, 20), torch.randn(4, 375, 20)],
+        ...     [torch.randn(4, 16, 40), torch.randn(4, 16, 40)],
+        ...     lengths=[None, torch.tensor([375, 200, 120, 90, 300, 60, 0, 375])],
+        ... ).shape
+        torch.Size([8, 20, 40])
     """
+    inputs = check_list("inputs", inputs, "tensors [B, T, D]")
     if any(isinstance(x, Proxy) for x in inputs):
         return cast(Tensor, leaf(sequence_fusion, locals()))
+    down_weights = check_list("down_weights", down_weights, "tensors [r, D]")
+    down_biases = check_list("down_biases", down_biases, "tensors [r] or None")
+    time_factors = check_list("time_factors", time_factors, "tensors [R, T, T_o]")
+    feature_factors = check_list("feature_factors", feature_factors, "tensors [R, r, D]")
     sharded = (
         None
         if all(type(x) in backends.PLAIN_TYPES for x in inputs)
@@ -78,8 +97,8 @@ def sequence_fusion(
         lengths, fusion,
     )  # fmt: skip
     return _dispatch(
-        list(inputs), list(down_weights), list(down_biases), list(time_factors),
-        list(feature_factors), activation, residual, lengths, fusion, sharded,
+        inputs, down_weights, down_biases, time_factors, feature_factors, activation, residual,
+        lengths, fusion, sharded,
     )  # fmt: skip
 
 
@@ -156,6 +175,7 @@ def stack_lengths(
         return None
     (n_items, *_), device = inputs[0].shape, inputs[0].device
     if not isinstance(lengths, Tensor):
+        lengths = check_list("lengths", lengths, "tensors [B] or None")
         if len(lengths) != len(inputs):
             raise ValueError(
                 f"lengths: expected M = {len(inputs)} tensors or None, got {len(lengths)}"
@@ -172,7 +192,7 @@ def stack_lengths(
 def _integers(
     name: str, value: object, symbols: str, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
         given = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a tensor {symbols} of integers, got {given}")
     if tuple(value.shape) != shape or value.device != device:

@@ -195,10 +195,6 @@ class Report:
 def patch(model: nn.Module) -> Report:
     """Run the adapters in ``model`` on our ops, without a change to the code that built it.
 
-        report = fastadapters.patch(model)      # or: with fastadapters.patch(model): ...
-        report.replaced, report.skipped
-        report.undo()
-
     Adapters of AdaptFormer and its exact copies, MultiWay-Adapter, torchscale's feed-forward block,
     `adapters`, `peft` (LoRA) and clip-mma, known by what their forward computes. Each keeps its
     parameters, keys and hooks, so checkpoints, the client's own functions and an optimizer made
@@ -216,6 +212,16 @@ def patch(model: nn.Module) -> Report:
 
     Warns:
         UserWarning: nothing was replaced.
+
+    Example:
+        >>> import fastadapters, peft
+        >>> model = nn.Sequential(nn.Linear(768, 768))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+        >>> report = fastadapters.patch(model)  # or: with fastadapters.patch(model): ...
+        >>> report
+        1 replaced, 0 skipped
+          base_model.model.0: peft
+        >>> report.undo()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .. import backends, functional
 from ..checks import (
     check_choice,
+    check_factory,
+    check_flag,
     check_number,
     check_probability,
     check_residual,
@@ -20,7 +22,14 @@ from ..checks import (
 from ..ops.codes import ACTIVATION_CODES
 from ..options import Activation, Init, LayerNormPlace, LearnableScale
 from ..reference.bottleneck import ACTIVATIONS
-from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
+from .layers import (
+    as_leaf,
+    check_input,
+    keep_initial_values,
+    like_an_op,
+    why_all_called,
+    why_called,
+)
 
 
 def normalize(y: Tensor, norm: nn.LayerNorm, scale: float | Tensor) -> Tensor:
@@ -65,6 +74,12 @@ class BottleneckAdapter(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> adapter = BottleneckAdapter(768, 64, activation="gelu", scale="learnable")
+        >>> x = torch.randn(2, 197, 768)
+        >>> torch.equal(adapter(x), x)  # the identity until it is trained
+        True
     """
 
     def __init__(
@@ -91,6 +106,9 @@ class BottleneckAdapter(nn.Module):
             check_choice("scale", scale, get_args(LearnableScale))
         else:
             scale = check_number("scale", scale, ", 'learnable' or 'channel'")
+        check_flag("residual", residual)
+        check_flag("bias", bias)
+        check_factory(device, dtype)
         self.activation = activation
         self.dropout = check_probability("dropout", dropout)
         self.layernorm = layernorm
@@ -120,6 +138,9 @@ class BottleneckAdapter(nn.Module):
 
         Raises:
             ValueError: ``module`` is none of them, or computes what no op does.
+
+        Example:
+            >>> adapter = BottleneckAdapter.from_module(model.encoder.adapter)  # doctest: +SKIP
         """
         from ..interop.sharing import adapter_of  # which builds on these modules
 
@@ -187,6 +208,8 @@ class BottleneckAdapter(nn.Module):
         """What is added for these arguments of `forward`."""
         if add_residual is None:
             add_residual = residual is not None or self.residual
+        else:
+            check_flag("add_residual", add_residual)
         if not add_residual:
             return None
         return x if residual is None else residual
@@ -254,8 +277,8 @@ class BottleneckAdapter(nn.Module):
 
     def _call_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """`forward` as published, operation for operation."""
-        if isinstance(x, Tensor):
-            check_residual(residual, x)
+        check_input("x", x, self.down_proj)
+        check_residual(residual, x)
 
         def branch() -> Tensor:
             normed = self.adapter_layer_norm_before(x) if self.layernorm == "in" else x

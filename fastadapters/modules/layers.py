@@ -19,6 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from ..backends import PLAIN_TYPES
+from ..checks import check_floats
 from ..functional.shards import is_replicated, is_sharded
 
 # The layers that the ops know, with the forward that they know.
@@ -74,6 +75,16 @@ def why_all_called(**tensors: object) -> str | None:
         if not plain and isinstance(t, (Tensor, Proxy)):
             return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
     return None
+
+
+def check_input(name: str, x: Tensor, layer: nn.Module) -> None:
+    """x must be what ``layer`` takes, as far as that says so; of a Proxy nothing is known."""
+    if isinstance(x, Proxy):
+        return
+    check_floats(name, x, "[..., D]")
+    width = getattr(layer, "in_features", None)
+    if x.dim() == 0 or (isinstance(width, int) and x.shape[-1] != width):
+        raise ValueError(f"{name}: expected [..., D] with D = {width}, got {list(x.shape)}")
 
 
 def as_leaf(module: nn.Module, *args: Any) -> Any:

@@ -11,12 +11,26 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backends, functional
-from ..checks import check_bias, check_choice, check_number, check_sizes
+from ..checks import (
+    check_bias,
+    check_choice,
+    check_factory,
+    check_floats,
+    check_number,
+    check_sizes,
+)
 from ..functional.multimodal import check_features, check_logits
 from ..options import Adapt, Downsampler, Mask, Upsampler
 from ..reference.cross_modal_attention import MASKED, Bias
 from ..reference.multimodal import Layer, blended_logits
-from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
+from .layers import (
+    as_leaf,
+    check_input,
+    keep_initial_values,
+    like_an_op,
+    why_all_called,
+    why_called,
+)
 
 _MASKS: dict[Mask, Bias] = {"masked": MASKED, "additive": ((0.0, 1.0), (1.0, 0.0))}
 
@@ -74,6 +88,15 @@ class MultiModalAdapter(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the option.
+
+    Example:
+        >>> adapter = MultiModalAdapter(512, upsample="mlp")
+        >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # CLIP's features
+        >>> new_text, new_image = adapter(text, image)
+        >>> new_text.shape, new_image.shape
+        (torch.Size([8, 100, 512]), torch.Size([8, 512]))
+        >>> adapter.logits(text, image, logit_scale=100.0).shape
+        torch.Size([8, 100])
     """
 
     def __init__(
@@ -98,6 +121,7 @@ class MultiModalAdapter(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of {attn_dim}, got {num_heads}")
         if isinstance(mask, str) and mask not in _MASKS:
             raise ValueError(f"mask: expected 'masked', 'additive' or 2 x 2 numbers, got {mask!r}")
+        check_factory(device, dtype)
         self.num_heads = num_heads
         self.bias = _MASKS[mask] if isinstance(mask, str) else check_bias("mask", mask)
         self.blend = check_number("blend", blend)
@@ -155,6 +179,7 @@ class MultiModalAdapter(nn.Module):
     def _call_layers(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """The published forward pass: its layers on tokens [C + 1, B, D], with a mask."""
         check_features(text, image)
+        check_input("image", image, _stack(self.downsampler)[0])
         texts = text.transpose(0, 1) if text.dim() == 3 else text[:, None]
         texts = texts.to(image.dtype).expand(-1, len(image), -1)
 
@@ -207,9 +232,11 @@ class MultiModalAdapter(nn.Module):
         if image is not None:
             new_text, new_image = self._features(text, image)
             return new_text.contiguous(), new_image
-        if not isinstance(text, Tensor) or text.dim() != 3 or text.shape[0] < 2:
-            given = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
-            raise ValueError(f"text: expected tokens [C + 1, B, D] without image, got {given}")
+        check_floats("text", text, "[C + 1, B, D]")
+        if text.dim() != 3 or text.shape[0] < 2:
+            raise ValueError(
+                f"text: expected tokens [C + 1, B, D] without image, got {list(text.shape)}"
+            )
         new_text, new_image = self._features(text[:-1].transpose(0, 1), text[-1])
         return torch.cat([new_text.transpose(0, 1), new_image[None]])
 
@@ -223,6 +250,11 @@ class MultiModalAdapter(nn.Module):
 
         ``logit_scale`` is the factor itself (CLIP stores its logarithm). ``adapt``: "both", "text"
         or "image".
+
+        Example:
+            >>> text, image = torch.randn(100, 512), torch.randn(8, 512)
+            >>> MultiModalAdapter(512).logits(text, image, 100.0, adapt="image").shape
+            torch.Size([8, 100])
         """
         reason = self._why_called(text, image)
         if reason is None:

@@ -8,20 +8,39 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import backends, functional
-from ..checks import check_choice, check_probability, check_residual, check_sizes, check_split
+from ..checks import (
+    check_choice,
+    check_factory,
+    check_flag,
+    check_floats,
+    check_list,
+    check_probability,
+    check_residual,
+    check_sizes,
+    check_split,
+)
 from ..ops.codes import ACTIVATION_CODES
 from ..options import Activation, Init, LayerNormPlace, LearnableScale
 from ..reference.bottleneck import ACTIVATIONS
 from .bottleneck import BottleneckAdapter
-from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
+from .layers import (
+    as_leaf,
+    check_input,
+    keep_initial_values,
+    like_an_op,
+    why_all_called,
+    why_called,
+)
 
 
-def _names(modalities: Iterable[str]) -> tuple[str, ...]:
-    names = () if isinstance(modalities, str) else tuple(modalities)
-    if len(set(names)) != 2 or not all(isinstance(n, str) and n.isidentifier() for n in names):
-        raise ValueError(f"modalities: expected two different names, got {modalities!r}")
+def _names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
+    listed = [] if isinstance(given, str) else check_list(argument, given, "two different names")
+    names = tuple(name for name in listed if isinstance(name, str) and name.isidentifier())
+    if len(listed) != 2 or len(set(names)) != 2:
+        raise ValueError(f"{argument}: expected two different names, got {given!r}")
     return names
 
 
@@ -39,6 +58,11 @@ class MultiwayAdapter(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> adapter = MultiwayAdapter(768, 64, activation="gelu", scale=0.1)
+        >>> adapter(torch.randn(2, 197 + 52, 768), 197).shape  # 197 image tokens, then texts
+        torch.Size([2, 249, 768])
     """
 
     def __init__(
@@ -65,7 +89,7 @@ class MultiwayAdapter(nn.Module):
                     layernorm=layernorm, residual=residual, bias=bias, init=init, device=device,
                     dtype=dtype,
                 )
-                for name in _names(modalities)
+                for name in _names("modalities", modalities)
             }
         )  # fmt: skip
 
@@ -81,9 +105,17 @@ class MultiwayAdapter(nn.Module):
 
         Raises:
             ValueError: naming the modality whose module computes what no op does.
+
+        Example:
+            >>> image, text = BottleneckAdapter(768, 64), BottleneckAdapter(768, 16)
+            >>> adapter = MultiwayAdapter.from_modules({"vision": image, "text": text})
+            >>> adapter.adaptmlp_text is text
+            True
         """
+        if not isinstance(modules, Mapping):
+            raise TypeError(f"modules: expected a dict of modules, got {type(modules).__name__}")
         adapters: dict[str, BottleneckAdapter] = {}
-        for name in _names(modules):
+        for name in _names("modules", modules):
             module = modules[name]
             if not isinstance(module, BottleneckAdapter):
                 try:
@@ -176,6 +208,10 @@ class MultiwayAdapter(nn.Module):
     ) -> Tensor:
         """Each adapter called on its tokens; not at all where it has none."""
         first, second = self._adapters()
+        if not isinstance(x, Proxy):
+            check_floats("x", x, "[..., T, D]")
+            if x.dim() < 2:
+                raise ValueError(f"x: expected a tensor [..., T, D], got {list(x.shape)}")
         tokens = x.shape[-2]
         check_split(split, tokens)
         check_residual(residual, x)
@@ -217,6 +253,11 @@ class AlignmentEnhancer(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> enhancer = AlignmentEnhancer(768, 3072, drop_path=0.1)
+        >>> enhancer(torch.randn(2, 197, 768)).shape
+        torch.Size([2, 197, 768])
     """
 
     def __init__(
@@ -235,6 +276,9 @@ class AlignmentEnhancer(nn.Module):
         super().__init__()
         dim, hidden_dim = check_sizes(dim=dim, hidden_dim=hidden_dim)
         check_choice("activation", activation, ACTIVATION_CODES)
+        check_flag("subln", subln)
+        check_flag("residual", residual)
+        check_factory(device, dtype)
         self.activation = activation
         self.dropout = check_probability("dropout", dropout)
         self.drop_path = check_probability("drop_path", drop_path)
@@ -291,6 +335,7 @@ class AlignmentEnhancer(nn.Module):
         __call__ = forward
 
     def _call_layers(self, x: Tensor) -> Tensor:
+        check_input("x", x, self.fc1)
         h = ACTIVATIONS[self.activation](self.fc1(x))
         y: Tensor = self.fc2(h if self.ffn_layernorm is None else self.ffn_layernorm(h))
         return y

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, functional
-from ..checks import check_activations, check_choice, check_sizes, check_tensor
+from ..checks import (
+    check_activations,
+    check_choice,
+    check_factory,
+    check_list,
+    check_sizes,
+    check_tensor,
+)
 from ..functional.sequence_fusion import stack_lengths
 from ..options import Fusion, FusionInit, Leading
 from ..reference.sequence_fusion import counted, leading_tokens
@@ -46,6 +53,12 @@ class WanderAdapter(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the option.
+
+    Example:
+        >>> adapter = WanderAdapter((40, 74, 35), (50, 375, 500), 16, feature_rank=4, time_rank=4)
+        >>> text, audio = torch.randn(8, 50, 40), torch.randn(8, 375, 74)
+        >>> adapter([text, audio, None]).shape  # video is missing
+        torch.Size([8, 16, 40])
     """
 
     def __init__(
@@ -64,12 +77,16 @@ class WanderAdapter(nn.Module):
     ) -> None:
         super().__init__()
         out_len = bottleneck if out_len is None else out_len
+        seq_lens = check_list("seq_lens", seq_lens, "a number for each modality")
         modalities = len(seq_lens)
-        if isinstance(dim, Sequence) and len(dim) != modalities:
-            raise ValueError(f"dim: expected one number or M = {modalities}, got {len(dim)}")
-        given = dict.fromkeys(("dim",), dim)
-        if isinstance(dim, Sequence):
+        if modalities == 0:
+            raise ValueError("seq_lens: expected at least one number, got none")
+        given: dict[str, object] = {"dim": dim}
+        if isinstance(dim, Sequence) and not isinstance(dim, str):
+            if len(dim) != modalities:
+                raise ValueError(f"dim: expected one number or M = {modalities}, got {len(dim)}")
             given = {f"dim[{i}]": d for i, d in enumerate(dim)}
+        check_factory(device, dtype)
         bottleneck, feature_rank, time_rank, out_len, *sizes = check_sizes(
             bottleneck=bottleneck, feature_rank=feature_rank, time_rank=time_rank,
             out_len=out_len, **given, **{f"seq_lens[{i}]": t for i, t in enumerate(seq_lens)},
@@ -151,6 +168,7 @@ class WanderAdapter(nn.Module):
         if leaf is not None:
             return leaf
         modalities = len(self.seq_lens)
+        inputs = check_list("inputs", inputs, "tensors [B, T, D]")
         if len(inputs) != modalities:
             raise ValueError(
                 f"inputs: expected M = {modalities} tensors [B, T_m, D], got {len(inputs)}"
@@ -164,6 +182,10 @@ class WanderAdapter(nn.Module):
             shape = (first.shape[0], min(x.shape[1], self.seq_lens[i]), self.dims[i])
             check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, first.device)
         if lengths is not None:
+            if isinstance(lengths, Tensor) and lengths.dim() != 2:
+                raise ValueError(f"lengths: expected [M, B], got {list(lengths.shape)}")
+            if not isinstance(lengths, Tensor):
+                lengths = check_list("lengths", lengths, "tensors [B] or None")
             if len(lengths) != modalities:
                 raise ValueError(f"lengths: expected M = {modalities}, got {len(lengths)}")
             if len(there) < modalities:
