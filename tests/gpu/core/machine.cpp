@@ -83,7 +83,15 @@ void Warp::check_held(const Instruction& instruction) {
   for (Register r : instruction.writes) stale[slot(r)] = !fresh;
 }
 
+// Of the fragments the one in the deepest call and with the lowest program counter runs, so that
+// branches meet again; but at a barrier, an exchange and the end lanes wait for those that may
+// still come.
 void Warp::step() {
+  if (fragments.size() > 1) {
+    auto moves = std::find_if(fragments.begin(), fragments.end(),
+                              [this](const Fragment& f) { return !program.code[f.pc].gathers; });
+    if (moves != fragments.end()) std::rotate(fragments.begin(), moves, moves + 1);
+  }
   Fragment& here = fragments.front();
   Instruction& instruction = program.code[here.pc];
   block.current = &instruction;

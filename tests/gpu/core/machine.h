@@ -51,6 +51,7 @@ struct Instruction {
   int file = 0, line = 0;
   std::optional<Register> guard;
   bool guard_negated = false;
+  bool gathers = false;  // lanes of a warp wait at it for the others
   std::vector<Register> reads, writes;
   Run run;
   uint64_t executed = 0, wavefronts = 0, ideal_wavefronts = 0;
@@ -178,8 +179,7 @@ struct Warp {
   Program& program;
   Observer observer;
   Mask live, exited = 0;
-  std::vector<Fragment>
-      fragments;  // the first one runs: in the deepest call, then the lowest program counter
+  std::vector<Fragment> fragments;  // the first one runs: see step
   std::vector<uint8_t> registers, local;
   bool waiting = false;
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstring>
+#include <set>
 
 #include "compiler.h"
 
@@ -538,6 +539,10 @@ void Compiler::instruction(const Statement& s, Instruction& out) {
 
 Program::Program(const Module& module, const Function& entry) : module(module), entry(entry) {
   Compiler compiler(*this);
+  static const std::set<std::string> gathering = {
+      "bar",      "barrier",  "shfl", "vote",  "match", "redux", "elect",
+      "ldmatrix", "stmatrix", "mma",  "wgmma", "ret",   "exit"};
+  for (Instruction& i : code) i.gathers = gathering.count(i.opcode.substr(0, i.opcode.find('.')));
 }
 
 const std::string& Decoder::operand(size_t i) const {
