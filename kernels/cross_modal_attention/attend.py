@@ -1,4 +1,9 @@
-"""What the kernels share: tiles of heads, scores, and the softmax over a range of keys."""
+"""What the kernels share: tiles of heads, scores, and the softmax over a range of keys.
+
+Queries, keys and values are tuples of a tensor [items, tokens, HEADS, WIDTH] and its first three
+strides. Of their rows, tokens of items end to end, the first is that of item ``first``; without
+``tokens``, the number of an item's, all rows are that item's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(x, offsets, inside, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [n, WIDTH] of one head at ``offsets``, zeros where they are not ``inside``."""
+    """Rows [n, WIDTH] at ``offsets``, zeros where they are not ``inside``."""
     cols = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (cols < WIDTH)[None, :]
     return tl.load(x + offsets[:, None] + cols[None, :], mask=mask, other=0.0)
@@ -22,10 +27,38 @@ def store_tile(x, offsets, inside, tile, WIDTH: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def token_offsets(rows, tokens, item_stride, token_stride):
-    """Where token ``rows % tokens`` of item ``rows // tokens`` begins."""
-    items = (rows // tokens).to(tl.int64)
-    return items * item_stride + (rows % tokens).to(tl.int64) * token_stride
+def load_tokens(x, first, rows, tokens, head, inside, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One head [n, WIDTH] of rows of x."""
+    base = x[0] + first * x[1] + head * x[3]
+    if tokens is None:
+        offsets = rows.to(tl.int64) * x[2]
+    else:
+        offsets = (rows // tokens).to(tl.int64) * x[1] + (rows % tokens).to(tl.int64) * x[2]
+    return load_tile(base, offsets, inside, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def load_token(x, item, token, head, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One head of one token, in fp32 [1, BLOCK_D]."""
+    cols = tl.arange(0, BLOCK_D)
+    base = x[0] + item * x[1] + tl.cast(token, tl.int64) * x[2] + head * x[3]
+    return tl.load(base + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_softmax(constants, place, inside):
+    """The rows' maximum and the reciprocal of their sum, or of other constants as many."""
+    first = tl.load(constants[0] + place, mask=inside, other=0.0)
+    return first, tl.load(constants[1] + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def merge(most, total, scores):
+    """(maximum, sum, factor of what was, weight of what comes) of a softmax with one key more."""
+    higher = tl.maximum(most, scores)
+    keep = tl.exp2(most - higher)
+    p = tl.exp2(scores - higher)
+    return higher, total * keep + p, keep, p
 
 
 @triton.jit
@@ -36,36 +69,32 @@ def attend(
     total,
     k,
     v,
-    k_item,
-    k_token,
-    v_item,
-    v_token,
+    first,
     begin,
     end,
     tokens,
     items,
+    head,
     scale,
     shift,
-    OWN: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Go on with an online softmax over keys begin ... end - 1; with OWN each row's item's alone.
+    """Go on with an online softmax over keys begin ... end - 1; with tokens over one's item's.
 
-    out [BLOCK_M, BLOCK_D] is not yet divided by ``total``. items: of the rows.
+    out [BLOCK_M, BLOCK_D] is not yet divided by ``total``. items: of the rows of q.
     """
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         seen = keys < end
-        k_tile = load_tile(k, token_offsets(keys, tokens, k_item, k_token), seen, WIDTH, BLOCK_D)
-        v_tile = load_tile(v, token_offsets(keys, tokens, v_item, v_token), seen, WIDTH, BLOCK_D)
+        k_tile = load_tokens(k, first, keys, tokens, head, seen, WIDTH, BLOCK_D)
+        v_tile = load_tokens(v, first, keys, tokens, head, seen, WIDTH, BLOCK_D)
         scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale + shift
-        if OWN:
-            visible = seen[None, :] & ((keys // tokens)[None, :] == items[:, None])
-        else:
-            visible = seen[None, :] & (items >= 0)[:, None]
+        visible = seen[None, :]
+        if tokens is not None:
+            visible &= (keys // tokens)[None, :] == items[:, None]
         scores = tl.where(visible, scores, -float("inf"))
         most = tl.maximum(top, tl.max(scores, 1))
         about = tl.where(most == -float("inf"), 0.0, most)

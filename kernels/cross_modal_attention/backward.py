@@ -6,8 +6,15 @@ import triton
 import triton.language as tl
 
 from ..rows import sum_of_products
-from .attend import gradient_of_scores, load_tile, store_tile, token_offsets
-from .forward import load_vector
+from .attend import (
+    gradient_of_scores,
+    load_softmax,
+    load_tile,
+    load_token,
+    load_tokens,
+    merge,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["texts", "images", "items", "items_of_split"])
@@ -17,25 +24,12 @@ def text_images_kernel(
     k,
     v,
     of_texts,
-    top,
-    factor,
+    softmax,
     d_texts,
     d_delta,
     dq,
     dk,
     dv,
-    d_out_item,
-    d_out_token,
-    d_out_head,
-    q_item,
-    q_token,
-    q_head,
-    k_item,
-    k_token,
-    k_head,
-    v_item,
-    v_token,
-    v_head,
     texts,
     images,
     items,
@@ -58,21 +52,19 @@ def text_images_kernel(
     [blocks, B, I, H, WIDTH].
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(1) % HEADS
+    head = (tl.program_id(1) % HEADS).to(tl.int64)
     group = (tl.program_id(1) // HEADS).to(tl.int64)
     split = tl.program_id(2)
     groups = tl.num_programs(1) // HEADS
     inside = rows < texts
-    tile = load_tile(
-        q + group * q_item + head * q_head, rows.to(tl.int64) * q_token, inside, WIDTH, BLOCK_D
-    ).to(tl.float32)
+    tile = load_tokens(q, group, rows, None, head, inside, WIDTH, BLOCK_D).to(tl.float32)
     place = (group * texts + rows) * HEADS + head
     text_top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     text_total = tl.zeros([BLOCK_M], tl.float32)
     text_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if TEXTS:
-        text_top = tl.load(top + place, mask=inside, other=0.0)
-        text_total = 1.0 / tl.load(factor + place, mask=inside, other=1.0)
+        text_top, text_share = load_softmax(softmax, place, inside)
+        text_total = 1.0 / tl.where(inside, text_share, 1.0)
         text_tile = load_tile(of_texts, place * WIDTH, inside, WIDTH, BLOCK_D)
     sum_d_texts = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sum_delta = tl.zeros([BLOCK_M], tl.float32)
@@ -80,28 +72,19 @@ def text_images_kernel(
     begin = split * items_of_split
     for i in range(begin, tl.minimum(begin + items_of_split, items)):
         item = group * items + i
-        gradient = load_tile(
-            d_out + item * d_out_item + head * d_out_head, rows.to(tl.int64) * d_out_token, inside,
-            WIDTH, BLOCK_D,
-        ).to(tl.float32)  # fmt: skip
+        gradient = load_tokens(d_out, item, rows, None, head, inside, WIDTH, BLOCK_D)
+        gradient = gradient.to(tl.float32)
         most = text_top
         total = text_total
         by_texts = sum_of_products(gradient, text_tile, 1)
         delta = by_texts * total
         if IMAGES:
-            of_k = k + item * k_item + head * k_head
-            of_v = v + item * v_item + head * v_head
             for j in range(images):
-                image = tl.cast(j, tl.int64)
-                key = load_vector(of_k, image * k_token, WIDTH, BLOCK_D)
-                value = load_vector(of_v, image * v_token, WIDTH, BLOCK_D)
+                key = load_token(k, item, j, head, WIDTH, BLOCK_D)
+                value = load_token(v, item, j, head, WIDTH, BLOCK_D)
                 scores = sum_of_products(tile, key, 1) * scale + shift
-                higher = tl.maximum(most, scores)
-                keep = tl.exp2(most - higher)
-                p = tl.exp2(scores - higher)
-                total = total * keep + p
+                most, total, keep, p = merge(most, total, scores)
                 delta = delta * keep + p * sum_of_products(gradient, value, 1)
-                most = higher
         share = 1.0 / total
         delta *= share
         if TEXTS:
@@ -111,9 +94,8 @@ def text_images_kernel(
         if IMAGES:
             slab = (tl.program_id(0) * groups * items + item) * images
             for j in range(images):
-                image = tl.cast(j, tl.int64)
-                key = load_vector(of_k, image * k_token, WIDTH, BLOCK_D)
-                value = load_vector(of_v, image * v_token, WIDTH, BLOCK_D)
+                key = load_token(k, item, j, head, WIDTH, BLOCK_D)
+                value = load_token(v, item, j, head, WIDTH, BLOCK_D)
                 scores = sum_of_products(tile, key, 1) * scale + shift
                 p = tl.where(inside, tl.exp2(scores - most) * share, 0.0)
                 cols = tl.arange(0, BLOCK_D)
@@ -131,6 +113,51 @@ def text_images_kernel(
     store_tile(dq, place * WIDTH, inside, sum_dq, WIDTH, BLOCK_D)
 
 
+@triton.jit
+def _add_to_queries(
+    dq,
+    q,
+    d_out,
+    delta,
+    softmax,
+    k,
+    v,
+    first,
+    begin,
+    end,
+    tokens,
+    items,
+    head,
+    inside,
+    scale,
+    shift,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq += d_scores k over the keys that `attend` takes with the same arguments.
+
+    softmax: the two constants of each row of the tiles q and d_out.
+    """
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        seen = keys < end
+        k_tile = load_tokens(k, first, keys, tokens, head, seen, WIDTH, BLOCK_D)
+        v_tile = load_tokens(v, first, keys, tokens, head, seen, WIDTH, BLOCK_D)
+        visible = inside[:, None] & seen[None, :]
+        if tokens is not None:
+            visible &= items[:, None] == (keys // tokens)[None, :]
+        _, d_scores = gradient_of_scores(
+            q, d_out, delta, softmax[0], softmax[1], k_tile, v_tile, visible, scale, shift,
+            PRECISION, SUM_PRECISION,
+        )  # fmt: skip
+        d_scores = d_scores.to(d_out.dtype)
+        dq = tl.dot(d_scores, k_tile.to(d_out.dtype), dq, input_precision=SUM_PRECISION)
+    return dq
+
+
 @triton.jit(do_not_specialize=["texts", "splits"])
 def text_queries_kernel(
     d_texts,
@@ -139,18 +166,8 @@ def text_queries_kernel(
     q,
     k,
     v,
-    top,
-    factor,
+    softmax,
     dq,
-    q_item,
-    q_token,
-    q_head,
-    k_item,
-    k_token,
-    k_head,
-    v_item,
-    v_token,
-    v_head,
     texts,
     splits,
     scale,
@@ -186,29 +203,12 @@ def text_queries_kernel(
         store_tile(d_texts, behind * WIDTH, inside, gradient, WIDTH, BLOCK_D)
         tl.store(d_delta + behind, delta, mask=inside)
         if dq is not None and not SINGLE:
-            tile = load_tile(
-                q + group * q_item + head * q_head, rows.to(tl.int64) * q_token, inside, WIDTH,
-                BLOCK_D,
+            tile = load_tokens(q, group, rows, None, head, inside, WIDTH, BLOCK_D)
+            sum_dq = _add_to_queries(
+                sum_dq, tile, gradient, delta, load_softmax(softmax, place, inside), k, v, group,
+                0, texts, None, None, head, inside, scale, 0.0, PRECISION, SUM_PRECISION, WIDTH,
+                BLOCK_D, BLOCK_N,
             )  # fmt: skip
-            most = tl.load(top + place, mask=inside, other=0.0)
-            share = tl.load(factor + place, mask=inside, other=0.0)
-            for start in range(0, texts, BLOCK_N):
-                keys = start + tl.arange(0, BLOCK_N)
-                seen = keys < texts
-                wide = keys.to(tl.int64)
-                k_tile = load_tile(
-                    k + group * k_item + head * k_head, wide * k_token, seen, WIDTH, BLOCK_D
-                )
-                v_tile = load_tile(
-                    v + group * v_item + head * v_head, wide * v_token, seen, WIDTH, BLOCK_D
-                )
-                _, d_scores = gradient_of_scores(
-                    tile, gradient, delta, most, share, k_tile, v_tile,
-                    inside[:, None] & seen[None, :], scale, 0.0, PRECISION, SUM_PRECISION,
-                )  # fmt: skip
-                sum_dq = tl.dot(
-                    d_scores, k_tile.to(tl.float32), sum_dq, input_precision=SUM_PRECISION
-                )
     if dq is not None:
         store_tile(dq, place * WIDTH, inside, sum_dq * factor_of_dq, WIDTH, BLOCK_D)
 
@@ -222,28 +222,9 @@ def image_queries_kernel(
     text_v,
     image_k,
     image_v,
-    top,
-    factor,
+    softmax,
     delta,
     dq,
-    d_out_item,
-    d_out_token,
-    d_out_head,
-    q_item,
-    q_token,
-    q_head,
-    text_k_item,
-    text_k_token,
-    text_k_head,
-    text_v_item,
-    text_v_token,
-    text_v_head,
-    image_k_item,
-    image_k_token,
-    image_k_head,
-    image_v_item,
-    image_v_token,
-    image_v_head,
     texts,
     images,
     n_rows,
@@ -265,67 +246,30 @@ def image_queries_kernel(
     head = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
     inside = rows < n_rows
-    n_items = n_rows // images
+    first = group * (n_rows // images)
     place = (group * n_rows + rows) * HEADS + head
-    gradient = load_tile(
-        d_out + group * n_items * d_out_item + head * d_out_head,
-        token_offsets(rows, images, d_out_item, d_out_token), inside, WIDTH, BLOCK_D,
-    )  # fmt: skip
+    gradient = load_tokens(d_out, first, rows, images, head, inside, WIDTH, BLOCK_D)
     out = load_tile(saved, place * WIDTH, inside, WIDTH, BLOCK_D)
     difference = sum_of_products(gradient.to(tl.float32), out, 1)
     tl.store(delta + place, difference, mask=inside)
     if dq is not None:
         sum_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if not SINGLE:
-            tile = load_tile(
-                q + group * n_items * q_item + head * q_head,
-                token_offsets(rows, images, q_item, q_token), inside, WIDTH, BLOCK_D,
-            )  # fmt: skip
-            most = tl.load(top + place, mask=inside, other=0.0)
-            share = tl.load(factor + place, mask=inside, other=0.0)
+            tile = load_tokens(q, first, rows, images, head, inside, WIDTH, BLOCK_D)
+            constants = load_softmax(softmax, place, inside)
             if TEXTS:
-                for start in range(0, texts, BLOCK_N):
-                    keys = start + tl.arange(0, BLOCK_N)
-                    seen = keys < texts
-                    wide = keys.to(tl.int64)
-                    k_tile = load_tile(
-                        text_k + group * text_k_item + head * text_k_head, wide * text_k_token,
-                        seen, WIDTH, BLOCK_D,
-                    )  # fmt: skip
-                    v_tile = load_tile(
-                        text_v + group * text_v_item + head * text_v_head, wide * text_v_token,
-                        seen, WIDTH, BLOCK_D,
-                    )  # fmt: skip
-                    _, d_scores = gradient_of_scores(
-                        tile, gradient, difference, most, share, k_tile, v_tile,
-                        inside[:, None] & seen[None, :], scale, 0.0, PRECISION, PRECISION,
-                    )  # fmt: skip
-                    sum_dq = tl.dot(
-                        d_scores.to(k_tile.dtype), k_tile, sum_dq, input_precision=PRECISION
-                    )
+                sum_dq = _add_to_queries(
+                    sum_dq, tile, gradient, difference, constants, text_k, text_v, group, 0, texts,
+                    None, None, head, inside, scale, 0.0, PRECISION, PRECISION, WIDTH, BLOCK_D,
+                    BLOCK_N,
+                )  # fmt: skip
             if IMAGES:
-                first = tl.program_id(0) * BLOCK_M
-                last = tl.minimum(first + BLOCK_M, n_rows) - 1
-                end = (last // images + 1) * images
-                for start in range(first // images * images, end, BLOCK_N):
-                    keys = start + tl.arange(0, BLOCK_N)
-                    seen = keys < end
-                    k_tile = load_tile(
-                        image_k + group * n_items * image_k_item + head * image_k_head,
-                        token_offsets(keys, images, image_k_item, image_k_token), seen, WIDTH,
-                        BLOCK_D,
-                    )  # fmt: skip
-                    v_tile = load_tile(
-                        image_v + group * n_items * image_v_item + head * image_v_head,
-                        token_offsets(keys, images, image_v_item, image_v_token), seen, WIDTH,
-                        BLOCK_D,
-                    )  # fmt: skip
-                    own = (rows // images)[:, None] == (keys // images)[None, :]
-                    _, d_scores = gradient_of_scores(
-                        tile, gradient, difference, most, share, k_tile, v_tile,
-                        inside[:, None] & seen[None, :] & own, scale, shift, PRECISION, PRECISION,
-                    )  # fmt: skip
-                    sum_dq = tl.dot(
-                        d_scores.to(k_tile.dtype), k_tile, sum_dq, input_precision=PRECISION
-                    )
+                begin = tl.program_id(0) * BLOCK_M
+                last = tl.minimum(begin + BLOCK_M, n_rows) - 1
+                sum_dq = _add_to_queries(
+                    sum_dq, tile, gradient, difference, constants, image_k, image_v, first,
+                    begin // images * images, (last // images + 1) * images, images,
+                    rows // images, head, inside, scale, shift, PRECISION, PRECISION, WIDTH,
+                    BLOCK_D, BLOCK_N,
+                )  # fmt: skip
         store_tile(dq, place * WIDTH, inside, sum_dq * factor_of_dq, WIDTH, BLOCK_D)

@@ -5,16 +5,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import gradient_of_scores, load_tile, store_tile, token_offsets
+from .attend import gradient_of_scores, load_softmax, load_tile, load_tokens, store_tile
 
 
 @triton.jit
-def add_products(dk, dv, p, d_scores, q, d_out, SINGLE: tl.constexpr, PRECISION: tl.constexpr):
-    """dv += p^T d_out and dk += d_scores^T q, of a tile of queries."""
-    dv = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, dv, input_precision=PRECISION)
-    if not SINGLE:
-        q = q.to(d_out.dtype)
-        dk = tl.dot(tl.trans(d_scores.to(q.dtype)), q, dk, input_precision=PRECISION)
+def _add_to_keys(
+    dk,
+    dv,
+    k_tile,
+    v_tile,
+    q,
+    d_out,
+    delta,
+    softmax,
+    first,
+    before,
+    begin,
+    end,
+    tokens,
+    keys,
+    seen,
+    head,
+    scale,
+    shift,
+    SINGLE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dv += p^T d_out and dk += d_scores^T q over query rows begin ... end - 1.
+
+    The constants of the rows begin after those of ``before`` others. keys: the items of the keys,
+    where they are seen by queries of their own alone.
+    """
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = rows < end
+        place = (before + rows) * HEADS + head
+        tile = load_tokens(q, first, rows, tokens, head, inside, WIDTH, BLOCK_D)
+        gradient = load_tokens(d_out, first, rows, tokens, head, inside, WIDTH, BLOCK_D)
+        difference = tl.load(delta + place, mask=inside, other=0.0)
+        most, share = load_softmax(softmax, place, inside)
+        visible = inside[:, None] & seen[None, :]
+        if keys is not None:
+            visible &= (rows // tokens)[:, None] == keys[None, :]
+        p, d_scores = gradient_of_scores(
+            tile, gradient, difference, most, share, k_tile, v_tile, visible, scale, shift,
+            PRECISION, SUM_PRECISION,
+        )  # fmt: skip
+        p = tl.trans(p.to(gradient.dtype))
+        dv = tl.dot(p, gradient, dv, input_precision=SUM_PRECISION)
+        if not SINGLE:
+            d_scores = tl.trans(d_scores.to(gradient.dtype))
+            dk = tl.dot(d_scores, tile.to(gradient.dtype), dk, input_precision=SUM_PRECISION)
     return dk, dv
 
 
@@ -28,27 +74,10 @@ def text_keys_kernel(
     image_q,
     k,
     v,
-    text_top,
-    text_factor,
-    image_top,
-    image_factor,
+    text_softmax,
+    image_softmax,
     dk,
     dv,
-    d_out_item,
-    d_out_token,
-    d_out_head,
-    text_q_item,
-    text_q_token,
-    text_q_head,
-    image_q_item,
-    image_q_token,
-    image_q_head,
-    k_item,
-    k_token,
-    k_head,
-    v_item,
-    v_token,
-    v_head,
     texts,
     images,
     n_rows,
@@ -71,55 +100,22 @@ def text_keys_kernel(
     head = tl.program_id(1).to(tl.int64)
     group = tl.program_id(2).to(tl.int64)
     seen = keys < texts
-    wide = keys.to(tl.int64)
-    k_tile = load_tile(k + group * k_item + head * k_head, wide * k_token, seen, WIDTH, BLOCK_D)
-    v_tile = load_tile(v + group * v_item + head * v_head, wide * v_token, seen, WIDTH, BLOCK_D)
+    k_tile = load_tokens(k, group, keys, None, head, seen, WIDTH, BLOCK_D)
+    v_tile = load_tokens(v, group, keys, None, head, seen, WIDTH, BLOCK_D)
     sum_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if BY_TEXTS:
-        for start in range(0, texts, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            inside = rows < texts
-            place = (group * texts + rows) * HEADS + head
-            tile = load_tile(
-                text_q + group * text_q_item + head * text_q_head,
-                rows.to(tl.int64) * text_q_token, inside, WIDTH, BLOCK_D,
-            )  # fmt: skip
-            gradient = load_tile(d_texts, place * WIDTH, inside, WIDTH, BLOCK_D)
-            difference = tl.load(d_delta + place, mask=inside, other=0.0)
-            most = tl.load(text_top + place, mask=inside, other=0.0)
-            share = tl.load(text_factor + place, mask=inside, other=0.0)
-            p, d_scores = gradient_of_scores(
-                tile, gradient, difference, most, share, k_tile, v_tile,
-                inside[:, None] & seen[None, :], scale, 0.0, PRECISION, SUM_PRECISION,
-            )  # fmt: skip
-            sum_dk, sum_dv = add_products(
-                sum_dk, sum_dv, p, d_scores, tile, gradient, SINGLE_TEXT, SUM_PRECISION
-            )
+        sum_dk, sum_dv = _add_to_keys(
+            sum_dk, sum_dv, k_tile, v_tile, text_q, d_texts, d_delta, text_softmax, group,
+            group * texts, 0, texts, None, None, seen, head, scale, 0.0, SINGLE_TEXT, HEADS,
+            PRECISION, SUM_PRECISION, WIDTH, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
     if BY_IMAGES:
-        n_items = n_rows // images
-        for start in range(0, n_rows, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            inside = rows < n_rows
-            place = (group * n_rows + rows) * HEADS + head
-            tile = load_tile(
-                image_q + group * n_items * image_q_item + head * image_q_head,
-                token_offsets(rows, images, image_q_item, image_q_token), inside, WIDTH, BLOCK_D,
-            )  # fmt: skip
-            gradient = load_tile(
-                d_out + group * n_items * d_out_item + head * d_out_head,
-                token_offsets(rows, images, d_out_item, d_out_token), inside, WIDTH, BLOCK_D,
-            )  # fmt: skip
-            difference = tl.load(delta + place, mask=inside, other=0.0)
-            most = tl.load(image_top + place, mask=inside, other=0.0)
-            share = tl.load(image_factor + place, mask=inside, other=0.0)
-            p, d_scores = gradient_of_scores(
-                tile, gradient, difference, most, share, k_tile, v_tile,
-                inside[:, None] & seen[None, :], scale, 0.0, PRECISION, PRECISION,
-            )  # fmt: skip
-            sum_dk, sum_dv = add_products(
-                sum_dk, sum_dv, p, d_scores, tile, gradient, SINGLE_IMAGE, PRECISION
-            )
+        sum_dk, sum_dv = _add_to_keys(
+            sum_dk, sum_dv, k_tile, v_tile, image_q, d_out, delta, image_softmax,
+            group * (n_rows // images), group * n_rows, 0, n_rows, images, None, seen, head, scale,
+            0.0, SINGLE_IMAGE, HEADS, PRECISION, PRECISION, WIDTH, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
     place = ((group * texts + keys) * HEADS + head) * WIDTH
     if dk is not None:
         store_tile(dk, place, seen, sum_dk * factor_of_dk, WIDTH, BLOCK_D)
@@ -134,24 +130,11 @@ def image_keys_kernel(
     q,
     k,
     v,
-    top,
-    factor,
+    softmax,
     dk_parts,
     dv_parts,
     dk,
     dv,
-    d_out_item,
-    d_out_token,
-    d_out_head,
-    q_item,
-    q_token,
-    q_head,
-    k_item,
-    k_token,
-    k_head,
-    v_item,
-    v_token,
-    v_head,
     n_rows,
     images,
     blocks,
@@ -176,37 +159,14 @@ def image_keys_kernel(
     sum_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sum_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if BY_IMAGES:
-        k_tile = load_tile(
-            k + head * k_head, token_offsets(keys, images, k_item, k_token), seen, WIDTH, BLOCK_D
-        )
-        v_tile = load_tile(
-            v + head * v_head, token_offsets(keys, images, v_item, v_token), seen, WIDTH, BLOCK_D
-        )
+        k_tile = load_tokens(k, 0, keys, images, head, seen, WIDTH, BLOCK_D)
+        v_tile = load_tokens(v, 0, keys, images, head, seen, WIDTH, BLOCK_D)
         last = tl.minimum(first + BLOCK_N, n_rows) - 1
-        end = (last // images + 1) * images
-        for start in range(first // images * images, end, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            inside = rows < end
-            place = rows.to(tl.int64) * HEADS + head
-            tile = load_tile(
-                q + head * q_head, token_offsets(rows, images, q_item, q_token), inside, WIDTH,
-                BLOCK_D,
-            )  # fmt: skip
-            gradient = load_tile(
-                d_out + head * d_out_head, token_offsets(rows, images, d_out_item, d_out_token),
-                inside, WIDTH, BLOCK_D,
-            )  # fmt: skip
-            difference = tl.load(delta + place, mask=inside, other=0.0)
-            most = tl.load(top + place, mask=inside, other=0.0)
-            share = tl.load(factor + place, mask=inside, other=0.0)
-            own = (rows // images)[:, None] == (keys // images)[None, :]
-            p, d_scores = gradient_of_scores(
-                tile, gradient, difference, most, share, k_tile, v_tile,
-                inside[:, None] & seen[None, :] & own, scale, shift, PRECISION, PRECISION,
-            )  # fmt: skip
-            sum_dk, sum_dv = add_products(
-                sum_dk, sum_dv, p, d_scores, tile, gradient, SINGLE, PRECISION
-            )
+        sum_dk, sum_dv = _add_to_keys(
+            sum_dk, sum_dv, k_tile, v_tile, q, d_out, delta, softmax, 0, tl.cast(0, tl.int64),
+            first // images * images, (last // images + 1) * images, images, keys // images, seen,
+            head, scale, shift, SINGLE, HEADS, PRECISION, PRECISION, WIDTH, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
     place = (keys.to(tl.int64) * HEADS + head) * WIDTH
     if BY_TEXTS:
         stride = tl.cast(n_rows, tl.int64) * HEADS * WIDTH

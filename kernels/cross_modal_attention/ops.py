@@ -87,26 +87,28 @@ def _problem(text_q: Tensor, image_q: Tensor, scale: float, biases: Sequence[flo
     )  # fmt: skip
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    """(item, token, head) of each; what all items share has no stride over them."""
-    return [n for t in tensors for n in (0,) * (4 - t.dim()) + t.stride()[:-1]]
+def _placed(*tensors: Tensor | None) -> list[tuple[Any, ...] | None]:
+    """Each with its strides (item, token, head); what all items share has none over them."""
+    return [None if t is None else (t, *(0,) * (4 - t.dim()), *t.stride()[:-1]) for t in tensors]
 
 
 class State(NamedTuple):
-    """Parts of the state: what texts make of texts, and the result of image queries."""
+    """Parts of the state: what texts make of texts, and the result of image queries.
+
+    A softmax is its maximum and the reciprocal of its sum.
+    """
 
     text_out: Tensor
     image_out: Tensor
-    text_top: Tensor
-    text_factor: Tensor
-    image_top: Tensor
-    image_factor: Tensor
+    text_softmax: tuple[Tensor, Tensor]
+    image_softmax: tuple[Tensor, Tensor]
 
 
 def _state(p: Problem, state: Tensor) -> State:
     text, image = p.groups * p.texts * p.heads, p.items * p.images * p.heads
     sizes = (text * p.width, image * p.width, text, text, image, image)
-    return State(*state[: sum(sizes)].split(sizes))
+    text_out, image_out, *constants = state[: sum(sizes)].split(sizes)
+    return State(text_out, image_out, (constants[0], constants[1]), (constants[2], constants[3]))
 
 
 def cross_modal_attention_forward(
@@ -129,30 +131,30 @@ def cross_modal_attention_forward(
     text_out, image_out, state = allocate_forward(text_q, image_q, outputs, size if save else 0)
     scale *= math.log2(math.e)
     texts_first = bool(outputs & TEXT) and p.texts_see[0] and p.items > 0
-    texts_saved = images_saved = (None,) * 3
+    texts_saved = images_saved = (None, None)
     if save or texts_first:
         parts = _state(p, state if save else state.new_empty(size))
-        texts_saved = (parts.text_out, parts.text_top, parts.text_factor)
+        texts_saved = (parts.text_out, parts.text_softmax)
         if save:
-            images_saved = (parts.image_out, parts.image_top, parts.image_factor)
+            images_saved = (parts.image_out, parts.image_softmax)
     with guard(p.device):
         if texts_first:
             p.launch(
-                texts_kernel, (p.blocks(p.texts), p.heads, p.groups), text_q, text_k, text_v,
-                *texts_saved, *_strides(text_q, text_k, text_v), p.texts, scale,
+                texts_kernel, (p.blocks(p.texts), p.heads, p.groups),
+                *_placed(text_q, text_k, text_v), *texts_saved, p.texts, scale,
             )  # fmt: skip
         if outputs & TEXT:
             p.launch(
-                text_out_kernel, (p.blocks(p.texts), p.heads, p.items), text_q, image_k, image_v,
-                text_out, *texts_saved, *_strides(text_q, image_k, image_v), p.texts, p.images,
+                text_out_kernel, (p.blocks(p.texts), p.heads, p.items),
+                *_placed(text_q, image_k, image_v), text_out, *texts_saved, p.texts, p.images,
                 scale, p.shifts[0], SHARED=p.shared, TEXTS=p.texts_see[0], IMAGES=p.texts_see[1],
             )  # fmt: skip
         if outputs & IMAGE:
             p.launch(
-                image_out_kernel, (p.blocks(p.n_rows), p.heads, p.groups), image_q, text_k, text_v,
-                image_k, image_v, image_out, *images_saved,
-                *_strides(image_q, text_k, text_v, image_k, image_v), p.texts, p.images, p.n_rows,
-                scale, p.shifts[1], TEXTS=p.images_see[0], IMAGES=p.images_see[1],
+                image_out_kernel, (p.blocks(p.n_rows), p.heads, p.groups),
+                *_placed(image_q, text_k, text_v, image_k, image_v), image_out, *images_saved,
+                p.texts, p.images, p.n_rows, scale, p.shifts[1], TEXTS=p.images_see[0],
+                IMAGES=p.images_see[1],
             )  # fmt: skip
     return text_out, image_out, state
 
@@ -182,14 +184,16 @@ def _over_items(
 
     rows, images = p.groups * p.texts * p.heads, p.items * p.images * p.heads * p.texts_see[1]
     sums = Sums(
-        *(empty(splits + 1, rows * p.texts_see[0], *size) for size in ((p.width,), ())),
-        empty(splits, rows, p.width), *(empty(blocks, images, p.width) for _ in range(2)),
+        empty(splits + 1, p.groups, p.texts * p.texts_see[0], p.heads, p.width),
+        empty(splits + 1, rows * p.texts_see[0]),
+        empty(splits, rows, p.width),
+        *(empty(blocks, images, p.width) for _ in range(2)),
     )  # fmt: skip
     p.launch(
-        text_images_kernel, (blocks, p.heads * p.groups, splits), d_out, text_q, image_k, image_v,
-        parts.text_out, parts.text_top, parts.text_factor, *sums,
-        *_strides(d_out, text_q, image_k, image_v), p.texts, p.images, items, of_split, scale,
-        p.shifts[0], TEXTS=p.texts_see[0], IMAGES=p.texts_see[1], SINGLE=p.single(p.texts_see),
+        text_images_kernel, (blocks, p.heads * p.groups, splits),
+        *_placed(d_out, text_q, image_k, image_v), parts.text_out, parts.text_softmax, *sums,
+        p.texts, p.images, items, of_split, scale, p.shifts[0], TEXTS=p.texts_see[0],
+        IMAGES=p.texts_see[1], SINGLE=p.single(p.texts_see),
     )  # fmt: skip
     return sums, splits, blocks
 
@@ -235,41 +239,38 @@ def cross_modal_attention_backward(
             sums, splits, blocks = _over_items(p, d_text_out, tensors, parts, scores_scale)
             p.launch(
                 text_queries_kernel, (p.blocks(p.texts), p.heads, p.groups), sums.d_texts,
-                sums.d_delta, sums.dq, text_q, text_k, text_v, parts.text_top, parts.text_factor,
-                d_text_q, *_strides(text_q, text_k, text_v), p.texts, splits, scores_scale, scale,
-                TEXTS=p.texts_see[0], SINGLE=p.single(p.texts_see),
+                sums.d_delta, sums.dq, *_placed(text_q, text_k, text_v), parts.text_softmax,
+                d_text_q, p.texts, splits, scores_scale, scale, TEXTS=p.texts_see[0],
+                SINGLE=p.single(p.texts_see),
             )  # fmt: skip
         if images:
-            delta = torch.empty_like(parts.image_top)
+            delta = torch.empty_like(parts.image_softmax[0])
             p.launch(
-                image_queries_kernel, (p.blocks(p.n_rows), p.heads, p.groups), d_image_out,
-                parts.image_out, image_q, text_k, text_v, image_k, image_v, parts.image_top,
-                parts.image_factor, delta, d_image_q,
-                *_strides(d_image_out, image_q, text_k, text_v, image_k, image_v), p.texts,
-                p.images, p.n_rows, scores_scale, p.shifts[1], scale, TEXTS=p.images_see[0],
-                IMAGES=p.images_see[1], SINGLE=p.single(p.images_see),
+                image_queries_kernel, (p.blocks(p.n_rows), p.heads, p.groups),
+                *_placed(d_image_out), parts.image_out,
+                *_placed(image_q, text_k, text_v, image_k, image_v), parts.image_softmax, delta,
+                d_image_q, p.texts, p.images, p.n_rows, scores_scale, p.shifts[1], scale,
+                TEXTS=p.images_see[0], IMAGES=p.images_see[1], SINGLE=p.single(p.images_see),
             )  # fmt: skip
-        summed = (sums.d_texts[-1], sums.d_delta[-1]) if texts else (None, None)
-        # An absent gradient has strides of its own that nothing reads.
-        d_images = image_q if d_image_out is None else d_image_out
+        by_texts = texts and p.texts_see[0]
+        summed = (sums.d_texts[-1], sums.d_delta[-1]) if by_texts else (None, None)
         if d_text_k is not None or d_text_v is not None:
             p.launch(
                 text_keys_kernel, (_key_blocks(p, p.texts), p.heads, p.groups),
-                *summed, d_images, delta, text_q, image_q, text_k, text_v, parts.text_top,
-                parts.text_factor, parts.image_top, parts.image_factor, d_text_k, d_text_v,
-                *_strides(d_images, text_q, image_q, text_k, text_v), p.texts, p.images, p.n_rows,
-                scores_scale, scale, BY_TEXTS=texts and p.texts_see[0],
-                BY_IMAGES=images and p.images_see[0], SINGLE_TEXT=p.single(p.texts_see),
-                SINGLE_IMAGE=p.single(p.images_see),
+                *_placed(summed[0]), summed[1], *_placed(d_image_out), delta,
+                *_placed(text_q, image_q, text_k, text_v), parts.text_softmax,
+                parts.image_softmax, d_text_k, d_text_v, p.texts, p.images, p.n_rows,
+                scores_scale, scale, BY_TEXTS=by_texts, BY_IMAGES=images and p.images_see[0],
+                SINGLE_TEXT=p.single(p.texts_see), SINGLE_IMAGE=p.single(p.images_see),
             )  # fmt: skip
         if d_image_k is not None or d_image_v is not None:
             n_rows = p.items * p.images
             p.launch(
-                image_keys_kernel, (_key_blocks(p, n_rows), p.heads), d_images, delta, image_q,
-                image_k, image_v, parts.image_top, parts.image_factor, sums.dk, sums.dv, d_image_k,
-                d_image_v, *_strides(d_images, image_q, image_k, image_v), n_rows, p.images,
-                blocks, scores_scale, p.shifts[1], scale, BY_TEXTS=texts and p.texts_see[1],
-                BY_IMAGES=images and p.images_see[1], SINGLE=p.single(p.images_see),
+                image_keys_kernel, (_key_blocks(p, n_rows), p.heads), *_placed(d_image_out), delta,
+                *_placed(image_q, image_k, image_v), parts.image_softmax, sums.dk, sums.dv,
+                d_image_k, d_image_v, n_rows, p.images, blocks, scores_scale, p.shifts[1], scale,
+                BY_TEXTS=texts and p.texts_see[1], BY_IMAGES=images and p.images_see[1],
+                SINGLE=p.single(p.images_see),
             )  # fmt: skip
     return gradients
 

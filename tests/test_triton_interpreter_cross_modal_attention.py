@@ -1,0 +1,95 @@
+"""The Triton kernels of cross-modal attention in Triton's interpreter: what they compute.
+
+In a process of their own, as those of test_triton_interpreter.py; tests/gpu has every dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import ADDITIVE, BIASES, INF, MASKED, attention_tensors, call, reference_pair
+from compare import check_all
+
+import fastadapters
+from fastadapters import backends, functional
+from fastadapters.reference.cross_modal_attention import Bias
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+FP16, FP32 = torch.float16, torch.float32
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
+def test_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
+
+
+# C, I, B, H, d: single tokens, more than a tile of everything, widths between powers of two.
+SIZES = [
+    (1, 1, 1, 1, 8),
+    (37, 1, 40, 1, 16),
+    (9, 3, 14, 2, 33),
+    (70, 2, 3, 1, 130),
+    (5, 2, 0, 2, 8),
+]
+FORMS = [
+    (sizes, bias, per_item, (FP32, FP16)[i % 2])
+    for i, (sizes, (bias, per_item)) in enumerate(
+        itertools.product(SIZES, itertools.product(BIASES, [False, True]))
+    )
+    if not per_item or sizes[2] < 10
+]
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(("sizes", "bias", "per_item", "dtype"), FORMS, ids=str)
+def test_matches_reference(
+    sizes: tuple[int, ...], bias: Bias, per_item: bool, dtype: torch.dtype
+) -> None:
+    tensors = attention_tensors(sizes, dtype, per_item)
+    out = call(torch.ops.fastadapters_triton, tensors, bias)
+    check_all(out, reference_pair(tensors, bias), f"{sizes} {bias}")
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("outputs", ["text", "image"])
+@pytest.mark.parametrize("bias", [MASKED, ADDITIVE, ((-INF,) * 2, (1.0, -INF))], ids=str)
+def test_one_output(bias: Bias, outputs: str) -> None:
+    tensors = attention_tensors((20, 2, 3, 2, 16), FP32)
+    out = call(torch.ops.fastadapters_triton, tensors, bias, outputs)
+    check_all(out, reference_pair(tensors, bias, outputs), f"{outputs} {bias}")
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_strides() -> None:
+    """Heads before tokens, and one set of values for all heads."""
+    tensors = attention_tensors((20, 2, 3, 2, 16), FP32)
+    strided = {k: t.transpose(-2, -3).contiguous().transpose(-2, -3) for k, t in tensors.items()}
+    for name in ("text_v", "image_v"):
+        tensors[name] = strided[name] = tensors[name][..., :1, :].expand_as(tensors[name])
+    with fastadapters.backend("triton"):
+        outs = functional.cross_modal_attention(**strided, bias=ADDITIVE)
+        expected = functional.cross_modal_attention(
+            **{k: t.contiguous() for k, t in tensors.items()}, bias=ADDITIVE
+        )
+    for out, same in zip(outs, expected, strict=True):
+        assert torch.equal(out, same)
