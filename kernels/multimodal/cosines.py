@@ -150,7 +150,8 @@ def d_cosines_kernel(
         )
         tl.store(d_similarity + row, (1.0 - share) * d_along, mask=inside)
         sums = of_texts + tl.program_id(1) * C.to(tl.int64) + texts
-        tl.store(sums, tl.sum((1.0 - share) * (1.0 - share) * d_mixed, 1), mask=in_texts)
+        d_square = (1.0 - share) * (1.0 - share) * tl.sum(d_mixed, 1)
+        tl.store(sums, d_square, mask=in_texts)
         d_text_dot = 2.0 * share * (1.0 - share) * d_mixed
         d_image_dot = share * d_along
         d_new_square = share * share * d_mixed
