@@ -1,14 +1,7 @@
-"""The Triton kernels in Triton's interpreter, through the op: what they compute.
-
-The interpreter has to be chosen before Triton is imported, so these tests run in a process of their
-own, which the first one starts. It gets bfloat16 wrong; tests/gpu has every dtype.
-"""
+"""The Triton kernels in Triton's interpreter, through the op: what they compute."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import bottleneck_cases
@@ -17,22 +10,15 @@ import test_multiway
 import torch
 from bottleneck_cases import Case, mixed_cases, option_cases, shape_cases
 from compare import check_all, named
+from interpreter import interpreted, run_in_a_process_of_its_own
 
 from fastadapters import backend, backends, functional
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
 def test_in_a_process_of_its_own() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_a_process_of_its_own(__file__)
 
 
 @pytest.fixture

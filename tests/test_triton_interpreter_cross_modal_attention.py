@@ -1,19 +1,12 @@
-"""The Triton kernels of cross-modal attention in Triton's interpreter: what they compute.
-
-In a process of their own, as those of test_triton_interpreter.py; tests/gpu has every dtype.
-"""
+"""The Triton kernels of cross-modal attention in Triton's interpreter: what they compute."""
 
 from __future__ import annotations
-
-import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_cases import ADDITIVE, BIASES, INF, MASKED, attention_tensors, call, reference_pair
 from compare import check_all
+from interpreter import interpreted, run_in_a_process_of_its_own
 
 import fastadapters
 from fastadapters import backends, functional
@@ -21,18 +14,11 @@ from fastadapters.reference.cross_modal_attention import Bias
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 FP16, FP32 = torch.float16, torch.float32
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
 def test_in_a_process_of_its_own() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_a_process_of_its_own(__file__)
 
 
 @pytest.fixture
@@ -40,26 +26,25 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_why_not", lambda *args: None)
 
 
-# C, I, B, H, d: single tokens, more than a tile of everything, widths between powers of two.
-SIZES = [
-    (1, 1, 1, 1, 8),
-    (37, 1, 40, 1, 16),
-    (9, 3, 14, 2, 33),
-    (70, 2, 3, 1, 130),
-    (5, 2, 0, 2, 8),
-]
+# C, I, B, H, d; bias; whether texts are the items' own: every block of a bias, more than a tile of
+# everything, single tokens, widths between powers of two and beyond the tiles', no items.
 FORMS = [
-    (sizes, bias, per_item, (FP32, FP16)[i % 2])
-    for i, (sizes, (bias, per_item)) in enumerate(
-        itertools.product(SIZES, itertools.product(BIASES, [False, True]))
-    )
-    if not per_item or sizes[2] < 10
+    *(((37, 1, 6, 1, 16), bias, False) for bias in BIASES),
+    *(((9, 3, 5, 2, 33), bias, True) for bias in BIASES),
+    ((70, 2, 5, 1, 8), MASKED, False),
+    ((1, 1, 1, 1, 8), ADDITIVE, False),
+    ((20, 2, 2, 1, 130), ADDITIVE, False),
+    ((5, 2, 0, 2, 8), ADDITIVE, False),
 ]
 
 
 @interpreted
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize(("sizes", "bias", "per_item", "dtype"), FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "bias", "per_item", "dtype"),
+    [(*form, (FP32, FP16)[i % 2]) for i, form in enumerate(FORMS)],
+    ids=str,
+)
 def test_matches_reference(
     sizes: tuple[int, ...], bias: Bias, per_item: bool, dtype: torch.dtype
 ) -> None:

@@ -1,14 +1,8 @@
-"""The Triton kernels of the multi-modal head in Triton's interpreter: what they compute.
-
-In a process of their own, as those of test_triton_interpreter.py; tests/gpu has every dtype.
-"""
+"""The Triton kernels of the multi-modal head in Triton's interpreter: what they compute."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from against_reference import Tensors, check_against_reference
 from compare import check_all, last_bit
+from interpreter import interpreted, run_in_a_process_of_its_own
 from multimodal_cases import ADAPT, ADDITIVE, BIASES, INF, MASKED, head_tensors, logits
 from torch import Tensor
 
@@ -25,20 +20,13 @@ from fastadapters import backends
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 FP16, FP32 = torch.float16, torch.float32
 TEXTS_ONLY = ((0.0, -INF), (0.0, 0.0))
 ITSELF = ((-INF, 0.0), (-INF, 0.0))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
 def test_in_a_process_of_its_own() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_a_process_of_its_own(__file__)
 
 
 @pytest.fixture

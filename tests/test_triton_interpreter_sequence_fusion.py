@@ -1,35 +1,22 @@
-"""The Triton kernels of sequence fusion in Triton's interpreter: what they compute.
-
-In a process of their own, as those of test_triton_interpreter.py; tests/gpu has every dtype.
-"""
+"""The Triton kernels of sequence fusion in Triton's interpreter: what they compute."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import sequence_fusion_cases as cases
 import torch
+from interpreter import interpreted, run_in_a_process_of_its_own
 from sequence_fusion_cases import Case
 
 from fastadapters import backends
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that this is")
 def test_in_a_process_of_its_own() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_a_process_of_its_own(__file__)
 
 
 # With relu a rounding can turn the gradient of an element on or off, which no tolerance covers.
