@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -145,6 +145,10 @@ docs: setup ## Build the site into build/site; warnings are errors
 
 docs-check: docs ## Screenshots of README and site by headless Chromium, into build/look, to be looked at
 	python docs/look.py
+
+EXAMPLES = $(filter-out side_by_side __init__,$(notdir $(basename $(wildcard examples/*.py))))
+examples: setup ## Run the examples: their pictures into build/examples, in 3 minutes
+	for example in $(EXAMPLES); do python -m examples.$$example || exit 1; done
 
 wheel: setup ## Build the wheel into dist/, with every architecture where it has CUDA kernels
 	TORCH_CUDA_ARCH_LIST='$(ARCHITECTURES)' pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -109,7 +109,7 @@ def op_table(rows: Sequence[Row]) -> str:
         )  # fmt: skip
     return markdown(
         ("workload", "direction", "dtype", "on", "ours, ms (backend)", *TITLES.values(),
-         "% of roof", "peak MiB, ours / plain", "right"),
+         "% of roof", "peak MiB of tensors, ours / plain", "right"),
         lines,
     )  # fmt: skip
 
@@ -174,7 +174,14 @@ def short_table(rows: Sequence[Row]) -> str:
         for row in rows
         if has_roof(row) and row.direction == "training step" and row.malloc == "default"
     ]  # fmt: skip
-    head = ("op", "workload", "dtype", "ours, ms", *TITLES.values(), "peak MiB, ours / plain")
+    head = (
+        "op",
+        "workload",
+        "dtype",
+        "ours, ms",
+        *TITLES.values(),
+        "peak MiB of tensors, ours / plain",
+    )
     notes = [f"{row.workload}, {row.dtype}: {row.notes}." for row in rows if row.op == "end to end"]
     return "\n\n".join([markdown(head, lines), *notes])
 
