@@ -277,7 +277,7 @@ def backend(name: BackendName) -> Iterator[None]:
     when an op is called. The choice is process-wide, like the flags of ``torch.backends``.
     Raises ValueError for an unknown name.
 
-    Example:
+    Examples:
         >>> import fastadapters
         >>> adapter = fastadapters.BottleneckAdapter(768, 64)
         >>> with fastadapters.backend("reference"):
@@ -295,7 +295,7 @@ def backend(name: BackendName) -> Iterator[None]:
 def explain(fn: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> list[Decision]:
     """Call ``fn(*args, **kwargs)`` and return the dispatch decisions it made, in order.
 
-    Example:
+    Examples:
         >>> import fastadapters
         >>> adapter = fastadapters.BottleneckAdapter(768, 64)
         >>> with fastadapters.backend("eager"):

@@ -61,7 +61,7 @@ def keep_pages() -> bool:
         Whether it took effect. It sets glibc's malloc (mallopt); elsewhere, and where another
         allocator has taken its place, nothing happens but a warning that says why.
 
-    Example:
+    Examples:
         >>> import fastadapters
         >>> fastadapters.keep_pages()  # doctest: +SKIP
         True

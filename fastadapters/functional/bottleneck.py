@@ -93,7 +93,7 @@ def check_options(
 class BottleneckParameters(NamedTuple):
     """The parameters of one bottleneck, named and shaped as in `bottleneck`.
 
-    Example:
+    Examples:
         >>> side = BottleneckParameters(torch.randn(64, 768), torch.zeros(768, 64), scale=0.1)
         >>> bottleneck(torch.randn(4, 768), **side._asdict()).shape
         torch.Size([4, 768])
@@ -213,7 +213,7 @@ def bottleneck(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 197, 768)
         >>> down, up = torch.randn(64, 768), torch.zeros(768, 64)
         >>> torch.equal(bottleneck(x, down, up, residual=x), x)

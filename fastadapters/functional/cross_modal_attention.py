@@ -104,7 +104,7 @@ def cross_modal_attention(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> text = torch.randn(3, 100, 4, 32)  # queries, keys and values of 100 classes, 4 heads
         >>> image = torch.randn(3, 8, 1, 4, 32)  # of 8 items with a token each

@@ -177,7 +177,7 @@ def multimodal_features(
     Raises:
         As `cross_modal_attention`.
 
-    Example:
+    Examples:
         >>> def layer(n_in, n_out):
         ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
         >>> layers = {
@@ -258,7 +258,7 @@ def multimodal_logits(
     Raises:
         As `cross_modal_attention`.
 
-    Example:
+    Examples:
         >>> def layer(n_in, n_out):
         ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
         >>> down, up = [layer(512, 128)], [layer(128, 32), layer(32, 512)]

@@ -63,7 +63,7 @@ def multiway_bottleneck(
     Raises:
         As `bottleneck`; ValueError if ``split`` is not in [-1, T].
 
-    Example:
+    Examples:
         >>> image, text = (
         ...     BottleneckParameters(torch.randn(r, 768), torch.randn(768, r)) for r in (64, 16)
         ... )

@@ -66,7 +66,7 @@ def sequence_fusion(
         TypeError, ValueError: naming the argument, the shape expected and the shape given.
         RuntimeError: a backend chosen by name cannot run.
 
-    Example:
+    Examples:
         >>> words, frames = torch.randn(8, 50, 300), torch.randn(8, 375, 35)
         >>> sequence_fusion(
         ...     [words, frames],

@@ -213,7 +213,7 @@ def patch(model: nn.Module) -> Report:
     Warns:
         UserWarning: nothing was replaced.
 
-    Example:
+    Examples:
         >>> import fastadapters, peft
         >>> model = nn.Sequential(nn.Linear(768, 768))
         >>> model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))

@@ -75,7 +75,7 @@ class BottleneckAdapter(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Example:
+    Examples:
         >>> adapter = BottleneckAdapter(768, 64, activation="gelu", scale="learnable")
         >>> x = torch.randn(2, 197, 768)
         >>> torch.equal(adapter(x), x)  # the identity until it is trained
@@ -139,7 +139,7 @@ class BottleneckAdapter(nn.Module):
         Raises:
             ValueError: ``module`` is none of them, or computes what no op does.
 
-        Example:
+        Examples:
             >>> adapter = BottleneckAdapter.from_module(model.encoder.adapter)  # doctest: +SKIP
         """
         from ..interop.sharing import adapter_of  # which builds on these modules

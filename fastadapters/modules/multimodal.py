@@ -89,7 +89,7 @@ class MultiModalAdapter(nn.Module):
     Raises:
         TypeError, ValueError: naming the option.
 
-    Example:
+    Examples:
         >>> adapter = MultiModalAdapter(512, upsample="mlp")
         >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # CLIP's features
         >>> new_text, new_image = adapter(text, image)
@@ -251,7 +251,7 @@ class MultiModalAdapter(nn.Module):
         ``logit_scale`` is the factor itself (CLIP stores its logarithm). ``adapt``: "both", "text"
         or "image".
 
-        Example:
+        Examples:
             >>> text, image = torch.randn(100, 512), torch.randn(8, 512)
             >>> MultiModalAdapter(512).logits(text, image, 100.0, adapt="image").shape
             torch.Size([8, 100])

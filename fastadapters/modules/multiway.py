@@ -59,7 +59,7 @@ class MultiwayAdapter(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Example:
+    Examples:
         >>> adapter = MultiwayAdapter(768, 64, activation="gelu", scale=0.1)
         >>> adapter(torch.randn(2, 197 + 52, 768), 197).shape  # 197 image tokens, then texts
         torch.Size([2, 249, 768])
@@ -106,7 +106,7 @@ class MultiwayAdapter(nn.Module):
         Raises:
             ValueError: naming the modality whose module computes what no op does.
 
-        Example:
+        Examples:
             >>> image, text = BottleneckAdapter(768, 64), BottleneckAdapter(768, 16)
             >>> adapter = MultiwayAdapter.from_modules({"vision": image, "text": text})
             >>> adapter.adaptmlp_text is text
@@ -254,7 +254,7 @@ class AlignmentEnhancer(nn.Module):
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Example:
+    Examples:
         >>> enhancer = AlignmentEnhancer(768, 3072, drop_path=0.1)
         >>> enhancer(torch.randn(2, 197, 768)).shape
         torch.Size([2, 197, 768])

@@ -54,7 +54,7 @@ class WanderAdapter(nn.Module):
     Raises:
         TypeError, ValueError: naming the option.
 
-    Example:
+    Examples:
         >>> adapter = WanderAdapter((40, 74, 35), (50, 375, 500), 16, feature_rank=4, time_rank=4)
         >>> text, audio = torch.randn(8, 50, 40), torch.randn(8, 375, 74)
         >>> adapter([text, audio, None]).shape  # video is missing
