@@ -18,7 +18,7 @@ TILES = {
 }
 FLOAT32_TILES = {
     "combine_kernel": {32: Tile(32, 32, 4, 2)},
-    "fuse_kernel": {32: Tile(32, 32, 4, 1)},
+    "fuse_kernel": {32: Tile(32, 32, 8, 1)},
     "factors_kernel": {32: Tile(16, 32, 4, 1)},
     "tokens_kernel": {32: Tile(32, 32, 8, 1)},
     "inputs_kernel": {32: Tile(32, 32, 4, 2)},
