@@ -29,8 +29,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # C, I, B, H, d; bias; whether texts are the items' own: every block of a bias, more than a tile of
 # everything, single tokens, widths between powers of two and beyond the tiles', no items.
 FORMS = [
-    *(((37, 1, 6, 1, 16), bias, False) for bias in BIASES),
-    *(((9, 3, 5, 2, 33), bias, True) for bias in BIASES),
+    *(((37, 1, 3, 1, 16), bias, False) for bias in BIASES),
+    *(((9, 3, 2, 1, 33), bias, True) for bias in BIASES),
     ((70, 2, 5, 1, 8), MASKED, False),
     ((1, 1, 1, 1, 8), ADDITIVE, False),
     ((20, 2, 2, 1, 130), ADDITIVE, False),
