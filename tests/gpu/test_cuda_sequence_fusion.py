@@ -14,8 +14,10 @@ import device
 import pytest
 import sequence_fusion_cases as cases
 import torch
+from compare import check_all
 from schedules import same_under_schedules
 from sequence_fusion_cases import Case
+from torch import Tensor
 
 from fastadapters import backends, ops
 
@@ -190,11 +192,21 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def test_float32_is_never_rounded_to_tf32(tf32: None) -> None:
+def test_tf32(tf32: None) -> None:
+    """Where PyTorch may round fp32 factors to TF32's 10 bits the kernels do, with fp16's errors."""
     for case in (MOSI, SPLIT[1]):
+        half = replace(case, dtype=FP16)
+        reference = cases.reference_pair(half)
+
+        def pair(draw: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            gold, base = reference(draw)  # noqa: B023
+            return gold, {name: t.float() for name, t in base.items()}
+
+        tensors = {name: t.half().float() for name, t in cases.inputs(half).items()}
         with device.simulate(80) as run:
-            cases.check_backend(case, "cuda")
-        assert run.total().count("mma.sync.aligned.m16n8k8") == 0
+            out = cases.run(case, tensors, "cuda")
+        assert run.total().count("mma.sync.aligned.m16n8k8") > 0
+        check_all(out, pair, str(case))
 
 
 # Several tiles of everything that is walked over, and more steps than stages; both forms of x, and

@@ -10,9 +10,9 @@ namespace fastadapters::cuda {
 int64_t sequence_fusion_forward_workspace(const SequenceFusionForward& op);
 int64_t sequence_fusion_backward_workspace(const SequenceFusionBackward& op);
 
-// On the current device and `stream` (a cudaStream_t). fp32 products are never rounded to TF32,
-// whatever `tf32` allows. Backward needs products and z as saved. Throw std::runtime_error if there
-// are too many rows or columns, or with what a launch said.
+// On the current device and `stream` (a cudaStream_t). `tf32`: whether fp32 products may be rounded
+// to TF32. Backward needs products and z as saved. Throw std::runtime_error if there are too many
+// rows or columns, or with what a launch said.
 void sequence_fusion_forward(const SequenceFusionForward& op, bool tf32, void* workspace,
                              void* stream);
 void sequence_fusion_backward(const SequenceFusionBackward& op, bool tf32, void* workspace,
