@@ -1,6 +1,9 @@
-"""What the CUDA bottleneck should take on GPUs that this machine need not have.
+"""What the CUDA kernels should take on GPUs that this machine need not have.
 
-    python -m benches.model    # rewrites the section "GPU: predicted" of docs/performance.md
+    python -m benches.model                  # prints the predictions of docs/performance.md anew
+    python -m benches.model multimodal       # ... of the head alone; or bottleneck, sequence_fusion
+
+Here is the bottleneck; model_multimodal.py and model_sequence_fusion.py have the other ops.
 
 Counts are exact: the kernels run on the PTX machine (tests/gpu) with two numbers of rows, which
 gives each count per tile and per call. Rates are the data sheets' where those can be reached.
@@ -8,6 +11,7 @@ gives each count per tile and per call. Rates are the data sheets' where those c
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from dataclasses import dataclass
@@ -279,5 +283,22 @@ def rewrite(heading: str, text: str) -> None:
     PAGE.write_text(before.rstrip() + "\n\n" + text + ("\n" + end if end else ""))
 
 
+def main() -> None:
+    from . import model_multimodal, model_sequence_fusion
+
+    sections = {
+        "bottleneck": (HEADING, section),
+        "sequence_fusion": (model_sequence_fusion.HEADING, model_sequence_fusion.section),
+        "multimodal": (model_multimodal.HEADING, model_multimodal.section),
+    }
+    parser = argparse.ArgumentParser(description="Predict times on GPUs.")
+    parser.add_argument("ops", nargs="*", choices=[*sections], default=[*sections])
+    for op in parser.parse_args().ops:
+        heading, write = sections[op]
+        text = write()
+        print(text, flush=True)
+        rewrite(heading, text)
+
+
 if __name__ == "__main__":
-    rewrite(HEADING, section())
+    main()

@@ -1,7 +1,5 @@
 """What the CUDA kernels of the multi-modal head should take on GPUs that need not be at hand.
 
-    python -m benches.model_multimodal    # rewrites its section of docs/performance.md
-
 Each launch is counted at five small numbers of texts and items, in whole tiles; its counts are
 a + b C + c B + d C B + e C^2, which gives those at full size.
 """
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .model import FREE, GPUS, Gpu, rewrite
+from .model import FREE, GPUS, Gpu
 
 HEADING = "## GPU: predicted, the multi-modal head"
 SAMPLES = ((64, 32), (128, 32), (192, 32), (64, 64), (128, 64))
@@ -22,12 +20,12 @@ SIZES = ((1000, 64), (397, 256))  # C, B
 DIM, WIDTH, HEADS, HIDDEN = 512, 128, 4, 32
 ADDITIVE = (0.0, 1.0, 1.0, 0.0)
 INTRODUCTION = """
-Not measured: written by `python -m benches.model_multimodal`. CUDA backend, fp32, an additive
+Not measured: written by `python -m benches.model multimodal`. CUDA backend, fp32, an additive
 bias, all gradients, D 512, E 128, R 32, 4 heads. Launches, k warp instructions a processor, and
-us that each resource alone would take, summed over the launches of a call: FMA pipe (128 lanes a
-clock on the H100, 64 on the A100), issue, shared memory and L1 (a wavefront, or a line of global
-memory, a clock), L2. `predicted` sums the largest of each launch; launches themselves and tails
-come on top. With 1000 texts half of it is attention over texts, which shared memory binds.
+us that each resource alone would take, summed over the launches of a call: FMA pipe (64 lanes a
+clock on the A100, 128 on the others), issue, shared memory and L1 (a wavefront, or a line of
+global memory, a clock), L2. `predicted` sums the largest of each launch; launches themselves and
+tails come on top.
 
 | GPU | C, B | | launches | k instructions | FMA | issue | shared, L1 | L2 | binds | predicted |
 |---|---|---|---:|---:|---:|---:|---:|---:|---|---:|
@@ -108,7 +106,7 @@ def section() -> str:
     counted = [count(*s) for s in SAMPLES]
     forward = counted[0][1]
     lines = []
-    for gpu, (c, b) in itertools.product(GPUS[:2], SIZES):
+    for gpu, (c, b) in itertools.product(GPUS, SIZES):
         full = at_size([launches for launches, _ in counted], c, b)
         for direction, part in (("forward", full[:forward]), ("backward", full[forward:])):
             each = [times(launch, gpu) for launch in part]
@@ -120,7 +118,3 @@ def section() -> str:
             cells.append(f"{sum(max(t.values()) for t in each) * 1e6:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([HEADING, "", INTRODUCTION.strip(), *lines]) + "\n"
-
-
-if __name__ == "__main__":
-    rewrite(HEADING, section())

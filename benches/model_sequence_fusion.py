@@ -1,6 +1,4 @@
-"""What the CUDA kernels of sequence fusion should take on an H100, which need not be at hand.
-
-    python -m benches.model_sequence_fusion    # rewrites its section of docs/performance.md
+"""What the CUDA kernels of sequence fusion should take on GPUs that need not be at hand.
 
 Counts are exact: the kernels run on the PTX machine at full size, cut for as many processors as the
 GPU has. Rates and what is made of them: see model.py.
@@ -12,12 +10,12 @@ import torch
 
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
-from .model import GPUS, Counts, Gpu, counted, head, rewrite, row
+from .model import GPUS, Counts, Gpu, counted, head, row
 from .workloads import SEQUENCE_FUSION, SequenceFusion
 
 HEADING = "## GPU: predicted, sequence fusion"
 INTRODUCTION = """
-Not measured: written by `python -m benches.model_sequence_fusion`; columns as in the section above.
+Not measured: written by `python -m benches.model sequence_fusion`; columns as in the section above.
 bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens, all gradients.
 What kernels hand to each other (P, z, dP, dz, partial sums) counts as memory, though most of it
 stays in the L2 cache. Backward's floor has x and dx, dy, and the parameters and their gradients.
@@ -34,7 +32,7 @@ def run(w: SequenceFusion, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
     ops = cuda_backend.load()
     r, bf16 = w.bottleneck, DTYPE_CODES[torch.bfloat16]
     modalities = range(len(w.lengths))
-    device.MULTIPROCESSORS = gpu.processors
+    few, device.MULTIPROCESSORS = device.MULTIPROCESSORS, gpu.processors
     with device.arena():
         xs = [torch.zeros(w.batch, t, w.dim, dtype=torch.bfloat16) for t in w.lengths]
         parameters = (
@@ -50,21 +48,20 @@ def run(w: SequenceFusion, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
             forward = len(simulation.launches)
             needs = (1 << 5 * len(w.lengths)) - 1
             ops.sequence_fusion_backward(y, xs, products, z, *parameters, *options, needs)
+    device.MULTIPROCESSORS = few
     counts = [counted(report) for report in simulation.launches]
     return counts[:forward], counts[forward:]
 
 
 def section() -> str:
-    gpu = GPUS[1]
-    lines = [HEADING, "", INTRODUCTION.strip(), "", *head(gpu)]
-    for w in SEQUENCE_FUSION:
-        name = f"{w.name}, B {w.batch}, D {w.dim}, r {w.bottleneck}"
-        for direction, counts, cost in zip(
-            ("forward", "backward"), run(w, gpu), w.costs(training=True), strict=True
-        ):
-            lines.append(row(name, gpu, direction, counts, 2.0 * cost.elements))
-    return "\n".join([*lines, ""])
-
-
-if __name__ == "__main__":
-    rewrite(HEADING, section())
+    lines = [HEADING, "", INTRODUCTION.strip(), ""]
+    for gpu in GPUS:
+        lines += head(gpu)
+        for w in SEQUENCE_FUSION:
+            name = f"{w.name}, B {w.batch}, D {w.dim}, r {w.bottleneck}"
+            for direction, counts, cost in zip(
+                ("forward", "backward"), run(w, gpu), w.costs(training=True), strict=True
+            ):
+                lines.append(row(name, gpu, direction, counts, 2.0 * cost.elements))
+        lines.append("")
+    return "\n".join(lines)

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from .checks import check_choice
 from .crossover import LIMITS, Limit
-from .cuda_limits import cuda_fits
+from .cuda_limits import cuda_fits, fusion_refusal, head_refusal
 from .options import BackendName
 
 _P = ParamSpec("_P")
@@ -168,6 +168,8 @@ class Problem(NamedTuple):
     """the other arguments, tensors among them"""
     refusal: str | None = None
     """why no kernel takes these arguments"""
+    sizes: tuple[int, ...] = ()
+    """those that the op's CUDA kernels have limits for, see cuda_limits"""
 
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
@@ -193,11 +195,22 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"
     missing = unavailable(name)
-    if missing is None and op == "bottleneck" and name == "cuda" and problem is not None:
-        dtypes = (problem.compute, x.dtype, problem.out)
-        if not cuda_fits(problem.r, *dtypes, torch.cuda.get_device_capability(x.device)):
-            return f"r = {problem.r} is too large for the shared memory of this GPU"
+    if missing is None and name == "cuda" and problem is not None:
+        return _too_large(op, x, problem, torch.cuda.get_device_capability(x.device))
     return missing
+
+
+def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]) -> str | None:
+    """Why the CUDA kernels of ``op`` do not take these sizes on such a GPU."""
+    if op == "bottleneck":
+        dtypes = (problem.compute, x.dtype, problem.out)
+        if not cuda_fits(problem.r, *dtypes, capability):
+            return f"r = {problem.r} is too large for the shared memory of this GPU"
+    elif op == "multimodal":
+        return head_refusal(*problem.sizes, capability)
+    elif op == "sequence_fusion":
+        return fusion_refusal(*problem.sizes)
+    return None
 
 
 def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:

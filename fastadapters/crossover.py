@@ -91,5 +91,11 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
         16, 12288, "as portable"),
     ("sequence_fusion", "cpu", "portable", torch.float32): Limit(
         16, 12288, "Zen 3, busy: D 768 r 8 1.9 and 1.15, r 64 0.7; D 40 r 64 1.0"),
+    ("sequence_fusion", "cuda", "other", torch.bfloat16): Limit(
+        64, 262144, "x is read once up to r 64, for each 64 columns of r beyond"),
+    ("sequence_fusion", "cuda", "other", torch.float16): Limit(
+        64, 262144, "x is read once up to r 64, for each 64 columns of r beyond"),
+    ("sequence_fusion", "cuda", "other", torch.float32): Limit(
+        32, 131072, "reckoned, as of the bottleneck: arithmetic binds earlier"),
 }
 # fmt: on

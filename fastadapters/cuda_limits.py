@@ -1,6 +1,5 @@
-"""Which r the CUDA kernels take: h of 64 rows must fit the shared memory of a block.
-
-The sizes are those of ``Layout`` in csrc/cuda/bottleneck/walk.cuh.
+"""Which sizes the CUDA kernels take: what a block holds must fit its shared memory, and 32-bit
+indices must do. Beyond, `auto` runs `eager`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ _TABLES = 3072
 def shared_bytes(
     r: int, compute_dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype, extra_x: bool
 ) -> int:
-    """The least bytes of shared memory that a block takes.
+    """The least bytes of shared memory that a block of the bottleneck takes.
+
+    h of 64 rows must fit; the sizes are those of ``Layout`` in csrc/cuda/bottleneck/walk.cuh.
 
     Args:
         extra_x: whether x is read once more, by a backward that makes dx through a LayerNorm.
@@ -60,3 +61,44 @@ def cuda_fits(
     """
     limit = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
     return shared_bytes(r, compute_dtype, x_dtype, out_dtype, norm) <= limit
+
+
+_LARGEST = 2**31 - 1
+
+
+def head_refusal(
+    texts: int,
+    items: int,
+    row: int,
+    heads: int,
+    width: int,
+    rank: int,
+    capability: tuple[int, int],
+) -> str | None:
+    """Why the CUDA kernels of the multi-modal head do not take these sizes; None if they do.
+
+    Args:
+        row: numbers of a text or an image that lie side by side: features, q, k, v, hidden.
+        width: of the attention, all heads.
+        rank: before the last layer.
+    """
+    parts = -(-(width // heads) // 32)  # of d, as in csrc/cuda/multimodal/attention.cuh
+    taken = 4 * ((2 * parts + 12) * 32 * 36 + 256)
+    if taken > SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())):
+        return f"heads {width // heads} wide are too large for the shared memory of this GPU"
+    too_many = (texts + items) * row > _LARGEST or texts * items > _LARGEST // 4
+    if too_many or heads * rank > _LARGEST // 64 or heads > 65535:
+        return f"{texts} texts and {items} images are beyond its 32-bit indices"
+    return None
+
+
+def fusion_refusal(rows: int, columns: int) -> str | None:
+    """Why the CUDA kernels of the sequence fusion do not take these sizes; None if they do.
+
+    Args:
+        rows: the most tokens, of a modality or of the result, of all items together.
+        columns: the most columns of any.
+    """
+    if rows > _LARGEST - 64 or columns > _LARGEST // 8:
+        return f"{rows} rows of {columns} are beyond its 32-bit indices"
+    return None

@@ -287,7 +287,12 @@ def multimodal_logits(
     dtype = compute_dtype(image)
     layers = (*down, in_proj, out_proj, *up)
     others = (text, logit_scale, blend, *(t for layer in layers for t in layer))
-    problem = backends.Problem(image.shape[1], up[0][0].shape[0], dtype, dtype, others, sharded)
+    (dim, rank), width = up[-1][0].shape, out_proj[0].shape[0]
+    row = dim + 3 * width + (down[0][0].shape[0] if len(down) > 1 else 0)
+    problem = backends.Problem(
+        image.shape[1], up[0][0].shape[0], dtype, dtype, others, sharded,
+        (text.shape[0], image.shape[0], row, num_heads, width, rank),
+    )  # fmt: skip
     name = backends.resolve("multimodal", image, problem)
     if name in PLAIN:
         inside = dtype if name == "reference" or dtype not in _LOW_PRECISION else torch.float32

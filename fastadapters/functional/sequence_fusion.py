@@ -228,7 +228,9 @@ def _dispatch(
     r, d = max(weight.shape[0] for weight in down_weights), feature_factors[0].shape[2]
     if len(inputs) > 8:
         refusal = f"it takes 8 modalities, not {len(inputs)}"
-    problem = backends.Problem(d, r, dtype, out, others, refusal)
+    rows = first.shape[0] * max(out_len, *(x.shape[1] for x in inputs))
+    sizes = rows, max(d, *(x.shape[2] for x in inputs))
+    problem = backends.Problem(d, r, dtype, out, others, refusal, sizes)
     name = backends.resolve("sequence_fusion", first, problem)
     if name in PLAIN:
         if isinstance(residual, str):

@@ -22,6 +22,7 @@ CSRC = HERE.parents[1] / "csrc"
 KERNELS = sorted((CSRC / "cuda").rglob("*.cu"))
 ARCHITECTURES = (80, 90)  # which run the same code, with shared memory of their own
 NVCC = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+PTX = [*NVCC, "-gencode=arch=compute_80,code=compute_80"]
 
 
 def compile_once(
@@ -47,6 +48,14 @@ def has_kernels(source: pathlib.Path) -> bool:
     return not (CSRC / f"{source.stem}.h").exists() or (CSRC / "cuda" / source.stem).exists()
 
 
+def assemble(source: pathlib.Path, arch: int) -> pathlib.Path | None:
+    """The machine code of a .cu file, which has the same PTX for all; None if it has no kernels."""
+    ptx = device.ptx_files(compile_source(PTX, source))
+    if not ptx:
+        return None
+    return compile_once(["ptxas", f"-arch=sm_{arch}", str(ptx[0])], f"{ptx[0].stem}-{arch}.cubin")
+
+
 @functools.cache
 def load() -> Any:
     """torch.ops.fastadapters_simulated; calls are for inside ``device.simulate``."""
@@ -60,7 +69,7 @@ def load() -> Any:
     command = ["g++", "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     command += [f"-I{root / 'include'}"]
-    sources = {s: [*NVCC, "-gencode=arch=compute_80,code=compute_80"] for s in KERNELS}
+    sources = dict.fromkeys(KERNELS, PTX)
     sources |= {s: command for s in sorted((CSRC / "ops").glob("*.cpp")) if has_kernels(s)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda s: compile_source(sources[s], s), sources))

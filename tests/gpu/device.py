@@ -338,13 +338,19 @@ def cuobjdump() -> pathlib.Path:
 _kernels: dict[str, dict[int, str]] = {}  # mangled name -> virtual architecture -> PTX
 
 
-def _extract_ptx(path: pathlib.Path) -> None:
+def ptx_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The PTX in an object or a library, a file for each source and virtual architecture."""
+
     def make(folder: str) -> None:
         os.makedirs(folder)
         command = [str(cuobjdump()), "-xptx", "all", str(path.resolve())]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
-    for file in build(f"{path.stem}.ptx", [], [path], make).glob("*.ptx"):
+    return sorted(build(f"{path.stem}.ptx", [], [path], make).glob("*.ptx"))
+
+
+def _extract_ptx(path: pathlib.Path) -> None:
+    for file in ptx_files(path):
         arch = int(re.search(r"\.sm_(\d+)", file.name).group(1))
         text = file.read_text()
         for name in re.findall(r"\.entry\s+([\w$]+)", text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,9 @@ from torch import Tensor
 
 import fastadapters
 from fastadapters import backends, ops
+from fastadapters.cuda_limits import head_refusal
 from fastadapters.ops.codes import DTYPE_CODES
-from fastadapters.ops.multimodal import PARAMETERS, STATES
+from fastadapters.ops.multimodal import ADAPT_CODES, PARAMETERS, STATES
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -88,6 +90,7 @@ SIZES = [  # C, B, D, E, R; heads
     (70, 37, 50, 36, 13, 3),
     (9, 34, 33, 80, 40, 2),  # wider heads
     (35, 3, 20, 70, 9, 1),
+    (134, 5, 12, 8, 4, 2),  # more texts than the warps of a block take at a time
 ]
 
 
@@ -178,50 +181,70 @@ def test_schedules_give_equal_bits(bias: Sequence[Sequence[float]], arch: int) -
             assert torch.equal(other[name], t), name
 
 
-def call(
-    simulated: Any, tensors: Tensors, bias: Sequence[Sequence[float]], needs: Sequence[str]
-) -> tuple[int, dict[str, Tensor]]:
-    """The ops themselves, with two layers down and up: launches of forward, gradients."""
+KEYS = ("text", "image", *PARAMETERS)
+
+
+def arguments(tensors: Tensors, bias: Sequence[Sequence[float]], **options: Any) -> tuple[Any, ...]:
+    """Parameters and options of the ops themselves, with two layers down and up."""
     layers = ("down0", "down1", "in0", "out0", "up0", "up1")
     values = [tensors[f"{layer}.{kind}"] for layer in layers for kind in ("weight", "bias")]
-    parameters = (*values, tensors["blend"].reshape(1), tensors["scale"].reshape(1))
-    options = (0.0, 0.0, 4, *bias[0], *bias[1], 0, 2, DTYPE_CODES[FP32])
-    keys = ("text", "image", *PARAMETERS)
-    _, state = simulated.multimodal_logits_forward(
-        tensors["text"], tensors["image"], *parameters, *options, True
-    )
-    d_logits = torch.ones(tensors["image"].shape[0], tensors["text"].shape[0])
-    bits = sum(1 << keys.index(name) for name in needs)
+    scalars = (tensors["blend"].reshape(1), tensors["scale"].reshape(1))
+    adapt, heads = ADAPT_CODES[options.get("adapt", "both")], options.get("heads", 4)
+    return (*values, *scalars, 0.0, 0.0, heads, *bias[0], *bias[1], adapt, 2, DTYPE_CODES[FP32])
+
+
+def forward(
+    simulated: Any, tensors: Tensors, bias: Sequence[Sequence[float]], **options: Any
+) -> Tensor:
+    """The state that forward leaves."""
+    rest = arguments(tensors, bias, **options)
+    state: Tensor
+    _, state = simulated.multimodal_logits_forward(tensors["text"], tensors["image"], *rest, True)
+    return state
+
+
+def backward(
+    simulated: Any,
+    tensors: Tensors,
+    bias: Sequence[Sequence[float]],
+    state: Tensor,
+    needs: Sequence[str] = KEYS,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The gradients that are asked for."""
+    text, image = tensors["text"], tensors["image"]
+    d_logits = torch.ones(image.shape[0], text.shape[0])
+    bits = sum(1 << KEYS.index(name) for name in needs)
     gradients = simulated.multimodal_logits_backward(
-        d_logits, tensors["text"], state, tensors["image"], *parameters, *options, bits
+        d_logits, text, state, image, *arguments(tensors, bias, **options), bits
     )
-    return state.numel(), {name: g for name, g in zip(keys, gradients, strict=True) if g.numel()}
+    return {name: g for name, g in zip(KEYS, gradients, strict=True) if g.numel()}
 
 
 @pytest.mark.parametrize("bias", [MASKED, ADDITIVE], ids=["masked", "additive"])
 def test_computes_only_what_is_asked(bias: Sequence[Sequence[float]], simulated: Any) -> None:
     """Each gradient alone is that among all; without features and projections no attention."""
     tensors = sample(9, 5, 24, 16, 8, learnable=True, down=2)
-    keys = ("text", "image", *PARAMETERS)
     with torch.no_grad(), device.simulate(80):
-        _, every = call(simulated, tensors, bias, keys)
-    assert [*every] == [*keys]
-    for name in keys:
+        state = forward(simulated, tensors, bias)
+        every = backward(simulated, tensors, bias, state)
+    assert [*every] == [*KEYS]
+    for name in KEYS:
         with torch.no_grad(), device.simulate(80) as run:
-            _, alone = call(simulated, tensors, bias, [name])
+            alone = backward(simulated, tensors, bias, state, [name])
         assert [*alone] == [name]
         assert torch.equal(alone[name], every[name]), name
         attention = [r for r in run.launches if "attend_backward" in r.name]
         needs = name in ("text", "image") or name.startswith(("down", "in_"))
         assert len(attention) == needs, name
         if name == "logit_scale":
-            assert len(run.launches) == 8 + 2
+            assert len(run.launches) == 2
 
 
 def test_state_is_what_the_fake_kernel_says(simulated: Any) -> None:
     tensors = sample(9, 5, 23, 12, 7, learnable=True, down=2)
     with torch.no_grad(), device.simulate(80):
-        size, _ = call(simulated, tensors, ADDITIVE, ["logit_scale"])
+        size = forward(simulated, tensors, ADDITIVE).numel()
     of: dict[str, Any] = {k: tensors[k] for k in ("text", "image")} | {"num_heads": 4}
     of |= {"out_weight": tensors["out0.weight"], "down_weight": tensors["down0.weight"]}
     of |= {"down_weight_2": tensors["down1.weight"], "up_weight": tensors["up0.weight"]}
@@ -244,3 +267,76 @@ def test_traffic(bias: Sequence[Sequence[float]], arch: int) -> None:
     assert run.total().traffic(out).written == out.nbytes
     for report in run.launches:
         assert report.conflict_ratio <= 1.02, (report.name, report.conflicts()[:3])
+
+
+def test_widest_head(simulated: Any) -> None:
+    """The launchers take what `head_refusal` says, and no more."""
+
+    def refusal(width: int) -> str | None:
+        return head_refusal(1, 1, 9, 1, width, 1, (8, 9))
+
+    largest = max(width for width in range(32, 1024, 32) if refusal(width) is None)
+    for width in (largest, largest + 1):
+        tensors = sample(1, 1, 4, width, 2, learnable=True, down=2)
+        with torch.no_grad(), device.simulate(89):
+            state = forward(simulated, tensors, ADDITIVE, heads=1)
+            if width == largest:
+                backward(simulated, tensors, ADDITIVE, state, heads=1)
+                continue
+            with pytest.raises(RuntimeError, match="CUDA"):
+                backward(simulated, tensors, ADDITIVE, state, heads=1)
+
+
+# Sizes that take each kernel's loops round more than once: C, B, D, E, R; its options.
+IMAGES: dict[str, Any] = {"adapt": "image", "heads": 1, "bias": ADDITIVE}
+SMALL: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((20, 3, 70, 8, 9), {"bias": ADDITIVE}),
+    ((70, 3, 9, 8, 9), {"bias": MASKED}),
+    ((9, 3, 9, 8, 9), {"bias": TEXTS_ONLY}),
+]
+MUTATED = {
+    "attend": [((134, 3, 8, 40, 4), IMAGES)],
+    "attend_backward": [((134, 3, 8, 40, 4), IMAGES), ((3, 134, 8, 40, 4), IMAGES)],
+    "run_stage": SMALL,
+    "rows_forward": SMALL,
+    "rows_backward": SMALL,
+    "hidden_backward": SMALL[1:],
+    "pair_forward": SMALL[:1],
+    "pair_backward": [((20, 3, 9, 8, 40), {"bias": ADDITIVE}), *SMALL[:1]],
+    "mix_forward": SMALL[1:],
+    "mix_backward": SMALL[1:],
+}
+
+
+@pytest.mark.parametrize("kernel", MUTATED)
+def test_every_synchronisation_is_needed(
+    kernel: str, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any one barrier, commit or wait deleted, the machine finds a fault."""
+    shared = "ILb1E" if kernel.startswith("pair") else "E"
+    name = next(n for n in device._kernels if re.search(rf"head\d+{kernel}{shared}", n))
+    drawn = []
+    with torch.no_grad(), device.simulate(80):
+        for sizes, options in MUTATED[kernel]:
+            tensors = sample(*sizes, learnable=True, down=2)
+            drawn.append((tensors, options, forward(simulated, tensors, **options)))
+
+    def is_caught() -> bool:
+        for seed, (tensors, options, state) in itertools.product(range(3), drawn):
+            try:
+                with torch.no_grad(), device.simulate(80, seed):
+                    if "backward" not in kernel:
+                        forward(simulated, tensors, **options)
+                    if "backward" in kernel or kernel == "run_stage":
+                        backward(simulated, tensors, state=state, **options)
+            except device.Fault:
+                return True
+        return False
+
+    assert not is_caught()
+    missed = []
+    for what, text in device.mutants(device._kernels[name][80], name):
+        monkeypatch.setitem(device._kernels, name, {80: text})
+        if not is_caught():
+            missed.append(what)
+    assert not missed

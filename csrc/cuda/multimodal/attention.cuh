@@ -1,10 +1,12 @@
 // Attention of all queries, texts and items, over the texts, head by head, never with the scores in
 // memory.
 //
-// A block has 32 rows (queries; in backward also keys) and walks over the other side, 64 at a time,
-// whose matrices stream through shared memory: transposed, by 32 of the head's d, to multiply along
-// d; as they are, kColumns wide, to be summed. d beyond kColumns goes to other blocks. A warp has 8
-// rows, a lane 4 of them and 4 of the 64 columns.
+// A block has 32 rows (queries, in backward also keys) and 32 of the head's d to sum. Its warps
+// walk over the other side, each with every fourth tile of 32 to itself, and meet only at the end,
+// when what they have is added up. Along d, tiles follow each other by 32.
+//
+// A tile lies row by row. Lane 4 g + l has rows g, g + 8, g + 16, g + 24 of the block; of a tile of
+// scores the columns l, l + 4, ..., l + 28, of the result 8 l to 8 l + 7.
 #pragma once
 
 #include "../ptx.cuh"
@@ -13,20 +15,20 @@
 
 namespace fastadapters::cuda::head {
 
-constexpr int kRows = 32, kKeys = 64;
+constexpr int kRows = 32, kRowStride = kRows + 4, kTile = kRows * kRowStride;
+constexpr int kWarpTiles = 3;  // of each warp: two that stream, and the weights
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 struct AttentionForward {
   Problem p;
   int first, end;  // queries
 };
 
-struct AttentionBackward {
-  Problem p;
-  int first, end;
-  const float *d_out, *delta;  // [C + B, E], [H, C + B]
-  float* d_y;   // [C + B, 3 E]: keys and values of texts are written, queries added to, times
-  float scale;  // of the queries
-};
+__device__ __forceinline__ float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 __device__ __forceinline__ void copy_number(float* to, const float* from, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(to)),
@@ -40,330 +42,231 @@ struct Side {
   int stride, count, depth;
 };
 
-// to[k, row] = rows first.., columns begin.. of `side`: [32, kCount + 4], zeros outside.
-template <int kCount>
-__device__ __forceinline__ void bring_transposed(float* to, const Side& side, int first,
-                                                 int begin) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    const int k = lane % 8 + 8 * (i % 4), row = lane / 8 + 4 * warp + 16 * (i / 4);
-    const bool there = first + row < side.count && begin + k < side.depth;
-    const float* const from = side.data + int64_t(first + row) * side.stride + begin + k;
-    copy_number(to + k * (kCount + 4) + row, there ? from : side.data, there);
-  }
-}
-
-// to[row, k]: [kKeys, kColumns]
-template <int kColumns>
+// to[row, k] = rows first.., columns begin.. of `side`, zeros outside: by kBy threads.
+template <int kBy>
 __device__ __forceinline__ void bring(float* to, const Side& side, int first, int begin) {
+  const int thread = threadIdx.x % kBy;
+  if (side.depth % 4 == 0) {
 #pragma unroll
-  for (int i = 0; i < kKeys * kColumns / kThreads; ++i) {
-    const int at = threadIdx.x + i * kThreads, row = at / kColumns, k = at % kColumns;
+    for (int i = 0; i < kRows * 8 / kBy; ++i) {
+      const int row = thread / 8 + i * (kBy / 8), k = thread % 8 * 4;
+      const bool there = first + row < side.count && begin + k < side.depth;
+      const float* const from = side.data + int64_t(first + row) * side.stride + begin + k;
+      copy_async(to + row * kRowStride + k, there ? from : side.data, there ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 4
+  for (int i = 0; i < kRows * 32 / kBy; ++i) {
+    const int row = thread / 32 + i * (kBy / 32), k = thread % 32;
     const bool there = first + row < side.count && begin + k < side.depth;
     const float* const from = side.data + int64_t(first + row) * side.stride + begin + k;
-    copy_number(to + at, there ? from : side.data, there);
+    copy_number(to + row * kRowStride + k, there ? from : side.data, there);
   }
 }
 
-// acc[4 rows, 4 columns] += left right along 32 of d.
-__device__ __forceinline__ void multiply_heads(float (&acc)[4][4], const float* left,
+__device__ __forceinline__ void load4(float* to, const float* from) {
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+
+__device__ __forceinline__ void store8(float* to, const float (&from)[8]) {
+  reinterpret_cast<float4*>(to)[0] = {from[0], from[1], from[2], from[3]};
+  reinterpret_cast<float4*>(to)[1] = {from[4], from[5], from[6], from[7]};
+}
+
+// acc[4 rows, 8 columns] += left right^T along 32 of d.
+__device__ __forceinline__ void multiply_heads(float (&acc)[4][8], const float* left,
                                                const float* right) {
-#pragma unroll 8
-  for (int k = 0; k < kDepth; ++k) {
-    const float4 a = *reinterpret_cast<const float4*>(left + k * (kRows + 4));
-    const float4 b = *reinterpret_cast<const float4*>(right + k * (kKeys + 4));
-    outer(acc, a, b);
+#pragma unroll 2
+  for (int k = 0; k < kDepth; k += 4) {
+    float a[4][4], b[8][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load4(a[i], left + 8 * i * kRowStride + k);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) load4(b[j], right + 4 * j * kRowStride + k);
+#pragma unroll
+    for (int i = 0; i < 4 * 32; ++i) {
+      float& to = acc[i / 8 % 4][i % 8];
+      to = fmaf(a[i / 8 % 4][i / 32], b[i % 8][i / 32], to);
+    }
   }
 }
 
-// total[4 rows, kN columns] += weights[row, key] values[key, column]: over 64 keys, which have sums
-// of their own: short chains of additions make small errors.
-template <int kN>
-__device__ __forceinline__ void average(float (&total)[4][kN], const float* weights,
+// A lane's weights of its rows, side by side: column 8 l + j has the weight of l + 4 j.
+__device__ __forceinline__ void put_weights(float* weights, const float (&from)[4][8]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) store8(weights + 8 * i * kRowStride, from[i]);
+}
+
+// sum[4 rows, 8 columns] = weights values, of one tile: short chains of additions make small
+// errors.
+__device__ __forceinline__ void average(float (&sum)[4][8], const float* weights,
                                         const float* values) {
-  float sum[4][kN] = {};
-#pragma unroll 4
-  for (int key = 0; key < kKeys; key += 4) {
-    float w[4][4], v[4][kN];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 four = *reinterpret_cast<const float4*>(weights + i * (kKeys + 4) + key);
-      w[i][0] = four.x, w[i][1] = four.y, w[i][2] = four.z, w[i][3] = four.w;
-      const float* const at = values + (key + i) * 16 * kN;
-      if constexpr (kN == 2) {
-        const float2 two = *reinterpret_cast<const float2*>(at);
-        v[i][0] = two.x, v[i][1] = two.y;
-      } else {
-        const float4 all = *reinterpret_cast<const float4*>(at);
-        v[i][0] = all.x, v[i][1] = all.y, v[i][2] = all.z, v[i][3] = all.w;
-      }
-    }
+  for (int i = 0; i < 32; ++i) sum[i / 8][i % 8] = 0;
+#pragma unroll 1
+  for (int l = 0; l < 4; ++l) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 8; j += 4) {
+      float w[4][4];
 #pragma unroll
-      for (int row = 0; row < 4; ++row) {
+      for (int i = 0; i < 4; ++i) load4(w[i], weights + 8 * i * kRowStride + 8 * l + j);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) sum[row][n] = fmaf(w[row][i], v[i][n], sum[row][n]);
+      for (int e = 0; e < 4; ++e) {
+        float v[8];
+        const float* const row = values + (l + 4 * (j + e)) * kRowStride;
+        load4(v, row), load4(v + 4, row + 4);
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+          sum[i / 8][i % 8] = fmaf(w[i / 8][e], v[i % 8], sum[i / 8][i % 8]);
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < 4 * kN; ++i) total[i / kN][i % kN] += sum[i / kN][i % kN];
 }
 
-__device__ __forceinline__ void put_weights(float* weights, const float (&from)[4][4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    *reinterpret_cast<float4*>(weights + i * (kKeys + 4)) = {from[i][0], from[i][1], from[i][2],
-                                                             from[i][3]};
-  }
-}
-
-// Over the 16 lanes that share rows.
+// Over the four lanes that share rows.
 __device__ __forceinline__ float row_sum(float value) {
-#pragma unroll
-  for (int step = 1; step < 16; step *= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-  return value;
+  value += __shfl_xor_sync(0xffffffff, value, 1);
+  return value + __shfl_xor_sync(0xffffffff, value, 2);
 }
 
-// Floats of shared memory: resident rows, two steps of streams, weights.
-template <int kColumns, int kTransposed, int kPlain>
-inline int shared_floats(int depth) {
-  const int resident = int(round_up(depth, kDepth)) * (kRows + 4);
-  const int step = kTransposed * kDepth * (kKeys + 4) + kPlain * kKeys * kColumns;
-  return kTransposed * resident + 2 * step + kPlain * kRows * (kKeys + 4);
+inline int parts_of(int depth) { return (depth + kDepth - 1) / kDepth; }
+
+// Bytes of shared memory: resident rows, the warps' tiles, and two numbers of a row and warp.
+inline int shared_bytes(int residents, int depth) {
+  const int tiles = residents * parts_of(depth) + kThreads / 32 * kWarpTiles;
+  return 4 * (tiles * kTile + kThreads / 32 * 2 * kRows);
 }
 
-template <int kColumns>
 __global__ void __launch_bounds__(kThreads) attend(const __grid_constant__ AttentionForward a) {
-  constexpr int kN = kColumns / 16;
   extern __shared__ __align__(16) float shared[];
   const Problem& p = a.p;
-  const int head = blockIdx.y, columns = blockIdx.z * kColumns;
+  const int head = blockIdx.y, columns = blockIdx.z * kDepth, parts = gridDim.z;
   const int first = a.first + blockIdx.x * kRows;
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane / 16 * 4, at = lane % 16;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, l = threadIdx.x % 4;
   const auto side = [&](int part, int count) {
     return Side{p.s.y + part * p.width + head * p.depth, 3 * p.width, count, p.depth};
   };
   const Side q = side(0, a.end), k = side(1, p.texts), v = side(2, p.texts);
-  const int parts = (p.depth + kDepth - 1) / kDepth;
-  const int steps = (p.texts + kKeys - 1) / kKeys * parts;
 
-  constexpr int kKeysSize = kDepth * (kKeys + 4), kSize = kKeysSize + kKeys * kColumns;
-  float* const resident = shared;
-  float* const stream = resident + parts * kDepth * (kRows + 4);
-  float* const weights = stream + 2 * kSize + row * (kKeys + 4);
-  const auto bring_step = [&](int step) {
-    float* const to = stream + step % 2 * kSize;
-    const int key = step / parts * kKeys, part = step % parts;
-    bring_transposed<kKeys>(to, k, key, part * kDepth);
-    if (part == parts - 1) bring<kColumns>(to + kKeysSize, v, key, columns);
+  float* const keys = shared + (parts + warp * kWarpTiles) * kTile;
+  float* const values = keys + kTile;
+  float* const weights = values + kTile;
+  float* const numbers = shared + (parts + kThreads / 32 * kWarpTiles) * kTile;
+  const int steps = ((p.texts + kRows - 1) / kRows - warp + 3) / 4 * parts;
+  const auto key_of = [&](int step) { return (step / parts * 4 + warp) * kRows; };
+  const auto bring_keys = [&](int step) {
+    if (step < steps) bring<32>(keys, k, key_of(step), step % parts * kDepth);
+    copy_commit();
   };
-  for (int i = 0; i < parts; ++i) {
-    bring_transposed<kRows>(resident + i * kDepth * (kRows + 4), q, first, i * kDepth);
-  }
-  bring_step(0);
+  const auto bring_values = [&](int step) {
+    if (step < steps && step % parts == parts - 1) bring<32>(values, v, key_of(step), columns);
+    copy_commit();
+  };
+  for (int i = 0; i < parts; ++i) bring<kThreads>(shared + i * kTile, q, first, i * kDepth);
   copy_commit();
+  bring_keys(0);
+  bring_values(0);
+  copy_wait<2>();
+  __syncthreads();
 
-  float out[4][kN] = {}, scores[4][4] = {}, top[4], total[4] = {};
+  // A row's largest score so far, and the sum of the powers, are of two.
+  float out[4][8] = {}, scores[4][8] = {}, top[4], total[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; ++i) top[i] = kBlocked;
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    copy_wait<0>();
-    __syncthreads();
-    if (step + 1 < steps) bring_step(step + 1);
-    copy_commit();
-    const float* const now = stream + step % 2 * kSize;
     const int part = step % parts;
-    multiply_heads(scores, resident + part * kDepth * (kRows + 4) + row, now + 4 * at);
-    if (part != parts - 1) continue;
-    const int valid = p.texts - step / parts * kKeys - 4 * at;  // of the lane's keys
+    copy_wait<1>();
+    __syncwarp();
+    multiply_heads(scores, shared + part * kTile + group * kRowStride, keys + l * kRowStride);
+    __syncwarp();
+    bring_keys(step + 1);
+    if (part == parts - 1) {
+      const int valid = p.texts - key_of(step) - l;  // of the lane's keys, which are 4 apart
+      float less[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float highest = top[i];
+      for (int i = 0; i < 4; ++i) {
+        float highest = kBlocked;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (j >= valid) scores[i][j] = kBlocked;
-        highest = fmaxf(highest, scores[i][j]);
+        for (int j = 0; j < 8; ++j) {
+          if (4 * j >= valid) scores[i][j] = kBlocked;
+          highest = fmaxf(highest, scores[i][j]);
+        }
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, 2));
+        highest = fmaxf(top[i], highest * kLog2e);
+        less[i] = power_of_two(top[i] - highest);
+        top[i] = highest;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sum += scores[i][j] = power_of_two(fmaf(scores[i][j], kLog2e, -highest));
+        }
+        total[i] = fmaf(total[i], less[i], sum);
       }
+      put_weights(weights + group * kRowStride + 8 * l, scores);
+      copy_wait<1>();
+      __syncwarp();
+      average(scores, weights + group * kRowStride, values + 8 * l);
 #pragma unroll
-      for (int s = 1; s < 16; s *= 2) {
-        highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, s));
+      for (int i = 0; i < 32; ++i) {
+        out[i / 8][i % 8] = fmaf(out[i / 8][i % 8], less[i / 8], scores[i / 8][i % 8]);
+        scores[i / 8][i % 8] = 0;
       }
-      const float less = expf(top[i] - highest);
-      top[i] = highest;
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum += scores[i][j] = expf(scores[i][j] - highest);
-      total[i] = fmaf(total[i], less, sum);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) out[i][n] *= less;
+      __syncwarp();
     }
-    __syncwarp();
-    put_weights(weights + 4 * at, scores);
-    __syncwarp();
-    average<kN>(out, weights, now + kKeysSize + at * kN);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) scores[i / 4][i % 4] = 0;
+    bring_values(step + 1);
   }
+
+  put_weights(weights + group * kRowStride + 8 * l, out);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float sum = row_sum(total[i]);
+    if (l > 0) continue;
+    numbers[warp * kRows + group + 8 * i] = top[i];
+    numbers[(4 + warp) * kRows + group + 8 * i] = sum;
+  }
+  __syncthreads();
+
+  // From here on a thread has 8 columns of one row.
+  const int row = threadIdx.x / 4, query = first + row;
+  float highest = kBlocked, sum = 0, all[8] = {};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) highest = fmaxf(highest, numbers[w * kRows + row]);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const float less = power_of_two(numbers[w * kRows + row] - highest);
+    sum = fmaf(less, numbers[(4 + w) * kRows + row], sum);
+    float some[8];
+    const float* const from =
+        shared + (parts + w * kWarpTiles + 2) * kTile + row * kRowStride + 8 * l;
+    load4(some, from), load4(some + 4, from + 4);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) all[n] = fmaf(less, some[n], all[n]);
+  }
+  const float lse = fmaf(highest, kLn2, logf(sum));
 
   // An item also sees itself: its weight against the texts'.
   const bool itself = a.end > p.texts && p.op.bias[1][1] > kBlocked;
-  float lse[4];
-  float2 odds[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    total[i] = row_sum(total[i]);
-    lse[i] = logf(total[i]) + top[i];
-    float own = 0;
-    const int query = first + row + i;
-    if (itself && query >= p.texts && query < a.end) {
-      const float* const y = p.s.y + int64_t(query) * 3 * p.width + head * p.depth;
-      for (int j = at; j < p.depth; j += 16) own = fmaf(y[j], y[p.width + j], own);
-    }
-    odds[i] = sigmoids(row_sum(own) + p.op.bias[1][1] - p.op.bias[1][0] - lse[i]);
+  float own = 0;
+  if (itself && query >= p.texts && query < a.end) {
+    const float* const y = p.s.y + int64_t(query) * 3 * p.width + head * p.depth;
+    for (int j = l; j < p.depth; j += 4) own = fmaf(y[j], y[p.width + j], own);
   }
+  const float2 odds = sigmoids(row_sum(own) + p.op.bias[1][1] - p.op.bias[1][0] - lse);
+  if (query >= a.end) return;
+  if (l == 0 && columns == 0) p.s.lse[int64_t(head) * p.rows + query] = lse;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int query = first + row + i;
-    if (query >= a.end) continue;
-    if (at == 0 && columns == 0) p.s.lse[int64_t(head) * p.rows + query] = lse[i];
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int column = head * p.depth + columns + at * kN + n;
-      if (columns + at * kN + n >= p.depth) continue;
-      const float value = out[i][n] / total[i];
-      p.s.attended[int64_t(query) * p.width + column] = value;
-      if (!itself || query < p.texts) continue;
-      const float own = p.s.y[(int64_t(query) * 3 + 2) * p.width + column];
-      p.s.merged[int64_t(query - p.texts) * p.width + column] =
-          fmaf(odds[i].x, own, odds[i].y * value);
-    }
-  }
-}
-
-// kKeysOwn: a block has keys and values, and walks over the queries; else it has queries.
-//     P = exp(q k - lse), dS = P (dO v - delta); dq = dS k; dk = dS^T q, dv = P^T dO
-template <int kColumns, bool kKeysOwn>
-__device__ void attend_backward_rows(const AttentionBackward& a, int tile) {
-  constexpr int kN = kColumns / 16, kPlain = kKeysOwn ? 2 : 1;
-  extern __shared__ __align__(16) float shared[];
-  const Problem& p = a.p;
-  const int head = blockIdx.y, columns = blockIdx.z * kColumns;
-  const int first = (kKeysOwn ? 0 : a.first) + tile * kRows;
-  const int start = kKeysOwn ? a.first : 0;  // of the other side
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane / 16 * 4, at = lane % 16;
-  const auto side = [&](int part, int count) {
-    return Side{p.s.y + part * p.width + head * p.depth, 3 * p.width, count, p.depth};
-  };
-  const Side q = side(0, a.end), k = side(1, p.texts), v = side(2, p.texts);
-  const Side d_out{a.d_out + head * p.depth, p.width, a.end, p.depth};
-  const Side own[2] = {kKeysOwn ? k : q, kKeysOwn ? v : d_out};
-  const Side other[2] = {kKeysOwn ? q : k, kKeysOwn ? d_out : v};
-  const int count = other[0].count, own_count = own[0].count;
-  const int parts = (p.depth + kDepth - 1) / kDepth;
-  const int steps = (count - start + kKeys - 1) / kKeys * parts;
-
-  constexpr int kPanel = kDepth * (kKeys + 4), kSums = kKeys * kColumns;
-  constexpr int kSize = 2 * kPanel + kPlain * kSums, kWeights = kRows * (kKeys + 4);
-  const int resident_size = parts * kDepth * (kRows + 4);
-  float* const stream = shared + 2 * resident_size;
-  float* const weights = stream + 2 * kSize + row * (kKeys + 4);
-  const auto bring_step = [&](int step) {
-    float* const to = stream + step % 2 * kSize;
-    const int from = start + step / parts * kKeys, part = step % parts;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bring_transposed<kKeys>(to + i * kPanel, other[i], from, part * kDepth);
-      if (part == parts - 1 && i < kPlain) {
-        bring<kColumns>(to + 2 * kPanel + i * kSums, other[i], from, columns);
-      }
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int part = 0; part < parts; ++part) {
-      float* const to = shared + i * resident_size + part * kDepth * (kRows + 4);
-      bring_transposed<kRows>(to, own[i], first, part * kDepth);
-    }
-  }
-  bring_step(0);
-  copy_commit();
-
-  const float* const lse = p.s.lse + int64_t(head) * p.rows;
-  const float* const delta = a.delta + int64_t(head) * p.rows;
-  float of_row[2][4] = {};
-  if constexpr (!kKeysOwn) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int query = min(first + row + i, a.end - 1);
-      of_row[0][i] = lse[query], of_row[1][i] = delta[query];
-    }
-  }
-  float sums[kPlain][4][kN] = {}, scores[4][4] = {}, d_weights[4][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    copy_wait<0>();
-    __syncthreads();
-    if (step + 1 < steps) bring_step(step + 1);
-    copy_commit();
-    const float* const now = stream + step % 2 * kSize;
-    const int part = step % parts;
-    const float* const mine = shared + part * kDepth * (kRows + 4) + row;
-    multiply_heads(scores, mine, now + 4 * at);
-    multiply_heads(d_weights, mine + resident_size, now + kPanel + 4 * at);
-    if (part != parts - 1) continue;
-    const int from = start + step / parts * kKeys + 4 * at;
-    float of_column[2][4] = {};
-    if constexpr (kKeysOwn) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int query = min(from + j, a.end - 1);
-        of_column[0][j] = lse[query], of_column[1][j] = delta[query];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int r = i / 4, c = i % 4;
-      const float less = kKeysOwn ? of_column[0][c] : of_row[0][r];
-      const float about = kKeysOwn ? of_column[1][c] : of_row[1][r];
-      const float weight = from + c < count ? expf(scores[r][c] - less) : 0;
-      scores[r][c] = weight;
-      d_weights[r][c] = weight * (d_weights[r][c] - about);
-    }
-    __syncwarp();
-    put_weights(weights + 4 * at, d_weights);
-    if constexpr (kKeysOwn) put_weights(weights + kWeights + 4 * at, scores);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kPlain; ++i) {
-      average<kN>(sums[i], weights + i * kWeights, now + 2 * kPanel + i * kSums + at * kN);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; ++i) scores[i / 4][i % 4] = d_weights[i / 4][i % 4] = 0;
-  }
-#pragma unroll
-  for (int i = 0; i < 4 * kN; ++i) {
-    const int r = first + row + i / kN, column = columns + at * kN + i % kN;
-    if (r >= own_count || column >= p.depth) continue;
-    float* const to = a.d_y + int64_t(r) * 3 * p.width + head * p.depth + column;
-    if constexpr (kKeysOwn) {
-      to[p.width] = sums[0][i / kN][i % kN];
-      to[2 * p.width] = sums[kPlain - 1][i / kN][i % kN];
-    } else {
-      *to = fmaf(a.scale, sums[0][i / kN][i % kN], *to);
-    }
-  }
-}
-
-template <int kColumns>
-__global__ void __launch_bounds__(kThreads)
-    attend_backward(const __grid_constant__ AttentionBackward a) {
-  const int key_tiles = (a.p.texts + kRows - 1) / kRows;
-  if (int(blockIdx.x) < key_tiles) {
-    attend_backward_rows<kColumns, true>(a, blockIdx.x);
-  } else {
-    attend_backward_rows<kColumns, false>(a, blockIdx.x - key_tiles);
+  for (int n = 0; n < 8; ++n) {
+    const int in_head = columns + 8 * l + n, column = head * p.depth + in_head;
+    if (in_head >= p.depth) continue;
+    const float value = all[n] / sum;
+    p.s.attended[int64_t(query) * p.width + column] = value;
+    if (!itself || query < p.texts) continue;
+    const float of_item = p.s.y[(int64_t(query) * 3 + 2) * p.width + column];
+    p.s.merged[int64_t(query - p.texts) * p.width + column] = fmaf(odds.x, of_item, odds.y * value);
   }
 }
 

@@ -51,16 +51,18 @@ struct PairGradients {
   }
 };
 
-// Where a block and its lanes are.
+// Where a block and its lanes are. Blocks of the same texts follow each other.
 struct Place {
-  int warps, pairs, stride, lane, warp, item, item_read;
+  int warps, pairs, stride, lane, warp, item_tile, text_tile, item, item_read;
   __device__ explicit Place(const Problem& p)
       : warps(blockDim.x / 32),
         pairs(64 * warps),
         stride(pairs + 1),  // odd: a column too meets each bank once
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32),
-        item(blockIdx.x * 32 + lane),
+        item_tile(blockIdx.x % item_tiles(p)),
+        text_tile(blockIdx.x / item_tiles(p)),
+        item(item_tile * 32 + lane),
         item_read(min(item, p.items - 1)) {}
   __device__ int text(int tile, int which) const { return (tile * warps + warp) * 2 + which; }
   __device__ int pair(int which) const { return (2 * warp + which) * 32 + lane; }
@@ -87,7 +89,7 @@ __device__ __forceinline__ void store_logits(const Problem& p, const Place& at, 
   __syncthreads();
   const int text = tile * s.across + s.text;
   for (int i = s.item; i < 32; i += 16) {
-    const int item = blockIdx.x * 32 + i;
+    const int item = at.item_tile * 32 + i;
     if (item >= p.items || text >= p.texts) continue;
     store({p.logits, p.op.out_dtype}, int64_t(item) * p.texts + text,
           staged[s.text * s.stride + i]);
@@ -102,7 +104,7 @@ __device__ __forceinline__ void load_logits(const Problem& p, const Place& at, i
   const int text = tile * s.across + s.text;
   __syncthreads();
   for (int i = s.item; i < 32; i += 16) {
-    const int item = blockIdx.x * 32 + i;
+    const int item = at.item_tile * 32 + i;
     const bool there = item < p.items && text < p.texts;
     staged[s.text * s.stride + i] =
         there ? load(p.d_logits, p.op.out_dtype, int64_t(item) * p.texts + text) : 0;
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(128) mix_forward(const __grid_constant__ Probl
   const Mixture mix(p);
   float logits[2];
   for (int i = 0; i < 2; ++i) {
-    const int text = min(at.text(blockIdx.y, i), p.texts - 1);
+    const int text = min(at.text(at.text_tile, i), p.texts - 1);
     if (p.form == Form::none) {
       logits[i] = mix.scale * p.s.similarity[int64_t(text) * p.items + at.item_read];
     } else {
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(128) mix_forward(const __grid_constant__ Probl
       logits[i] = mix.scale * c.cosine * c.rho;
     }
   }
-  store_logits(p, at, blockIdx.y, logits);
+  store_logits(p, at, at.text_tile, logits);
 }
 
 struct MixBackward {
@@ -148,9 +150,9 @@ __global__ void __launch_bounds__(128) mix_backward(const __grid_constant__ MixB
   const Place at(p);
   const Mixture mix(p);
   float d_logits[2], d_scale = 0, d_blend = 0;
-  load_logits(p, at, blockIdx.y, d_logits);
+  load_logits(p, at, at.text_tile, d_logits);
   for (int i = 0; i < 2; ++i) {
-    const int text = at.text(blockIdx.y, i);
+    const int text = at.text(at.text_tile, i);
     if (text >= p.texts || at.item >= p.items) continue;
     const int64_t to = int64_t(text) * p.items + at.item;
     if (p.form == Form::none) {
@@ -167,9 +169,8 @@ __global__ void __launch_bounds__(128) mix_backward(const __grid_constant__ MixB
   }
   d_scale = block_total(d_scale), d_blend = block_total(d_blend);
   if (threadIdx.x > 0) return;
-  const int block = blockIdx.y * gridDim.x + blockIdx.x;
-  a.d_scale[block] = d_scale;
-  a.d_blend[block] = d_blend;
+  a.d_scale[blockIdx.x] = d_scale;
+  a.d_blend[blockIdx.x] = d_blend;
 }
 
 }  // namespace fastadapters::cuda::head

@@ -63,11 +63,10 @@ __global__ void __launch_bounds__(128, 4) pair_forward(const __grid_constant__ P
   extern __shared__ __align__(16) float shared[];
   const Problem& p = a.p;
   const Place at(p);
-  float* const e =
-      kShared ? shared : a.scratch + (blockIdx.y * gridDim.x + blockIdx.x) * a.scratch_size;
+  float* const e = kShared ? shared : a.scratch + blockIdx.x * a.scratch_size;
   float* const weights = e + p.padded * at.stride;
-  const int text[2] = {min(at.text(blockIdx.y, 0), p.texts - 1),
-                       min(at.text(blockIdx.y, 1), p.texts - 1)};
+  const int text[2] = {min(at.text(at.text_tile, 0), p.texts - 1),
+                       min(at.text(at.text_tile, 1), p.texts - 1)};
   put_weights(p, at, weights, text);
 
   Pair pair[2];
@@ -124,14 +123,14 @@ __global__ void __launch_bounds__(128, 4) pair_forward(const __grid_constant__ P
   for (int i = 0; i < 2; ++i) {
     const Cosine c(mix, pair[i]);
     logits[i] = mix.scale * c.cosine * c.rho;
-    const int64_t to = int64_t(at.text(blockIdx.y, i)) * p.items + at.item;
-    if (at.item < p.items && at.text(blockIdx.y, i) < p.texts) {
+    const int64_t to = int64_t(at.text(at.text_tile, i)) * p.items + at.item;
+    if (at.item < p.items && at.text(at.text_tile, i) < p.texts) {
       p.s.square[to] = pair[i].square;
       p.s.text_dot[to] = pair[i].text_dot;
       p.s.item_dot[to] = pair[i].item_dot;
     }
   }
-  store_logits(p, at, blockIdx.y, logits);
+  store_logits(p, at, at.text_tile, logits);
 }
 
 }  // namespace fastadapters::cuda::head

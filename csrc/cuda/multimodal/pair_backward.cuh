@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
   extern __shared__ __align__(16) float shared[];
   const Problem& p = a.p;
   const Place at(p);
-  const int block = blockIdx.y * gridDim.x + blockIdx.x, vector = p.padded * at.stride;
+  const int block = blockIdx.x, vector = p.padded * at.stride;
   float* const e = kShared ? shared : a.scratch + block * a.scratch_size;
   float* const dz = e + vector;  // first the slope of e at z
   float* const weights = dz + vector;
@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
 
   const Mixture mix(p);
   const int tiles = (p.texts + 2 * at.warps - 1) / (2 * at.warps);
-  const int begin = blockIdx.y * a.tiles_per_block, end = min(begin + a.tiles_per_block, tiles);
+  const int begin = at.text_tile * a.tiles_per_block, end = min(begin + a.tiles_per_block, tiles);
   float d_scale = 0, d_blend = 0, d_square = 0;
-  const int64_t item_slab = int64_t(blockIdx.y) * p.items,
-                text_slab = int64_t(blockIdx.x) * p.texts;
+  const int64_t item_slab = int64_t(at.text_tile) * p.items,
+                text_slab = int64_t(at.item_tile) * p.texts;
   float* const form = a.d_square_form + block * (int64_t(p.rank + 1) * p.padded + 1);
 
   for (int tile = begin; tile < end; ++tile) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
     }
     // Sums over the texts, item by item.
     for (int i = at.warp; i < 32; i += at.warps) {
-      const int item = blockIdx.x * 32 + i;
+      const int item = at.item_tile * 32 + i;
       if (item >= p.items) continue;
       const auto add = [&](float* to, float value) { *to = first ? value : *to + value; };
       for (int r = at.lane; r < p.padded; r += 32) {

@@ -128,6 +128,8 @@ inline Problem problem_of(const Multimodal& op, float* state) {
   return p;
 }
 
+__host__ __device__ inline int item_tiles(const Problem& p) { return (p.items + 31) / 32; }
+
 // Rows of e where it depends on one index alone.
 inline int hidden_rows(const Problem& p) {
   return p.form == Form::item ? p.items : p.form == Form::text ? p.texts : 0;

@@ -72,26 +72,16 @@ inline Operand inner(const Problem& p) {
 
 inline Operand last_layer(const Problem& p) { return with_column(matrix(p.w, p.dim, p.rank), p.c); }
 
-template <int kColumns>
-void run_attention(const Problem& p, int first, int end, cudaStream_t stream) {
+inline void run_attention(const Problem& p, int first, int end, cudaStream_t stream) {
   const AttentionForward a{p, first, end};
-  const dim3 grid((end - first + kRows - 1) / kRows, p.heads, (p.depth + kColumns - 1) / kColumns);
-  launch(attend<kColumns>, grid, kThreads, shared_floats<kColumns, 1, 1>(p.depth) * 4, stream, a);
-}
-
-template <int kColumns>
-void run_attention_backward(const AttentionBackward& a, cudaStream_t stream) {
-  const Problem& p = a.p;
-  const int tiles = (a.end - a.first + kRows - 1) / kRows + (p.texts + kRows - 1) / kRows;
-  const dim3 grid(tiles, p.heads, (p.depth + kColumns - 1) / kColumns);
-  launch(attend_backward<kColumns>, grid, kThreads, shared_floats<kColumns, 2, 2>(p.depth) * 4,
-         stream, a);
+  const dim3 grid((end - first + kRows - 1) / kRows, p.heads, parts_of(p.depth));
+  launch(attend, grid, kThreads, shared_bytes(1, p.depth), stream, a);
 }
 
 // Warps of a block of the pair stage, and its shared memory: two blocks on a processor if that can
 // be; none if even one warp's vectors do not fit.
 struct PairShape {
-  int warps = 4, item_tiles, text_tiles;
+  int warps = 4, text_tiles;
   int64_t floats = 0;
   bool shared = true;
 
@@ -106,7 +96,6 @@ struct PairShape {
     shared = need(warps) * 4 <= limit - 4096;
     if (!shared) warps = 4;
     floats = round_up(need(warps), 4);
-    item_tiles = (p.items + 31) / 32;
     text_tiles = (p.texts + 2 * warps - 1) / (2 * warps);
   }
 };
@@ -126,7 +115,7 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   pair.scratch_size = shape.floats;
   pair.scratch = shape.shared || p.form != Form::pair
                      ? nullptr
-                     : arena->take<float>(shape.item_tiles * shape.text_tiles * shape.floats * 4);
+                     : arena->take<float>(item_tiles(p) * shape.text_tiles * shape.floats * 4);
   double* const factor =
       factor_bytes(p) > kLargestFactor ? arena->take<double>(factor_bytes(p)) : nullptr;
   if (arena->counting || p.items == 0) return;
@@ -188,13 +177,7 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   third.run(stream);
 
   const int first_row = first_query(p), end_row = end_query(p);
-  if (first_row < end_row) {
-    if (n.d <= 32) {
-      run_attention<32>(p, first_row, end_row, stream);
-    } else {
-      run_attention<64>(p, first_row, end_row, stream);
-    }
-  }
+  if (first_row < end_row) run_attention(p, first_row, end_row, stream);
 
   Builder fourth(p);
   const auto hidden = [&](int rows, const Operand& from, float* z, float* e) {
@@ -252,7 +235,7 @@ inline void forward(const MultimodalForward& op, Arena* arena, cudaStream_t stre
   }
   fifth.run(stream);
 
-  const dim3 grid(shape.item_tiles, p.form == Form::pair ? shape.text_tiles : (n.C + 7) / 8);
+  const int grid = item_tiles(p) * (p.form == Form::pair ? shape.text_tiles : (n.C + 7) / 8);
   if (p.form != Form::pair) {
     launch(mix_forward, grid, 128, 0, stream, p);
   } else if (shape.shared) {

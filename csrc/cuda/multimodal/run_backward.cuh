@@ -1,11 +1,19 @@
 // The launches of backward, in order.
 #pragma once
 
+#include "attention_backward.cuh"
 #include "pair_backward.cuh"
 #include "run.cuh"
 #include "slabs.cuh"
 
 namespace fastadapters::cuda::head {
+
+inline void run_attention_backward(const AttentionBackward& a, cudaStream_t stream) {
+  const Problem& p = a.p;
+  const int tiles = (a.end - a.first + kRows - 1) / kRows + (p.texts + kRows - 1) / kRows;
+  const dim3 grid(tiles, p.heads, parts_of(p.depth));
+  launch(attend_backward, grid, kThreads, shared_bytes(2, p.depth), stream, a);
+}
 
 inline void clear(const Parameter& p, int64_t count, cudaStream_t stream) {
   if (p.data) check(cudaMemsetAsync(p.data, 0, count * size_of(p.dtype), stream));
@@ -59,19 +67,19 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
   g.d_similarity = floats(C * B);
   PairBackward pair;
   const PairShape shape(p, true, device);
-  const int item_tiles = shape.item_tiles, mix_tiles = (n.C + 7) / 8;
-  const int wanted = std::max(1, 2 * processors / std::max(item_tiles, 1));
+  const int across = item_tiles(p), mix_tiles = (n.C + 7) / 8;
+  const int wanted = std::max(1, 2 * processors / std::max(across, 1));
   pair.tiles_per_block = (shape.text_tiles + wanted - 1) / wanted;
   const int text_blocks = (shape.text_tiles + pair.tiles_per_block - 1) / pair.tiles_per_block;
-  const int blocks = item_tiles * (pairs ? text_blocks : mix_tiles);
+  const int blocks = across * (pairs ? text_blocks : mix_tiles);
   float *d_odds = nullptr, *d_from_text = nullptr, *d_from_item = nullptr;
   const int64_t form_size = (n.R + 1) * padded + 1;
   pair.scratch = nullptr, pair.scratch_size = shape.floats;
   if (pairs) {
     d_odds = floats(H * C * B);
     d_from_text = floats(C * H * padded), d_from_item = floats(B * H * padded);
-    pair.d_from_text = floats(item_tiles * C * H * padded);
-    pair.d_text_w = floats(item_tiles * C * padded), pair.d_text_c = floats(item_tiles * C);
+    pair.d_from_text = floats(across * C * H * padded);
+    pair.d_text_w = floats(across * C * padded), pair.d_text_c = floats(across * C);
     pair.d_from_item = floats(text_blocks * B * H * padded);
     pair.d_item_w = floats(text_blocks * B * padded), pair.d_item_c = floats(text_blocks * B);
     pair.d_square_form = floats(blocks * form_size);
@@ -120,16 +128,15 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
     pair.p = p;
     pair.d_similarity = g.d_similarity, pair.d_odds = d_odds;
     pair.d_scale = d_scales, pair.d_blend = d_blends;
-    const dim3 grid(item_tiles, text_blocks);
     if (shape.shared) {
-      launch(pair_backward<true>, grid, 32 * shape.warps, int(shape.floats * 4), stream, pair);
+      launch(pair_backward<true>, blocks, 32 * shape.warps, int(shape.floats * 4), stream, pair);
     } else {
-      launch(pair_backward<false>, grid, 32 * shape.warps, 0, stream, pair);
+      launch(pair_backward<false>, blocks, 32 * shape.warps, 0, stream, pair);
     }
   } else {
     const MixBackward mix{p,        g.d_similarity, g.d_square, g.d_text_dot, g.d_item_dot,
                           d_scales, d_blends};
-    launch(mix_backward, dim3(item_tiles, mix_tiles), 128, 0, stream, mix);
+    launch(mix_backward, blocks, 128, 0, stream, mix);
   }
 
   // ---- Sums over pairs
@@ -141,9 +148,9 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
       b.add(Sum{from, slabs, size, size, 1, {to}});
     };
     if (beyond && pairs) {
-      total(pair.d_from_text, item_tiles, C * H * padded, d_from_text);
-      total(pair.d_text_w, item_tiles, C * padded, g.d_text_w);
-      total(pair.d_text_c, item_tiles, C, g.d_text_c);
+      total(pair.d_from_text, across, C * H * padded, d_from_text);
+      total(pair.d_text_w, across, C * padded, g.d_text_w);
+      total(pair.d_text_c, across, C, g.d_text_c);
       total(pair.d_from_item, text_blocks, B * H * padded, d_from_item);
       total(pair.d_item_w, text_blocks, B * padded, g.d_item_w);
       total(pair.d_item_c, text_blocks, B, g.d_item_c);
@@ -243,12 +250,7 @@ inline void backward(const MultimodalBackward& op, Arena* arena, cudaStream_t st
 
   // ---- Attention
   if (attends && of_y) {
-    const AttentionBackward a{p, first_row, end_row, g.d_out, g.delta, g.d_y, n.scale};
-    if (n.d <= 32) {
-      run_attention_backward<32>(a, stream);
-    } else {
-      run_attention_backward<64>(a, stream);
-    }
+    run_attention_backward({p, first_row, end_row, g.d_out, g.delta, g.d_y, n.scale}, stream);
   }
 
   // ---- Products with rows of all texts and items
