@@ -207,9 +207,9 @@ def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]
         if not cuda_fits(problem.r, *dtypes, capability):
             return f"r = {problem.r} is too large for the shared memory of this GPU"
     elif op == "multimodal":
-        return head_refusal(*problem.sizes, capability)
+        return head_refusal(problem.sizes, capability)
     elif op == "sequence_fusion":
-        return fusion_refusal(*problem.sizes)
+        return fusion_refusal(problem.sizes)
     return None
 
 

@@ -4,6 +4,8 @@ indices must do. Beyond, `auto` runs `eager`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Bytes of shared memory that a block may have, by compute capability.
@@ -66,22 +68,15 @@ def cuda_fits(
 _LARGEST = 2**31 - 1
 
 
-def head_refusal(
-    texts: int,
-    items: int,
-    row: int,
-    heads: int,
-    width: int,
-    rank: int,
-    capability: tuple[int, int],
-) -> str | None:
+def head_refusal(sizes: Sequence[int], capability: tuple[int, int]) -> str | None:
     """Why the CUDA kernels of the multi-modal head do not take these sizes; None if they do.
 
     Args:
-        row: numbers of a text or an image that lie side by side: features, q, k, v, hidden.
-        width: of the attention, all heads.
-        rank: before the last layer.
+        sizes: texts; images; numbers of one of them that lie side by side: features, q, k, v,
+            hidden; heads; width of them all; width before the last layer.
+        capability: of the GPU.
     """
+    texts, items, row, heads, width, rank = sizes
     parts = -(-(width // heads) // 32)  # of d, as in csrc/cuda/multimodal/attention.cuh
     taken = 4 * ((2 * parts + 12) * 32 * 36 + 256)
     if taken > SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())):
@@ -92,13 +87,14 @@ def head_refusal(
     return None
 
 
-def fusion_refusal(rows: int, columns: int) -> str | None:
+def fusion_refusal(sizes: Sequence[int]) -> str | None:
     """Why the CUDA kernels of the sequence fusion do not take these sizes; None if they do.
 
     Args:
-        rows: the most tokens, of a modality or of the result, of all items together.
-        columns: the most columns of any.
+        sizes: the most tokens of all items together, of a modality or of the result; the most
+            columns.
     """
+    rows, columns = sizes
     if rows > _LARGEST - 64 or columns > _LARGEST // 8:
         return f"{rows} rows of {columns} are beyond its 32-bit indices"
     return None

@@ -120,9 +120,9 @@ __device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], Operand a, Ope
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int constant = (2 * n + i / 2 * 2) * 16 % kLine ^ permute(i % 2 * 4) * 16;
-            four[i] = *reinterpret_cast<const uint32_t*>(
-                right_row + 32 * n / kLine * b.stride + (kDepth * step + i % 2 * 4) * kLine +
-                (constant ^ right_segment));
+            four[i] = *reinterpret_cast<const uint32_t*>(right_row + 32 * n / kLine * b.stride +
+                                                         (kDepth * step + i % 2 * 4) * kLine +
+                                                         (constant ^ right_segment));
           }
         }
 #pragma unroll

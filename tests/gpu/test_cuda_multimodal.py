@@ -273,7 +273,7 @@ def test_widest_head(simulated: Any) -> None:
     """The launchers take what `head_refusal` says, and no more."""
 
     def refusal(width: int) -> str | None:
-        return head_refusal(1, 1, 9, 1, width, 1, (8, 9))
+        return head_refusal((1, 1, 9, 1, width, 1), (8, 9))
 
     largest = max(width for width in range(32, 1024, 32) if refusal(width) is None)
     for width in (largest, largest + 1):

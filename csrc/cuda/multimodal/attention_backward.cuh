@@ -101,9 +101,9 @@ __device__ void attend_backward_rows(const AttentionBackward& a, int tile) {
         put_weights(weights + group * kRowStride + 8 * l, scores);
         __syncwarp();
         add(kSums - 1, tiles + kTile);
+        __syncwarp();
       }
     }
-    __syncwarp();
     bring_step(1, step + 1);
     if (last) {
       put_weights(weights + group * kRowStride + 8 * l, d_weights);

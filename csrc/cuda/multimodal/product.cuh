@@ -179,6 +179,7 @@ __device__ inline void multiply(const Product& p, int tile, float* shared) {
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = warp / 2 * 16 + lane / 8 * 4, column = warp % 2 * 32 + lane % 8 * 4;
+  const bool inside = m0 + warp / 2 * 16 < p.m && n0 + warp % 2 * 32 < columns;
   float acc[4][4] = {}, a[kTileM / 4], b[kTileN / 4];
   int part = 0, step = begin;
   const auto enter = [&] {  // the segment that the step is in
@@ -200,7 +201,7 @@ __device__ inline void multiply(const Product& p, int tile, float* shared) {
       fetch<kTileM>(a, s.left, batch, m0, step * kDepth);
       fetch<kTileN>(b, s.right, batch, n0, step * kDepth);
     }
-    if (i >= begin) multiply_add(acc, left + row, right + column);
+    if (i >= begin && inside) multiply_add(acc, left + row, right + column);
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
