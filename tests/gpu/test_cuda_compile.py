@@ -153,7 +153,7 @@ def test_kernels_fit(arch: int) -> None:
 
 
 MASKED, ADDITIVE = (0.0, -math.inf, -math.inf, 0.0), (0.0, 1.0, 1.0, 0.0)
-COUNTS = {"multimodal": 12, "sequence_fusion": 5 * 4 + 1}
+COUNTS = {"multimodal": 12, "sequence_fusion": 5 * 4 + 3}  # one kernel is in each of three files
 
 
 def launch_multimodal(ops: Any) -> None:
