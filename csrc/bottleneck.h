@@ -61,6 +61,7 @@ struct BottleneckBackward : Bottleneck {
            d_norm_bias.data;
   }
   bool needs_z() const { return needs_dz() || d_up_weight.data || d_scale.data; }
+  // On GPUs there is no z where there is LayerNorm: it is made of x once more.
   bool needs_x() const {
     return d_down_weight.data || d_norm_weight.data || (norm_weight.data && dx.data);
   }

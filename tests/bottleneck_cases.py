@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,6 +204,19 @@ def run(
         )
     named = zip((f"d_{name}" for name in wanted), gradients, strict=True)
     return {"y": y.detach(), **dict(named)}
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[set[int]]:
+    """The addresses of what autograd saves in this block."""
+    saved: set[int] = set()
+
+    def pack(t: Tensor) -> Tensor:
+        saved.add(t.data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
 
 
 def reference_pair(

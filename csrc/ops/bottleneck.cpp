@@ -66,7 +66,7 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
-    STD_TORCH_CHECK(args.x.data || !args.needs_z() || !args.count(),
+    STD_TORCH_CHECK(args.x.data || !args.norm_weight.data || !args.needs_z() || !args.count(),
                     "x: expected values, of which z is made anew");
     return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_backward_workspace,
                     &cuda::bottleneck_backward);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
   ScalarType type = scalar_type(dtype_of(compute_dtype));
   int64_t d = x.size(-1), m = d ? x.numel() / d : 0, r = down_weight.size(0);
   Tensor y = fresh_output(x, scalar_type(dtype_of(out_dtype)));
-  Tensor z = save && !on_cuda(x) ? empty(x, {m, r}, type) : empty(x, {0}, type);
+  Tensor z = save && !(on_cuda(x) && norm_weight) ? empty(x, {m, r}, type) : empty(x, {0}, type);
   Tensor stats =
       save && norm_weight ? empty(x, {m, 2}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
   bottleneck_forward_out(y, z, stats, x, residual, down_weight, down_bias, up_weight, up_bias,
@@ -146,7 +146,7 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
   m.gradient(args.d_scale, d_scale, args.channel_scale ? d : 1, "d_scale");
   bool none = !args.count();
   STD_TORCH_CHECK(none || args.x.data || !args.needs_x(), "x: expected its values");
-  STD_TORCH_CHECK(none || args.z || on_cuda(x) || !args.needs_z(),
+  STD_TORCH_CHECK(none || args.z || (on_cuda(x) && norm_weight) || !args.needs_z(),
                   "z: expected [M, r], as saved by the forward");
   STD_TORCH_CHECK(none || args.stats || !norm_weight || !args.needs_x(),
                   "stats: expected [M, 2], as saved by the forward");

@@ -84,8 +84,8 @@ def _save(
 def _saved(ctx: Any, dy: Tensor) -> Sequence[Any]:
     """What `_save` was given, for backward; what is not read is uninitialised.
 
-    Of x that is not read the values take no memory: on the CPU it is empty, in a list it is one row
-    that all share.
+    Of x that is not read the values take no memory: it is empty, in a list it is one row that all
+    share.
     """
     saved = list(ctx.saved_tensors)
     listed = 0 if ctx.sizes is None else ctx.sizes[0] or 0
@@ -93,7 +93,7 @@ def _saved(ctx: Any, dy: Tensor) -> Sequence[Any]:
         if i < listed:
             saved[i] = dy.new_empty(shape[-1:], dtype=dtype).expand(shape)
         else:
-            empty = i == 0 and dy.device.type == "cpu" and dy.numel() > 0
+            empty = i == 0 and dy.numel() > 0
             saved[i] = dy.new_empty((0,) if empty else shape, dtype=dtype)
     return saved if ctx.sizes is None else _nested(saved, ctx.sizes)
 

@@ -61,9 +61,12 @@ SCHEMAS = {
 def allocate_saved(
     x: Tensor, down_weight: Tensor, norm_weight: Tensor | None, compute_dtype: int, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """z [M, r] (on the CPU; elsewhere recomputing it costs less) and stats [M, 2], or empty."""
+    """z [M, r] and stats [M, 2], or empty.
+
+    On GPUs there is no z behind LayerNorm, whose gradient reads x: they make z of it once more.
+    """
     m, r = math.prod(x.shape[:-1]), down_weight.shape[0]
-    z_shape = (m, r) if save and x.device.type == "cpu" else (0,)
+    z_shape = (m, r) if save and (x.device.type == "cpu" or norm_weight is None) else (0,)
     z = x.new_empty(z_shape, dtype=DTYPES[compute_dtype])
     stats_shape = (m, 2) if save and norm_weight is not None else (0,)
     return z, x.new_empty(stats_shape, dtype=torch.float32)

@@ -2,9 +2,10 @@
 
 Forward: a program owns BLOCK_M rows. x streams by in blocks of D and is contracted to z
 [BLOCK_M, r], which stays in registers through activation and dropout; then y streams out, and x is
-read again, from L2, where it is the residual. Backward: one pass recomputes z, contracts dy to dh
-and writes dx and the small dz and h [M, r]; a second contracts x and dy with these, each program
-over a range of rows; the last adds the ranges in order and forms every parameter's gradient.
+read again, from L2, where it is the residual. Backward: one pass takes z as saved (with LayerNorm
+it recomputes it from x), contracts dy to dh and writes dx and the small dz and h [M, r]; a second
+contracts x and dy with these, each program over a range of rows; the last adds the ranges in order
+and forms every parameter's gradient.
 
 The row m of a tensor [n0, n1, n2, D] lies at any three strides. R is r rounded up to a multiple of
 BLOCK_R; where there are several blocks of R, h and dz pass through memory. Products accumulate in

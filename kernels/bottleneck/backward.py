@@ -1,4 +1,4 @@
-"""The pass over x and dy of backward."""
+"""The pass over dy of backward, and over x where there is LayerNorm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def backward_kernel(
     dx,
     dz_out,
     h_out,
+    z_in,
     stats,
     down_weight,
     down_bias,
@@ -55,7 +56,10 @@ def backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None."""
+    """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None.
+
+    z is what the forward saved, [M, r]; with LayerNorm, whose gradient reads x, it is made of x.
+    """
     rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
@@ -81,10 +85,17 @@ def backward_kernel(
                 dh *= scale_value
             elif not CHANNEL_SCALE:
                 dh *= tl.load(scale).to(DTYPE).to(tl.float32)
-        z, centred = pre_activation(
-            x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
-            units, D, r, R, DTYPE, PRECISION, BLOCK_D,
-        )  # fmt: skip
+        if norm_weight is not None:
+            z, centred = pre_activation(
+                x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
+                units, D, r, R, DTYPE, PRECISION, BLOCK_D,
+            )  # fmt: skip
+        else:
+            z = tl.load(
+                z_in + rows.to(tl.int64)[:, None] * r + units[None, :],
+                mask=in_rows[:, None] & (units < r)[None, :],
+                other=0.0,
+            ).to(tl.float32)
         kept = (units < r)[None, :]  # beyond r z or dh is NaN where x or dy is infinite
         if seed is not None:
             kept &= survivors(seed, rows, first, r, threshold, BLOCK_R)

@@ -17,6 +17,7 @@ def forward_kernel(
     x,
     residual,
     y,
+    z_out,
     stats,
     hidden,
     down_weight,
@@ -75,6 +76,9 @@ def forward_kernel(
             x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
             units, D, r, R, DTYPE, PRECISION, BLOCK_D,
         )  # fmt: skip
+        if z_out is not None:
+            tile = rows.to(tl.int64)[:, None] * r + units[None, :]
+            tl.store(z_out + tile, z.to(DTYPE), mask=in_rows[:, None] & (units < r)[None, :])
         active = activate(z, ACTIVATION)
         kept = (units < r)[None, :]  # beyond r z is NaN where x is infinite
         if seed is not None:

@@ -132,7 +132,10 @@ def bottleneck_forward_out(
     out_dtype: int,
     add_x: bool,
 ) -> None:
-    """``fastadapters::bottleneck_forward_out``: fills y, and stats where given; z is not used."""
+    """``fastadapters::bottleneck_forward_out``: fills y, and z and stats where given.
+
+    Behind LayerNorm z is not filled: backward makes it once more.
+    """
     if x.numel() == 0:
         return
     p = _problem(y, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
@@ -149,6 +152,7 @@ def bottleneck_forward_out(
             x,
             residual,
             y,
+            z if norm_weight is None else None,
             stats,
             x.new_empty(p.m, p.padded_r, dtype=p.dtype) if p.padded_r > p.block_r else None,
             down_weight,
@@ -202,7 +206,10 @@ def bottleneck_backward_out(
     out_dtype: int,
     add_x: bool,
 ) -> None:
-    """``fastadapters::bottleneck_backward_out``: fills what is not None; z is not used."""
+    """``fastadapters::bottleneck_backward_out``: fills what is not None.
+
+    z: as saved by the forward; not used behind LayerNorm.
+    """
     parameter_gradients = (
         d_down_weight,
         d_down_bias,
@@ -218,7 +225,7 @@ def bottleneck_backward_out(
                 gradient.zero_()
         return
     p = _problem(dy, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
-    if x.numel() == 0:  # not needed, where all that is wanted are sums of dy
+    if x.numel() == 0:  # not needed
         x = dy
     if dy.stride(-1) != 1 or dy.dim() > 4:
         dy = dy.contiguous()
@@ -255,6 +262,7 @@ def bottleneck_backward_out(
                 dx,
                 dz,
                 h,
+                z if norm_weight is None else None,
                 stats,
                 down_weight,
                 down_bias,
@@ -344,9 +352,12 @@ def bottleneck_forward(
     *inputs, save = rest
     compute_dtype, out_dtype, _ = inputs[-3:]
     y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
-    _, stats = allocate_saved(x, inputs[0], inputs[4], compute_dtype, save)
-    bottleneck_forward_out(y, None, stats if stats.numel() else None, x, residual, *inputs)
-    return y, x.new_empty(0), stats  # z is computed again
+    z, stats = allocate_saved(x, inputs[0], inputs[4], compute_dtype, save)
+    if inputs[4] is not None:  # as on a GPU, where an interpreter runs on the CPU
+        z = x.new_empty(0)
+    saved = (t if t.numel() else None for t in (z, stats))
+    bottleneck_forward_out(y, *saved, x, residual, *inputs)
+    return y, z, stats
 
 
 def bottleneck_backward(

@@ -161,6 +161,17 @@ def test_only_what_is_asked_for(wanted: str, ran: str) -> None:
     assert launched == (ran.split() if names else ["norm", "forward"])
 
 
+@pytest.mark.parametrize("name", ["x", "up_weight"])
+def test_saves_no_x_that_nothing_reads(name: str) -> None:
+    case = Case(rows=(70,), r=10, dtype=BF16, activation="gelu", dropout=0.3)
+    tensors = bottleneck_cases.inputs(case)
+    wanted = {"needs": lambda n: n == name}
+    with device.simulate(80), bottleneck_cases.saving() as saved:
+        out = bottleneck_cases.run(case, tensors, "triton", **wanted)
+    check_all(out, bottleneck_cases.reference_pair(case, tensors, **wanted))
+    assert tensors["x"].data_ptr() not in saved
+
+
 def traffic(
     arch: int, d: int, **dtypes: torch.dtype
 ) -> tuple[device.Simulation, dict[str, Tensor]]:
@@ -196,7 +207,13 @@ def test_traffic(arch: int, d: int, dtypes: dict[str, torch.dtype]) -> None:
     for name in ("down_weight", "up_weight"):
         assert forward.traffic(t[name]).read == forward.grid[0] * t[name].nbytes
 
-    assert backward.traffic(t["x"]).read == unit
+    # z stands for x: what the forward wrote is read once by backward, and nothing else is.
+    assert backward.traffic(t["x"]).read == 0
+    z = [
+        k for k in forward.by_address if k in backward.by_address and forward.by_address[k].written
+    ]
+    moved = [(forward.by_address[k].written, backward.by_address[k].read) for k in z]
+    assert moved == [(256 * 64 * 2, 256 * 64 * 2)]
     assert backward.traffic(t["cotangent"]).read == 2 * unit
     moved = backward.traffic(t["d_x"])
     assert moved.written == moved.written_sectors == unit and moved.partial_written_lines == 0

@@ -2,9 +2,9 @@
 // residual, y and dy as Y: as the products are multiplied, E, or in fp32.
 #pragma once
 
-#include "../../philox.h"
 #include "../activation.cuh"
 #include "../product.cuh"
+#include "hidden.cuh"
 #include "walk.cuh"
 
 namespace fastadapters::cuda {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   const int group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
   const int first_row = blockIdx.x * kRows, rows = min(p.rows - first_row, kRows);
-  const int passes = p.parts * p.passes_per_part;
+  const int passes_per_part = p.x_passes + p.tail_passes, passes = p.parts * passes_per_part;
 
   if (threadIdx.x < kRows) {
     const int i = threadIdx.x, row = first_row + i;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   const auto load_next = [&] {
     const bool down = next.pass < passes;
     if (down || (expand && next.chunk < p.chunks)) {
-      const bool second = !down || (kBackward && next.pass % p.passes_per_part == 1);
-      const int part = down ? next.pass / p.passes_per_part : next.part;
+      const bool second = !down || next.pass % passes_per_part >= p.x_passes;
+      const int part = down ? next.pass / passes_per_part : next.part;
       const int chunk = !down && p.keep_tail ? p.chunks - 1 - next.chunk : next.chunk;
       if (down || (p.add_tail && part == 0 && (!p.keep_tail || next.chunk >= p.ring))) {
         char* const slot = shared + next.slot * L::kSlot;
@@ -138,8 +138,11 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
 
   Walk now;
   for (int part = 0; part < p.parts; ++part) {
-    float z[2][kDownN][4] = {}, gradient[2][kDownN][4] = {};
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    const Hidden<E, kDownN> at(p.bottleneck, part * kWidth + warp_column * (kWidth / 2) + 2 * pair,
+                               first_row + warp_row + group, p.rows);
+    float z[2][kDownN][4] = {};
+    if (kBackward && !norm) at.load(z, p.z);
+    for (int chunk = 0; chunk < p.chunks * p.x_passes; ++chunk) {
       begin_step();
       const char* const slot = shared + now.slot * L::kSlot;
       if (norm && part == 0) {
@@ -170,15 +173,6 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
           {weights + now.weights * L::kWeights, 0, warp_column * (kWidth / 2)}, shift);
       now.advance(p, passes);
     }
-    if (kBackward && p.passes_per_part == 2) {
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        begin_step();
-        multiply<E, 4, false, true, Y>(
-            gradient, {shared + now.slot * L::kSlot, kPanel, warp_row},
-            {weights + now.weights * L::kWeights, L::kUp, warp_column * (kWidth / 2)}, no_shift);
-        now.advance(p, passes);
-      }
-    }
 
     if (!kBackward && norm && part == 0) {
       sums.x += __shfl_xor_sync(0xffffffff, sums.x, 1);
@@ -194,11 +188,10 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       __syncthreads();
     }
 
-    const int column = part * kWidth + warp_column * (kWidth / 2) + 2 * pair;
     float bias[kDownN][2], down_sums[kDownN][2];
-    load_columns<E>(bias, p.down_bias, column, p.bottleneck);
+    load_columns<E>(bias, p.down_bias, at.column, p.bottleneck);
     if (norm) {
-      load_columns<E>(down_sums, {p.down_sums, Dtype::float32, true}, column, p.bottleneck);
+      load_columns<E>(down_sums, {p.down_sums, Dtype::float32, true}, at.column, p.bottleneck);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 stats = tables.stats[warp_row + 8 * i + group];
@@ -210,81 +203,69 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
         }
       }
     }
+    if (!kBackward || norm) {
 #pragma unroll
-    for (int i = 0; i < 8 * kDownN; ++i)
-      z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
-    float h[2][kDownN][4];
-    activate<kBackward>(p.activation, z, h, gradient);
-    // Beyond r an infinite x or dy has met zeros.
-#pragma unroll
-    for (int i = 0; i < 8 * kDownN; ++i) {
-      if (column + i / 4 % kDownN * 8 + i % 2 >= p.bottleneck) {
-        h[i / (4 * kDownN)][i / 4 % kDownN][i % 4] = 0;
-        gradient[i / (4 * kDownN)][i / 4 % kDownN][i % 4] = 0;
-      }
+      for (int i = 0; i < 8 * kDownN; ++i)
+        z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
     }
+    if (!kBackward && p.z) at.store(p.z, z);
 
-    if (p.seed != nullptr) {
-      // Which of this thread's elements dropout keeps, as bits in the order i, n, column.
-      uint32_t kept = 0;
-#pragma unroll 1
-      for (int i = 0; i < 4 * kDownN; ++i) {
-        const int64_t row = first_row + warp_row + i / kDownN * 8 + group;
-        const int at = column + i % kDownN * 8;
-        const PhiloxBlock block =
-            philox4x32(p.seed[0], row * ((p.bottleneck + 3) / 4) + at / 4, p.seed[1]);
-        const bool second = at % 4 != 0;
-        kept |= uint32_t((second ? block.lane[2] : block.lane[0]) >= p.threshold) << 2 * i;
-        kept |= uint32_t((second ? block.lane[3] : block.lane[1]) >= p.threshold) << (2 * i + 1);
-      }
-#pragma unroll
-      for (int i = 0; i < 8 * kDownN; ++i) {
-        const float mask = kept >> i & 1 ? p.keep : 0;
-        h[i / (4 * kDownN)][i / 2 % kDownN][i / (2 * kDownN) % 2 * 2 + i % 2] *= mask;
-        gradient[i / (4 * kDownN)][i / 2 % kDownN][i / (2 * kDownN) % 2 * 2 + i % 2] *= mask;
-      }
-    }
-
+    const uint32_t kept = p.seed ? at.kept(p.seed, p.threshold) : 0;
     char* const panels = hidden + part * L::kHiddenPanels * kPanel;
     const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
+    if (!kBackward || p.hidden) {
+      float h[2][kDownN][4];
+      activate<false>(p.activation, z, h, h);
+      at.mask(h, p.seed, kept, p.keep);
+#pragma unroll
+      for (int i = 0; i < 4 * kDownN; ++i) {
+        const int n = i % kDownN;
+        const float* const value = h[i / kDownN / 2][n] + i / kDownN % 2 * 2;
+        if constexpr (kBackward) {
+          at.store_padded(p.hidden, p.parts * kWidth, i / kDownN, n, value[0], value[1]);
+        } else {
+          store_pair<E>(panels + place(i / kDownN, n), value[0], value[1]);
+        }
+      }
+    }
+    if (!kBackward || p.tail_passes == 0) continue;
+
+    float gradient[2][kDownN][4] = {}, unused[2][kDownN][4];
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      begin_step();
+      multiply<E, 4, false, true, Y>(
+          gradient, {shared + now.slot * L::kSlot, kPanel, warp_row},
+          {weights + now.weights * L::kWeights, L::kUp, warp_column * (kWidth / 2)}, no_shift);
+      now.advance(p, passes);
+    }
+    activate<true>(p.activation, z, unused, gradient);
+    at.mask(gradient, p.seed, kept, p.keep);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = warp_row + 8 * i + group;
       float2 row_sums = {0, 0};
 #pragma unroll
       for (int n = 0; n < kDownN; ++n) {
-        const int at = i % 2 * 2;
-        const float* const value = h[i / 2][n] + at;
-        if constexpr (kBackward) {
-          // Rounded before they are summed: what is subtracted from dx must cancel as it should.
-          const float dz[2] = {E::round(gradient[i / 2][n][at] * scale),
-                               E::round(gradient[i / 2][n][at + 1] * scale)};
-          if (norm) {
+        // Rounded before they are summed: what is subtracted from dx must cancel as it should.
+        float dz[2];
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              row_sums.x += dz[e] * down_sums[n][e];
-              row_sums.y += dz[e] * (z[i / 2][n][at + e] - bias[n][e]);
-            }
+        for (int e = 0; e < 2; ++e) {
+          dz[e] = E::round(gradient[i / 2][n][i % 2 * 2 + e] * scale);
+          if (norm) {
+            row_sums.x += dz[e] * down_sums[n][e];
+            row_sums.y += dz[e] * (z[i / 2][n][i % 2 * 2 + e] - bias[n][e]);
           }
-          store_pair<E>(panels + place(i, n), dz[0], dz[1]);
-          if (row < rows) {
-            const int64_t offset =
-                (int64_t(first_row + row) * p.parts * kWidth + column + 8 * n) * kSize;
-            if (p.hidden) store_pair<E>(p.hidden + offset, value[0], value[1]);
-            if (p.d_hidden) store_pair<E>(p.d_hidden + offset, dz[0], dz[1]);
-          }
-        } else {
-          store_pair<E>(panels + place(i, n), value[0], value[1]);
         }
+        store_pair<E>(panels + place(i, n), dz[0], dz[1]);
+        if (p.d_hidden) at.store_padded(p.d_hidden, p.parts * kWidth, i, n, dz[0], dz[1]);
       }
-      if (kBackward && norm) {
+      if (norm) {
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) {
           row_sums.x += __shfl_xor_sync(0xffffffff, row_sums.x, step);
           row_sums.y += __shfl_xor_sync(0xffffffff, row_sums.y, step);
         }
         if (pair == 0) {
-          float2& total = tables.row_sums[warp_column][row];
+          float2& total = tables.row_sums[warp_column][warp_row + 8 * i + group];
           total = {total.x + row_sums.x, total.y + row_sums.y};
         }
       }

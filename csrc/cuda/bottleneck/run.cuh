@@ -95,6 +95,7 @@ void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
   if (arena->counting || p.rows == 0) return;
   p.tail = activations(op.rows, op.out_dtype, op.residual);
   p.out = activations(op.rows, op.out_dtype, op.y);
+  p.z = static_cast<char*>(op.z);
   p.add_tail = op.residual.data != nullptr;
   p.keep_tail = op.residual.data == op.x.data && op.x_dtype == op.out_dtype &&
                 std::equal(op.x.strides, op.x.strides + 3, op.residual.strides);
@@ -142,7 +143,9 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     p.tail = activations(op.rows, op.out_dtype, op.dy);
     p.out = activations(op.rows, op.x_dtype, op.dx);
     p.add_tail = p.keep_tail = op.add_dy;
-    p.passes_per_part = down || op.dx.data ? 2 : 1;
+    p.z = static_cast<char*>(op.z);
+    p.x_passes = p.down_sums ? 1 : 0;
+    p.tail_passes = op.needs_dz() ? 1 : 0;
     if (op.needs_z()) run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
     if (!(down || up)) return;
 

@@ -4,7 +4,7 @@
 // bytes (of the compute dtype): first to project down (z stays in registers, h in shared memory),
 // then back to project up. Chunks of activations land in a ring; the walk back finds the youngest
 // of them still there and re-reads the others, which are in the L2 cache. Backward is the same walk
-// with dy behind x.
+// with dy for x: only LayerNorm, whose gradient reads x, makes it project x down once more.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,9 @@ struct DataPass : Problem {
   Activations out;         // y or dx
   bool keep_tail = false;  // the tail is what the last pass down has left in the ring
   bool add_tail = false;
-  int passes_per_part = 1;
+  int x_passes = 1, tail_passes = 0;  // 0 or 1: what the passes down read
   int ring = 0, lookahead = 0;
+  char* z = nullptr;       // [M, r]: forward may store it, backward without norm loads it
   char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, parts * kWidth]
   char* d_hidden = nullptr;
 };
