@@ -12,6 +12,7 @@ gives each count per tile and per call. Rates are the data sheets' where those c
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 PAGE = ROOT / "docs" / "performance.md"
 HEADING = "## GPU: predicted"
 TILE = 64
+ACCUMULATING = "ELb1ELb1E"  # in the name of the data pass
 # PTX that no instruction of the machine code stands for.
 FREE = ("ld.param", "mov", "cvta", "bra.uni")
 
@@ -48,8 +50,12 @@ Memory, clock and tensor rates are from data sheets, mma.sync on Hopper taken as
 wgmma's. The L2 cache's are for reads, as measured by others (on the H100 with 114 processors,
 scaled to 132); writes go the other way through the crossbar and are counted beside them.
 
-Backward reads x and dy twice, once for dx and once for the weight gradients, so it cannot come
-below 5/3 of the floor.
+Backward needs z where forward had it: without LayerNorm forward saves it, [M, r], and the data
+pass reads dy and z alone; behind LayerNorm it reads x and makes z once more. The weight pass reads
+x and dy again: 4/3 of the floor at least, with LayerNorm 5/3. Where r is at most 32 and shared
+memory has room for dWu in fp32, [D, r], the data pass accumulates it, and dy is read once; each
+block's sum goes through memory, which counts as written and read. Partial sums that the launch
+before has written (splits of the weight pass) are read from the L2 cache.
 
 What is read again: a block keeps the chunks of x (backward: dy) that fit into its shared
 memory, two blocks on a processor, and asks the L2 cache for the others a second time: at D =
@@ -126,10 +132,12 @@ def counted(report: Any, again: float = 0, resident: float = 0) -> Counts:
     )
 
 
-def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int]:
-    """A training step with fp32 parameters; how many of its kernels are forward's.
+@functools.cache
+def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int, bool]:
+    """A training step with fp32 parameters: its kernels, and how many of them are forward's.
 
-    ``kind``: bfloat16, float32, or autocast, which is x and y in fp32 and products in bf16.
+    And whether backward's data pass accumulates dWu. ``kind``: bfloat16, float32, or autocast,
+    which is x and y in fp32 and products in bf16.
     """
     import cuda_backend
     import device
@@ -162,27 +170,42 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
             resident=blocks * TILE * w.dim * stored.itemsize if "data_pass" in report.name else 0,
         )
 
-    return [measure(report) for report in simulation.launches], forward
+    accumulates = any(ACCUMULATING in report.name for report in simulation.launches)
+    return [measure(report) for report in simulation.launches], forward, accumulates
 
 
 def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Counts], list[Counts]]:
     """Forward's and backward's, at full size: counts are linear in the number of tiles."""
-    few, forward = run(w, gpu.arch, 2 * TILE, kind)
-    many, _ = run(w, gpu.arch, 4 * TILE, kind)
+    shape = w._replace(name="", batch=1, tokens=1, cpu_batch=1, quick=False)
+    width = -(-w.bottleneck // 16) * 16
+    counted_tiles = 2, 4
+    if w.bottleneck <= 32 and w.dim * width * 4 < 160 * 1024:  # rows enough to accumulate dWu
+        counted_tiles = 4 + width // 4, 8 + width // 4
+    (few, forward, accumulates), (many, *_) = (
+        run(shape, gpu.arch, n * TILE, kind) for n in counted_tiles
+    )
     tiles = -(-w.batch * w.tokens // TILE)
+    share = (tiles - counted_tiles[0]) / (counted_tiles[1] - counted_tiles[0])
     full = []
     for a, b in zip(few, many, strict=True):
         pairs = zip(vars(a).values(), vars(b).values(), strict=True)
-        full.append(Counts(*(u + (v - u) * (tiles - 2) / 2 for u, v in pairs)))
-    # The machine has few processors: there the weight gradients are one partial sum, here several.
-    width = 32 if w.bottleneck <= 32 else 64
-    columns = 2 * -(-w.dim * 2 // 128) * -(-w.bottleneck // width)
+        full.append(Counts(*(u + (v - u) * share for u, v in pairs)))
+    # The machine has four processors: here there are more partial sums.
+    data_pass, weight_pass, finish = full[-3:]
+    jobs = 1 if accumulates else 2
+    columns = jobs * -(-w.dim * 2 // 128) * -(-w.bottleneck // (32 if w.bottleneck <= 32 else 64))
     splits = max(2 * gpu.processors // columns, 1)
-    partial = (splits - 1) * 2 * w.dim * width * 4
-    full[-2].written += partial / 2
-    full[-1].read += partial / 2
-    for counts in full[-2:]:
-        counts.distinct += partial / 2
+    partial = (splits - 1) * jobs * w.dim * width * 4
+    weight_pass.written += partial
+    weight_pass.distinct += partial
+    finish.read += partial
+    if accumulates:
+        blocks = -(-tiles // -(-tiles // gpu.processors))
+        partial = (blocks - 4) * w.dim * (width + 1) * 4
+        data_pass.written += partial
+        data_pass.distinct += partial
+        finish.read += partial
+        finish.distinct += partial
     return full[:forward], full[forward:]
 
 

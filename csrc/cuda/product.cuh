@@ -16,13 +16,15 @@ struct Operand {
 
 // acc += a b over kSteps times 32 bytes (of E) of the summed index where rows hold it, the same
 // number of elements where columns do. `a` may be stored as fp32 (S) and multiplied in 16 bits: it
-// is rounded on its way. `shift` is subtracted from the rows of an untransposed fp32 `a`.
+// is rounded on its way. `shift` is subtracted from the rows of an untransposed fp32 `a`. If kSum,
+// for 16-bit products, each element of a row of `sums` has the sum of that row of `a` added.
 //
 // An origin is a multiple of the warp's extent, so a segment's number is a sum without carries of a
 // part that depends on the lane, permuted once, and a constant: `^` adds them.
-template <class E, int kSteps, bool kTransposedA, bool kTransposedB, class S = E, int kM, int kN>
+template <class E, int kSteps, bool kTransposedA, bool kTransposedB, class S = E, bool kSum = false,
+          int kM, int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], Operand a, Operand b,
-                                         const float (&shift)[kM][2]) {
+                                         const float (&shift)[kM][2], float (*sums)[4] = nullptr) {
   constexpr int kSize = sizeof(typename E::T);
   constexpr int kDepth = 32 / kSize;  // elements of the summed index in a step
   constexpr bool kRounded = kSize == 2 && sizeof(typename S::T) == 4;
@@ -134,6 +136,10 @@ __device__ __forceinline__ void multiply(float (&acc)[kM][kN][4], Operand a, Ope
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < kN; ++n) E::mma(acc[m][n], left[m], right[n]);
+        if constexpr (kSum) {
+          const uint32_t ones[2] = {E::pack(1, 1), E::pack(1, 1)};
+          E::mma(sums[m], left[m], ones);
+        }
       }
     }
   } else {

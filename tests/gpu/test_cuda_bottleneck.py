@@ -76,6 +76,29 @@ MIXED = [
 ]
 
 
+# Rows enough for the data pass to accumulate dWu on four processors, which the last does not.
+ACCUMULATED = [
+    Case(rows=(330,), d=200, r=16, dtype=BF16, activation="gelu", scale="learnable", dropout=0.3),
+    Case(rows=(3, 200), d=100, r=24, dtype=BF16, residual="none", layout="slice", scale="channel"),
+    Case(rows=(330,), d=130, r=3, dtype=FP16, residual="other", cotangent="expanded"),
+    Case(rows=(200,), d=72, r=10, dtype=BF16, x_dtype=FP32, activation="silu"),
+    Case(rows=(330,), d=72, r=10, dtype=FP16, x_dtype=FP32, residual="none"),
+    Case(rows=(200,), d=72, r=10, dtype=BF16, residual="other", residual_dtype=FP32),
+    Case(rows=(330,), d=200, r=16, dtype=BF16, norm="both", activation="gelu"),
+]
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("case", ACCUMULATED, ids=str)
+def test_accumulates(case: Case, arch: int) -> None:
+    check_schedules(case, "cuda", arch)
+    tensors = bottleneck_cases.inputs(case)
+    with device.simulate(arch) as run:
+        bottleneck_cases.run(case, tensors, "cuda")
+    accumulating = sum("ELb1ELb1E" in report.name for report in run.launches)
+    assert accumulating == (case.norm == "none")
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("case", [*OPTIONS, *SHAPES, *LAYOUTS], ids=str)
 def test_matches_reference(case: Case, arch: int) -> None:
@@ -249,6 +272,29 @@ def test_traffic(
     assert all(g.conflict_ratio == 1.0 for g in gradients)
 
 
+@ARCHITECTURES
+@pytest.mark.parametrize("add_x", [True, False])
+def test_traffic_where_the_data_pass_accumulates(add_x: bool, arch: int, simulated: Any) -> None:
+    """x and dy are read once in all, but for the dy that shared memory has not kept for dx."""
+    m, d, r = 320, 768, 16
+    gen = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
+    down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
+    codes = DTYPE_CODES[BF16], DTYPE_CODES[BF16]
+    weights = (down, None, up, up[:, 0].contiguous(), *[None] * 4, 0.5, 1e-5, 0.0, 1, *codes, add_x)
+    with device.simulate(arch) as run:
+        _, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
+        dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)
+    _, backward, gradients, _ = run.launches
+    again = 0.5 if add_x and arch == 80 else 0.0
+    assert dy.nbytes <= backward.traffic(dy).read <= (1 + again) * dy.nbytes
+    assert backward.traffic(z).read == z.nbytes
+    assert backward.traffic(dx).written == backward.traffic(dx).written_unique == dx.nbytes
+    assert gradients.traffic(x).read == x.nbytes
+    assert backward.traffic(x).read == gradients.traffic(dy).read == gradients.traffic(z).read == 0
+    assert backward.conflict_ratio == gradients.conflict_ratio == 1.0
+
+
 LIMITS = [
     Case(rows=(5,), d=40, dtype=BF16),
     Case(rows=(5,), d=40, dtype=BF16, norm="both"),
@@ -279,8 +325,10 @@ def test_largest_r(case: Case, arch: int) -> None:
                 bottleneck_cases.run(sample, tensors, "cuda")
 
 
-def mutated_cases(dtype: torch.dtype) -> list[Case]:
+def mutated_cases(kernel: str, dtype: torch.dtype) -> list[Case]:
     """Both lookaheads, all barriers of LayerNorm, one chunk of D, a last stage like the first."""
+    if kernel == "accumulate":
+        return [Case((330,), d=192, r=10, dtype=dtype), Case((330,), d=640, r=10, dtype=dtype)]
     d, wide = (192, 128) if dtype == FP32 else (384, 256)
     base = Case(rows=(200,), d=d, r=40, dtype=dtype, activation="gelu")
     return [
@@ -292,8 +340,9 @@ def mutated_cases(dtype: torch.dtype) -> list[Case]:
 
 
 KERNELS = {
-    "forward": (BF16, "data_pass.*BFloat16ELi64ELb0ES2_S2_"),
-    "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ES2_S2_"),
+    "forward": (BF16, "data_pass.*BFloat16ELi64ELb0ELb0ES2_S2_"),
+    "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ELb0ES2_S2_"),
+    "accumulate": (BF16, "data_pass.*BFloat16ELi32ELb1ELb1ES2_S2_"),
     "gradients": (BF16, "weight_pass.*BFloat16ELi64ES2_"),
     "forward_fp32": (FP32, "data_passINS0_7Float32ILb0EEELi64ELb0"),
 }
@@ -304,12 +353,14 @@ def test_every_synchronisation_is_needed(kernel: str, monkeypatch: pytest.Monkey
     """With any one barrier, commit or wait deleted, the machine finds a fault."""
     dtype, pattern = KERNELS[kernel]
     name = next(n for n in device._kernels if re.search(pattern, n))
-    samples = [(case, bottleneck_cases.inputs(case)) for case in mutated_cases(dtype)]
+    cases = mutated_cases(kernel, dtype)
+    samples = [(case, bottleneck_cases.inputs(case)) for case in cases]
+    arch = 89 if kernel == "accumulate" else 80  # so that there is little room
 
     def is_caught() -> bool:
         for seed, (case, tensors) in itertools.product(range(4), samples):
             try:
-                with device.simulate(80, seed):
+                with device.simulate(arch, seed):
                     bottleneck_cases.run(
                         case, tensors, "cuda", needs=lambda name: "forward" not in kernel
                     )

@@ -42,8 +42,8 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOL
 class Kernel(NamedTuple):
     """A kernel that multiplies matrices, for r up to ``width``.
 
-    forward, backward, or gradients of the parameters; the dtypes of its products, of x (or what the
-    gradients are products with) and of y.
+    forward, backward, accumulate (backward that makes dWu, too) or gradients of the parameters; the
+    dtypes of its products, of x (or what the gradients are products with) and of y.
     """
 
     kind: str
@@ -70,6 +70,8 @@ def every() -> set[Kernel]:
     for products, x, y, width in forms():
         found |= {Kernel(kind, products, x, y, width) for kind in ("forward", "backward")}
         found |= {Kernel("gradients", products, stored, "", width) for stored in (x, y)}
+        if products in HALVES and (width == 32 or {x, y} != {products}):
+            found.add(Kernel("accumulate", products, x, y, width))
     return found
 
 
@@ -87,7 +89,9 @@ def parse(name: str) -> Kernel | None:
     stored = [DTYPES[s] for s in rest if s in DTYPES]
     if found[1] == "weight_pass":
         return Kernel("gradients", DTYPES[products], stored[0], "", int(width))
-    kind = "backward" if rest[0] == "true" else "forward"
+    kind = {"false false": "forward", "true false": "backward"}.get(
+        " ".join(rest[:2]), "accumulate"
+    )
     return Kernel(kind, DTYPES[products], stored[0], stored[1], int(width))
 
 
@@ -108,23 +112,36 @@ def resources(arch: int) -> dict[Kernel | str, Resources]:
 
 @functools.cache
 def shared(arch: int, dim: int) -> dict[Kernel, int]:
-    """What the launchers ask for: bytes of shared memory of a block, at [64, dim], r = width."""
+    """What the launchers ask for: bytes of shared memory of a block, at [64, dim], r = width.
+
+    Or, where dWu is accumulated and there is room, at [320, dim], r = 16.
+    """
     ops = cuda_backend.load()
     asked = {}
     precision = torch.get_float32_matmul_precision()
     for *names, width in forms():
         torch.set_float32_matmul_precision("high" if names[0] == "tf32" else "highest")
         dtypes = [torch.float32 if n == "tf32" else getattr(torch, n) for n in names]
-        x, y = (torch.zeros(64, dim, dtype=dtype) for dtype in dtypes[1:])
-        down, up = x.new_zeros(width, dim), x.new_zeros(dim, width)
-        codes = DTYPE_CODES[dtypes[0]], DTYPE_CODES[dtypes[2]], x.dtype == y.dtype
-        rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes)
-        with device.simulate(arch) as run:
-            _, z, stats = ops.bottleneck_forward(x, None, *rest, True)
-            ops.bottleneck_backward(y, x, z, stats, *rest, 0b1011)
-        for report in run.launches:
-            if kernel := parse(report.name):
-                asked[kernel] = report.shared_bytes
+        accumulate = Kernel("accumulate", *names, width)
+        sizes = [(64, width)]
+        if dim == 768 and names[0] == "bfloat16" and accumulate in every():
+            sizes.append((320, 16))
+        for rows, r in sizes:
+            x, y = (torch.zeros(rows, dim, dtype=dtype) for dtype in dtypes[1:])
+            down, up = x.new_zeros(r, dim), x.new_zeros(dim, r)
+            codes = DTYPE_CODES[dtypes[0]], DTYPE_CODES[dtypes[2]], x.dtype == y.dtype
+            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes)
+            z, stats = x.new_zeros(rows, r, dtype=dtypes[0]), x.new_zeros(0, dtype=torch.float32)
+            with device.simulate(arch) as run:
+                if rows == 64:
+                    ops.bottleneck_forward(x, None, *rest, True)
+                ops.bottleneck_backward(y, x, z, stats, *rest, 0b1011)
+            for report in run.launches:
+                if kernel := parse(report.name):
+                    asked.setdefault(kernel, report.shared_bytes)
+        if accumulate in asked:  # and so in float16
+            alike = [n.replace("bfloat16", "float16") for n in names]
+            asked[Kernel("accumulate", *alike, width)] = asked[accumulate]
     torch.set_float32_matmul_precision(precision)
     return asked
 
@@ -139,12 +156,15 @@ def test_kernels_fit(arch: int) -> None:
         expected = isinstance(kernel, Kernel) and kernel.products != "float32"
         assert bool(r.matrix.get("HMMA")) == expected, kernel
     for dim, kernel in itertools.product((768, 1024), every()):
+        if kernel.kind == "accumulate" and kernel not in shared(arch, dim):
+            continue
         asked, registers = shared(arch, dim)[kernel], kernels[kernel].registers
         assert asked <= PROCESSORS[arch].shared_per_block
         found = occupancy(arch, registers=registers, shared=asked, threads=128)
         # fp32 rows are twice as long: too long for two where 100 KiB are shared.
         tight = kernel.width == 64 and bool({"float32", "tf32"} & {*kernel})
-        least = 1 if tight and PROCESSORS[arch].shared < 128 * 1024 else 2
+        tight = tight and PROCESSORS[arch].shared < 128 * 1024
+        least = 1 if tight or kernel.kind == "accumulate" else 2
         assert found.blocks >= least, f"{kernel}: {found}"
     text = TABLE.read_text()
     if compiler() in text:  # another version compiles to something else
@@ -227,7 +247,9 @@ def lines(arch: int) -> list[str]:
     found = []
     for kernel, r in sorted(resources(arch).items(), key=str):
         if isinstance(kernel, Kernel):
-            asked = shared(arch, 768)[kernel]
+            asked = shared(arch, 768).get(kernel)
+            if asked is None:  # no room
+                continue
             fits = occupancy(arch, registers=r.registers, shared=asked, threads=128)
             cells = (f"sm_{arch}", *kernel, r.registers, asked, fits.blocks, fits.limit)
             cells = (*cells, r.matrix.get("HMMA", 0), r.instructions)
@@ -285,7 +307,8 @@ def table() -> str:
         "",
         "Shared memory as the launchers ask for it at D = 768. r is the largest whose h is one",
         "part; wider ones go part by part. Gradients are products with x or with dy, whose dtype",
-        "is named. 128 threads a block.",
+        "is named. `accumulate`: a backward that makes dWu, too, in one block on a multiprocessor,",
+        "its shared memory at r = 16; where it is missing it has no room. 128 threads a block.",
         "",
         *heading((*of_bottleneck, *rest)),
         *itertools.chain(*map(lines, sorted(ARCHITECTURES))),

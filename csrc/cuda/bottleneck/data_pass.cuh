@@ -4,6 +4,7 @@
 
 #include "../activation.cuh"
 #include "../product.cuh"
+#include "accumulate.cuh"
 #include "hidden.cuh"
 #include "walk.cuh"
 
@@ -32,16 +33,15 @@ __device__ __forceinline__ float2 sum_half_row(const char* panels, int columns, 
   return sums;
 }
 
-template <class E, int kWidth, bool kBackward, class X, class Y>
-__global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__ DataPass p) {
+template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y>
+__device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* shared) {
   using T = typename E::T;
   using Out = std::conditional_t<kBackward, X, Y>;
   using L = Layout<E, kWidth, X, Y>;
   constexpr int kSize = L::kSize, kChunk = L::kChunk;
   constexpr int kDownN = kWidth / 16, kUpN = kChunk / 16;
-  extern __shared__ __align__(128) char shared[];
 
-  const bool norm = p.down_sums != nullptr;
+  const bool norm = !kAccumulate && p.down_sums != nullptr;
   const bool expand = p.out.data != nullptr;
   const L layout(p, kBackward && norm && expand);
   char* const weights = shared + p.ring * L::kSlot;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
-  const int first_row = blockIdx.x * kRows, rows = min(p.rows - first_row, kRows);
+  const int first_row = tile * kRows, rows = min(p.rows - first_row, kRows);
   const int passes_per_part = p.x_passes + p.tail_passes, passes = p.parts * passes_per_part;
 
   if (threadIdx.x < kRows) {
@@ -213,7 +213,10 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     const uint32_t kept = p.seed ? at.kept(p.seed, p.threshold) : 0;
     char* const panels = hidden + part * L::kHiddenPanels * kPanel;
     const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
-    if (!kBackward || p.hidden) {
+    constexpr int kFirst = L::kBeside ? kWidth : 0;  // column of h where dWu is accumulated
+    char* const h_panel = panels + (L::kBeside ? 0 : kPanel);
+    const Fragment<E> h_place(warp_row, kFirst + warp_column * (kWidth / 2), kPanel);
+    if (!kBackward || kAccumulate || p.hidden) {
       float h[2][kDownN][4];
       activate<false>(p.activation, z, h, h);
       at.mask(h, p.seed, kept, p.keep);
@@ -221,8 +224,10 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
       for (int i = 0; i < 4 * kDownN; ++i) {
         const int n = i % kDownN;
         const float* const value = h[i / kDownN / 2][n] + i / kDownN % 2 * 2;
-        if constexpr (kBackward) {
-          at.store_padded(p.hidden, p.parts * kWidth, i / kDownN, n, value[0], value[1]);
+        if constexpr (kAccumulate) {
+          store_pair<E>(h_panel + h_place(i / kDownN, n), value[0], value[1]);
+        } else if constexpr (kBackward) {
+          at.store_padded(p.hidden, p.width, i / kDownN, n, value[0], value[1]);
         } else {
           store_pair<E>(panels + place(i / kDownN, n), value[0], value[1]);
         }
@@ -233,9 +238,13 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     float gradient[2][kDownN][4] = {}, unused[2][kDownN][4];
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       begin_step();
+      const char* const slot = shared + now.slot * L::kSlot;
       multiply<E, 4, false, true, Y>(
-          gradient, {shared + now.slot * L::kSlot, kPanel, warp_row},
+          gradient, {slot, kPanel, warp_row},
           {weights + now.weights * L::kWeights, L::kUp, warp_column * (kWidth / 2)}, no_shift);
+      if constexpr (kAccumulate) {
+        UpGradient<E, Y>(shared + layout.accumulators, p).add(slot, h_panel, kFirst, chunk);
+      }
       now.advance(p, passes);
     }
     activate<true>(p.activation, z, unused, gradient);
@@ -256,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
           }
         }
         store_pair<E>(panels + place(i, n), dz[0], dz[1]);
-        if (p.d_hidden) at.store_padded(p.d_hidden, p.parts * kWidth, i, n, dz[0], dz[1]);
+        if (p.d_hidden) at.store_padded(p.d_hidden, p.width, i, n, dz[0], dz[1]);
       }
       if (norm) {
 #pragma unroll
@@ -344,6 +353,24 @@ __global__ void __launch_bounds__(kThreads, 2) data_pass(const __grid_constant__
     __syncthreads();
     store_chunk<E, Out>(slot, rows, chunk, p.dim, p.out.aligned,
                         [&](int i) { return p.out.data + tables.out[i]; });
+  }
+}
+
+// A block has one tile of rows; where it accumulates dWu, one after another.
+template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y>
+__global__ void __launch_bounds__(kThreads, kAccumulate ? 1 : 2)
+    data_pass(const __grid_constant__ DataPass p) {
+  extern __shared__ __align__(128) char shared[];
+  if constexpr (kAccumulate) {
+    UpGradient<E, Y> up(shared + Layout<E, kWidth, X, Y>(p, false).accumulators, p);
+    up.clear(p.chunks);
+    for (int tile = blockIdx.x; tile * kRows < p.rows; tile += gridDim.x) {
+      pass_tile<E, kWidth, kBackward, true, X, Y>(p, tile, shared);
+      __syncthreads();
+    }
+    up.store(p);
+  } else {
+    pass_tile<E, kWidth, kBackward, false, X, Y>(p, blockIdx.x, shared);
   }
 }
 

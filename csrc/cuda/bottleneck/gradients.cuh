@@ -6,14 +6,20 @@
 
 namespace fastadapters::cuda {
 
+// Partial sums of a product [splits, D, width] and of its narrow or its wide factor, [splits,
+// width] (dz) or [splits, D] (dy).
+struct Partial {
+  int splits = 0, width = 0;
+  float *products = nullptr, *sums = nullptr;
+};
+
 struct WeightPass : Problem {
   Activations dy;
   const char* hidden = nullptr;
   const char* d_hidden = nullptr;
   int first_job = 0;  // 0: dz^T x and the sums of dz; 1: dy^T h and the sums of dy
   int rows_per_split = 0;
-  float* partials[2];  // [splits, D, parts * kWidth]
-  float* sums[2];      // [splits, parts * kWidth], [splits, D]
+  Partial partials[2];
 };
 
 // A chunk of x or dy, stored as S, and the panels of dz or h; as many as two blocks can have on
@@ -44,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   const int job = p.first_job + blockIdx.z;
   const bool normalise = job == 0 && p.down_sums != nullptr;
   const bool sum = job == 0 ? chunk == 0 : part == 0;
-  const int width = p.parts * kWidth;
+  const int width = p.width;
   const int first_row = split * p.rows_per_split;
   const int last_row = min(first_row + p.rows_per_split, p.rows);
   const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
@@ -61,7 +67,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
 #pragma unroll
       for (int j = 0; j < L::kHiddenPanels; ++j) {
         const char* const data = narrow + int64_t(row) * width * kSize + j * kLine;
-        load_panel<T, kRows, L::kHiddenLine>(stage + Stage::kHidden + j * kPanel, rows, kLine, true,
+        load_panel<T, kRows, L::kHiddenLine>(stage + Stage::kHidden + j * kPanel, rows,
+                                             (width - part * kWidth) * kSize - j * kLine, true,
                                              [&](int i) { return data + i * width * kSize; });
       }
     }
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   }
 
   float* const to =
-      p.partials[job] + (int64_t(split) * p.dim + chunk * kChunk) * width + part * kWidth;
+      p.partials[job].products + (int64_t(split) * p.dim + chunk * kChunk) * width + part * kWidth;
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
     const int row = warp / 2 * (kChunk / 2) + 8 * i + group;
@@ -134,6 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const int column = warp % 2 * (kWidth / 2) + n * 8 + 2 * pair;
+      if (part * kWidth + column >= width) break;
       *reinterpret_cast<float2*>(to + int64_t(row) * width + column) = {
           acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]};
     }
@@ -155,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
         const float2 v = scratch[lane_of / 32 * kThreads + w * 32 + lane_of % 32];
         total += i % per_lane == 0 ? v.x : v.y;
       }
-      if (job == 0) {
-        p.sums[0][split * width + part * kWidth + i] = total;
-      } else if (chunk * kChunk + i < p.dim) {
-        p.sums[1][int64_t(split) * p.dim + chunk * kChunk + i] = total;
+      if (job == 0 && part * kWidth + i < width) {
+        p.partials[0].sums[split * width + part * kWidth + i] = total;
+      } else if (job == 1 && chunk * kChunk + i < p.dim) {
+        p.partials[1].sums[int64_t(split) * p.dim + chunk * kChunk + i] = total;
       }
     }
   }
@@ -166,20 +174,19 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
 
 struct Finish {
   BottleneckBackward op;
-  int splits, width;
-  const float* partials[2];
-  const float* sums[2];
+  Partial partials[2];
   float* d_scales;  // [D], where the scale is one number
 };
 
-// Adds the partial sums in order. One warp for each column of D: its row of dWu, its column of dWd,
-// its element of everything else.
+// Adds the partial sums in order. One block for each column of D: its row of dWu, its column of
+// dWd, its element of everything else. Each warp adds every eighth split.
 template <class E>
 __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ Finish p) {
+  constexpr int kWarps = 8;
+  __shared__ float scratch[kWarps][3][32];
   const BottleneckBackward& op = p.op;
-  const int lane = threadIdx.x % 32;
-  const int64_t d = int64_t(blockIdx.x) * 8 + threadIdx.x / 32;
-  if (d >= op.dim) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t d = blockIdx.x;
   const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
     return v.data ? load<E>({v.data, v.dtype, exact}, i) : otherwise;
   };
@@ -192,14 +199,32 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
   const bool biased = op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data) ||
                       (op.d_down_bias.data && d == 0);
   float d_scale = 0, d_gamma = 0, d_beta = 0;
-  for (int i = lane; i < op.bottleneck; i += 32) {
+  for (int first = 0; first < op.bottleneck; first += 32) {
+    const int i = first + lane;
+    const auto add = [&](bool wanted, const Partial& partial, const float* from, int64_t stride) {
+      float total = 0;
+      if (wanted && i < op.bottleneck) {
+#pragma unroll 4
+        for (int split = warp; split < partial.splits; split += kWarps) {
+          total += from[split * stride + i];
+        }
+      }
+      return total;
+    };
+    const Partial &below = p.partials[0], &above = p.partials[1];
+    scratch[warp][0][lane] =
+        add(down, below, below.products + d * below.width, op.dim * below.width);
+    scratch[warp][1][lane] = add(up, above, above.products + d * above.width, op.dim * above.width);
+    scratch[warp][2][lane] = add(biased, below, below.sums, below.width);
+    __syncthreads();
     float product[2] = {0, 0}, bias = 0;
-    for (int split = 0; split < p.splits; ++split) {
-      const int64_t from = (split * op.dim + d) * p.width + i;
-      if (down) product[0] += p.partials[0][from];
-      if (up) product[1] += p.partials[1][from];
-      if (biased) bias += p.sums[0][split * p.width + i];
+    for (int w = 0; w < kWarps; ++w) {
+      product[0] += scratch[w][0][lane];
+      product[1] += scratch[w][1][lane];
+      bias += scratch[w][2][lane];
     }
+    __syncthreads();
+    if (warp != 0 || i >= op.bottleneck) continue;
     if (op.d_up_weight.data) store(op.d_up_weight, d * op.bottleneck + i, scale * product[1]);
     if (op.d_scale.data) {
       d_scale += product[1] * at(op.up_weight, d * op.bottleneck + i, 0);
@@ -214,9 +239,12 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
     }
     if (op.d_down_bias.data && d == 0) store(op.d_down_bias, i, bias);
   }
+  if (warp != 0) return;
   float sum = 0;
   if (op.d_up_bias.data || (op.d_scale.data && op.up_bias.data)) {
-    for (int split = lane; split < p.splits; split += 32) sum += p.sums[1][split * op.dim + d];
+    for (int split = lane; split < p.partials[1].splits; split += 32) {
+      sum += p.partials[1].sums[split * op.dim + d];
+    }
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {

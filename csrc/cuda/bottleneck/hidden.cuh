@@ -56,11 +56,11 @@ struct Hidden {
     }
   }
 
-  // To [M, width], padded beyond r.
+  // To [M, width].
   __device__ __forceinline__ void store_padded(char* to, int width, int i, int n, float a,
                                                float b) const {
-    const int m = row + 8 * i;
-    if (m < rows) store_pair<E>(to + (int64_t(m) * width + column + 8 * n) * kSize, a, b);
+    const int m = row + 8 * i, at = column + 8 * n;
+    if (m < rows && at < width) store_pair<E>(to + (int64_t(m) * width + at) * kSize, a, b);
   }
 
   // Which elements dropout keeps, as bits in the order i, n, column.

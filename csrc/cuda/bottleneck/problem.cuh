@@ -10,6 +10,7 @@ struct Problem {
   int rows = 0, middle = 1, inner = 1;  // M, and the sizes of the inner row dimensions
   int dim = 0, bottleneck = 0;          // D, r
   int chunks = 0, parts = 0;            // of D and of r
+  int width = 0;                        // columns of h and dz as they are kept, zeros beyond r
   Activations x;
   Matrix down, up;   // with norm, `down` is Wd diag(gamma); in backward `up` may be diag(s) Wu
   Vector down_bias;  // with norm, bd + Wd beta

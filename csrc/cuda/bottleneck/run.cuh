@@ -23,6 +23,7 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   p->bottleneck = int(op.bottleneck);
   p->chunks = int((op.dim * kSize + kLine - 1) / kLine);
   p->parts = int((op.bottleneck + kWidth - 1) / kWidth);
+  p->width = int(round_up(op.bottleneck, 16));
   p->x = activations(op.rows, op.x_dtype, op.x);
   p->up_bias = vector(op.up_bias);
   p->scale = vector(op.scale);
@@ -62,31 +63,46 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   launch(prepare_weights<E>, blocks, 256, 0, stream, work);
 }
 
-// Two blocks should share a processor, so that one computes while the other waits for memory; what
-// shared memory they leave goes to the ring.
+// Divides shared memory: two blocks should share a processor, so that one computes while the other
+// waits for memory, but one has it where it accumulates dWu; what they leave goes to the ring.
+// False if there is too little.
 template <class E, int kWidth, bool kBackward, class X, class Y>
-void run_data_pass(DataPass& p, const Device& device, cudaStream_t stream) {
+bool arrange(DataPass& p, const Device& device) {
   using L = Layout<E, kWidth, X, Y>;
   const bool extra_x = kBackward && p.down_sums && p.out.data;
-  for (int blocks = 2; blocks > 0; --blocks) {
+  for (int blocks = p.units ? 1 : 2; blocks > 0; --blocks) {
     const int budget =
         std::min(device.shared_per_block, device.shared_per_processor / blocks - 1024);
     for (p.lookahead = kLargestLookahead; p.lookahead > 0; --p.lookahead) {
       p.ring = p.lookahead + 1;
-      const int spare = budget - L(p, extra_x).bytes;
-      if (spare < 0) continue;
-      if (p.keep_tail) p.ring = std::max(p.ring, std::min(p.chunks, p.ring + spare / L::kSlot));
-      return launch(data_pass<E, kWidth, kBackward, X, Y>, (p.rows + kRows - 1) / kRows, kThreads,
-                    L(p, extra_x).bytes, stream, p);
+      p.shared = L(p, extra_x).bytes;
+      if (p.shared > budget) continue;
+      if (p.keep_tail) {
+        p.ring = std::max(p.ring, std::min(p.chunks, p.ring + (budget - p.shared) / L::kSlot));
+        p.shared = L(p, extra_x).bytes;
+      }
+      return true;
     }
   }
-  p.lookahead = 1;
-  p.ring = 2;
-  throw std::runtime_error("fastadapters: r = " + std::to_string(p.bottleneck) +
-                           " is too large for the CUDA kernels: a block would take " +
-                           std::to_string(L(p, extra_x).bytes) + " bytes of shared memory of " +
-                           std::to_string(device.shared_per_block));
+  return false;
 }
+
+template <class E, int kWidth, bool kBackward, class X, class Y>
+void run_data_pass(DataPass& p, const Device& device, cudaStream_t stream) {
+  if (!arrange<E, kWidth, kBackward, X, Y>(p, device)) {
+    throw std::runtime_error("fastadapters: r = " + std::to_string(p.bottleneck) +
+                             " is too large for the CUDA kernels: a block would take " +
+                             std::to_string(p.shared) + " bytes of shared memory of " +
+                             std::to_string(device.shared_per_block));
+  }
+  launch(data_pass<E, kWidth, kBackward, false, X, Y>, (p.rows + kRows - 1) / kRows, kThreads,
+         p.shared, stream, p);
+}
+
+// Whether there is a kernel that accumulates dWu: in 16 bits, where r may be at most 32.
+template <class E, int kWidth, class X, class Y>
+constexpr bool kAccumulates =
+    sizeof(typename E::T) == 2 && (kWidth == 32 || !std::is_same_v<X, E> || !std::is_same_v<Y, E>);
 
 template <class E, int kWidth, class X, class Y>
 void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
@@ -109,6 +125,23 @@ void run_weight_pass(const WeightPass& p, int splits, int jobs, cudaStream_t str
          Stage::kCount * Stage::kBytes, stream, p);
 }
 
+// In how many blocks the data pass accumulates dWu, or 0: it does where shared memory has room for
+// [D, r] and the partial sums are fewer bytes than the dy that a pass of its own would read.
+template <class E, int kWidth, class X, class Y>
+int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& device) {
+  constexpr bool kThere = kAccumulates<E, kWidth, X, Y>;
+  const bool wanted = op.needs_dz() && (op.d_up_weight.data || op.d_scale.data);
+  if (!kThere || !wanted || op.norm_weight.data || op.bottleneck > 32) return 0;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  const int64_t tiles_per_block =
+      std::max<int64_t>(round_up(tiles, device.processors) / device.processors, 1);
+  const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
+  p.units = p.width;
+  const int64_t saved = tiles * kRows * int64_t(sizeof(typename Y::T));
+  if (saved <= blocks * p.units * 8 || !arrange<E, kWidth, true, X, Y>(p, device)) return 0;
+  return int(blocks);
+}
+
 template <class E, int kWidth, class X, class Y>
 void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   DataPass p;
@@ -118,23 +151,24 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   const bool down =
       op.d_down_weight.data || op.d_down_bias.data || op.d_norm_weight.data || op.d_norm_bias.data;
   const bool up = op.d_up_weight.data || op.d_up_bias.data || op.d_scale.data;
-  const int64_t width = p.parts * kWidth;
-  const int64_t hidden_bytes = p.rows * width * int64_t(sizeof(typename E::T));
-  if (up) p.hidden = arena->take<char>(hidden_bytes);
+  const int blocks = accumulating_blocks<E, kWidth, X, Y>(op, p, device);
+  const int64_t hidden_bytes = int64_t(p.rows) * p.width * int64_t(sizeof(typename E::T));
+  if (up && !blocks) p.hidden = arena->take<char>(hidden_bytes);
   if (down) p.d_hidden = arena->take<char>(hidden_bytes);
 
   // The rows are split so that two blocks on each processor share the work.
-  const int tiles = (p.rows + kRows - 1) / kRows;
-  const int columns = std::max(p.chunks * p.parts * (int(down) + int(up)), 1);
+  const int tiles = (p.rows + kRows - 1) / kRows, jobs = int(down) + int(up && !blocks);
+  const int columns = std::max(p.chunks * p.parts * jobs, 1);
   const int wanted = std::max(2 * device.processors / columns, 1);
   const int tiles_per_split = std::max((tiles + wanted - 1) / wanted, 1);
   const int splits = (tiles + tiles_per_split - 1) / tiles_per_split;
-  float* partials[2] = {};
-  float* sums[2] = {};
+  Partial partials[2];
+  if (down) partials[0] = {splits, p.width};
+  if (up) partials[1] = {blocks ? blocks : splits, p.width};
   for (int job = 0; job < 2; ++job) {
-    if (!(job == 0 ? down : up)) continue;
-    partials[job] = arena->take<float>(splits * op.dim * width * 4);
-    sums[job] = arena->take<float>(splits * (job == 0 ? width : op.dim) * 4);
+    Partial& partial = partials[job];
+    partial.products = arena->take<float>(partial.splits * op.dim * partial.width * 4);
+    partial.sums = arena->take<float>(partial.splits * (job == 0 ? p.width : op.dim) * 4);
   }
   float* const d_scales = arena->take<float>(op.dim * 4);
   if (arena->counting) return;
@@ -146,7 +180,16 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     p.z = static_cast<char*>(op.z);
     p.x_passes = p.down_sums ? 1 : 0;
     p.tail_passes = op.needs_dz() ? 1 : 0;
-    if (op.needs_z()) run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
+    if constexpr (kAccumulates<E, kWidth, X, Y>) {
+      if (blocks) {
+        p.units = p.width;
+        p.up_products = partials[1].products;
+        p.up_sums = partials[1].sums;
+        arrange<E, kWidth, true, X, Y>(p, device);
+        launch(data_pass<E, kWidth, true, true, X, Y>, blocks, kThreads, p.shared, stream, p);
+      }
+    }
+    if (op.needs_z() && !blocks) run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
     if (!(down || up)) return;
 
     WeightPass w;
@@ -157,9 +200,8 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     w.first_job = down ? 0 : 1;
     w.rows_per_split = tiles_per_split * kRows;
     std::copy(partials, partials + 2, w.partials);
-    std::copy(sums, sums + 2, w.sums);
-    if (std::is_same_v<X, Y> || !up) {
-      run_weight_pass<E, kWidth, X>(w, splits, int(down) + int(up), stream);
+    if (std::is_same_v<X, Y> || !up || blocks) {
+      if (jobs) run_weight_pass<E, kWidth, X>(w, splits, jobs, stream);
     } else {
       if (down) run_weight_pass<E, kWidth, X>(w, splits, 1, stream);
       w.first_job = 1;
@@ -168,8 +210,8 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   }
   if (!(down || up)) return;
 
-  Finish f{op, splits, int(width), {partials[0], partials[1]}, {sums[0], sums[1]}, d_scales};
-  launch(finish_gradients<E>, int((op.dim + 7) / 8), 256, 0, stream, f);
+  Finish f{op, {partials[0], partials[1]}, d_scales};
+  launch(finish_gradients<E>, int(op.dim), 256, 0, stream, f);
   if (!op.d_scale.data || op.channel_scale) return;
   finish_scale<<<1, 256, 0, stream>>>(d_scales, op.dim, op.d_scale);
   check(cudaGetLastError());

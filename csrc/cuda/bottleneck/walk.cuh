@@ -21,10 +21,15 @@ struct DataPass : Problem {
   bool keep_tail = false;  // the tail is what the last pass down has left in the ring
   bool add_tail = false;
   int x_passes = 1, tail_passes = 0;  // 0 or 1: what the passes down read
-  int ring = 0, lookahead = 0;
+  int ring = 0, lookahead = 0, shared = 0;
   char* z = nullptr;       // [M, r]: forward may store it, backward without norm loads it
-  char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, parts * kWidth]
+  char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, width]
   char* d_hidden = nullptr;
+  // backward: columns of dWu that a block accumulates, or 0; what it makes, [blocks, D, units] and
+  // [blocks, D]
+  int units = 0;
+  float* up_products = nullptr;
+  float* up_sums = nullptr;
 };
 
 // Where the walk is: `pass` counts the passes down; when they are over, `part` of `chunk` of the
@@ -62,7 +67,7 @@ struct Sizes {
 };
 
 // Places in shared memory, for x stored as X, tail (and y) as Y. The hidden rows are panels of one
-// part after another.
+// part after another. Where dWu is accumulated, h lies beside dz or in a panel behind it.
 template <class E, int kWidth, class X, class Y>
 struct Layout : Sizes<E, kWidth> {
   using Sizes<E, kWidth>::kWeights;
@@ -76,14 +81,17 @@ struct Layout : Sizes<E, kWidth> {
     float2 row_sums[2][kRows];  // dz . down_sums and dz . (z - bias), a half of the columns each
   };
 
-  int hidden, extra, tables, bytes;
+  static constexpr bool kBeside = 2 * Sizes<E, kWidth>::kHiddenLine <= kLine;
+
+  int hidden, extra, tables, accumulators, bytes;
 
   __host__ __device__ Layout(const DataPass& p, bool extra_x) {
     const int weights = p.ring * kSlot;
     hidden = weights + (p.lookahead + 1) * kWeights;
-    extra = hidden + p.parts * kHiddenPanels * kPanel;
+    extra = hidden + (p.parts * kHiddenPanels + (p.units && !kBeside)) * kPanel;
     tables = extra + (extra_x ? (p.lookahead + 1) * kX : 0);
-    bytes = tables + int(sizeof(Tables));
+    accumulators = tables + int(sizeof(Tables));
+    bytes = accumulators + (p.units ? p.chunks * Sizes<E, kWidth>::kChunk * (p.units + 1) * 4 : 0);
   }
 };
 
