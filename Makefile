@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -158,6 +158,17 @@ wheel-check: wheel ## Test the wheel on a newer PyTorch (5 GB), from site-packag
 	build/newer/bin/python -m pip install --quiet torch==$(NEWER_TORCH) pytest hypothesis dist/*-abi3-*.whl
 	cd build && newer/bin/python -m fastadapters.info
 	build/newer/bin/pytest tests/test_bottleneck.py
+
+# The oldest and the newest interpreter and PyTorch, all combinations; what is not on disk is some GB each.
+RELEASE_PYTHONS ?= python3.10 python3.13
+RELEASE_TORCHES ?= 2.11.0 $(NEWER_TORCH)
+
+build/release-tools.stamp: $(VENV)/tools.stamp
+	pip install --quiet --upgrade --target build/release-tools twine==7.0.0 auditwheel==6.8.2
+	touch $@
+
+release-check: setup build/release-tools.stamp ## The sdist and the wheel as others get them: contents, metadata, tag, installations (GBs)
+	RELEASE_TOOLS=$(abspath build/release-tools) RELEASE_PYTHONS='$(RELEASE_PYTHONS)' RELEASE_TORCHES='$(RELEASE_TORCHES)' .ci/release-check
 
 clean: ## Remove what was built, but for $(VENV)
 	rm -rf build dist *.egg-info fastadapters/_C.abi3.so fastadapters/_build.json $(VENV)/library.stamp

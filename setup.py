@@ -7,6 +7,7 @@ docs/building.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -322,11 +323,27 @@ class BuildPython(build_py):
         package = ROOT / "fastadapters"
         if not self.editable_mode:
             package = Path(self.build_lib, "fastadapters")
-        elif self.made.build == "pure":
-            (package / "_C.abi3.so").unlink(missing_ok=True)
+        else:
+            show_to_type_checkers(Path(self.get_finalized_command("install").install_lib))
+            if self.made.build == "pure":
+                (package / "_C.abi3.so").unlink(missing_ok=True)
         (package / "_build.json").write_text(json.dumps(facts(self.made, self.tools), indent=2))
         for note in self.made.notes:
             warnings.warn(note, stacklevel=1)  # the one way of speaking that pip passes on
+
+
+def show_to_type_checkers(site_packages: Path) -> None:
+    """Put a folder that holds the package alone on the path of an editable installation.
+
+    setuptools' own way is a hook of the import, for kernels/ lies outside of the package; type
+    checkers run none.
+    """
+    folder = ROOT / "build" / "editable"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "fastadapters"
+    with contextlib.suppress(OSError):  # Windows may refuse
+        link.symlink_to(ROOT / "fastadapters", target_is_directory=True)
+    (site_packages / "fastadapters.pth").write_text(f"{folder}\n")
 
 
 def facts(made: Plan, tools: Tools) -> dict[str, object]:
