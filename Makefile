@@ -147,7 +147,7 @@ docs-check: docs ## Screenshots of README and site by headless Chromium, into bu
 	python docs/look.py
 
 EXAMPLES = $(filter-out side_by_side __init__,$(notdir $(basename $(wildcard examples/*.py))))
-examples: setup ## Run the examples: their pictures into build/examples, in 3 minutes
+examples: setup ## Run the examples: their pictures into docs/examples, in 3 minutes
 	for example in $(EXAMPLES); do python -m examples.$$example || exit 1; done
 
 wheel: setup ## Build the wheel into dist/, with every architecture where it has CUDA kernels

@@ -1,6 +1,6 @@
 """AdaptFormer in a ViT of transformers, on our ops by one call of `fastadapters.patch`.
 
-python -m examples.adaptformer_vit    draws build/examples/adaptformer_vit.png, in half a minute
+python -m examples.adaptformer_vit    draws docs/examples/adaptformer_vit.png, in half a minute
 
 The backbone is frozen (and random, for want of a network); adapters and head learn scikit-learn's
 digits.
@@ -69,7 +69,7 @@ def main(
 
         return Form([p for p in model.parameters() if p.requires_grad], loss)
 
-    runs = train({"published": form(published), "fastadapters": form(ours)}, steps, lr=3e-3)
+    runs = train({"published": form(published), "fastadapters": form(ours)}, steps, lr=1e-2)
     report(runs, f"AdaptFormer, {layers} layers, D {dim}, r {bottleneck}, batch {batch}", out)
     return runs
 

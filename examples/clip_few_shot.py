@@ -1,6 +1,6 @@
 """A few-shot head on the features of CLIP: clip-mma's adapter, and ours in its place.
 
-python -m examples.clip_few_shot      draws build/examples/clip_few_shot.png, in 30 seconds
+python -m examples.clip_few_shot      draws docs/examples/clip_few_shot.png, in 30 seconds
 
 The features are drawn: a direction for each class, which texts and images see through two
 different noises, as CLIP's two towers do. With a CLIP at hand they are what `get_text_features` and

@@ -107,6 +107,6 @@ def report(runs: dict[str, Run], title: str, path: Path) -> None:
 def place(name: str) -> Path:
     """Where the command line wants the picture."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("build/examples") / f"{name}.png")
+    parser.add_argument("--out", type=Path, default=Path("docs/examples") / f"{name}.png")
     out: Path = parser.parse_args().out
     return out

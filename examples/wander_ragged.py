@@ -1,6 +1,6 @@
 """Wander on three sequences of different lengths: what an item lacks is not padded into it.
 
-python -m examples.wander_ragged      draws build/examples/wander_ragged.png, in 20 seconds
+python -m examples.wander_ragged      draws docs/examples/wander_ragged.png, in 20 seconds
 
 Ours runs as one call; beside it the same module as published, operation for operation, which is the
 backend "reference" (there, what lies behind an item's length is masked out).
