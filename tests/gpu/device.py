@@ -70,6 +70,7 @@ class Simulation:
     seed: int
     replace: dict[str, str] = dataclasses.field(default_factory=dict)
     launches: list[Report] = dataclasses.field(default_factory=list)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)  # PTX last run, by kernel
     fault: Fault | None = (
         None  # of a CUDA launch: raised at the end, whatever its caller made of the error code
     )
@@ -81,7 +82,8 @@ class Simulation:
     def launch(
         self, text: str, name: str, grid: Any, block: Any, shared: int, arguments: Any
     ) -> None:
-        module = _module(self.replace.get(name, text))
+        self.texts[name] = self.replace.get(name, text)
+        module = _module(self.texts[name])
         seed = self.seed * 1_000_003 + len(self.launches)
         self.launches.append(module.launch(name, grid, block, shared, arguments, seed))
 

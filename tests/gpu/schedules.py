@@ -29,6 +29,31 @@ def same_under_schedules(
     return expected
 
 
+def missed(
+    arch: int, name: str, run: Callable[[], dict[str, Tensor]], kinds: tuple[str, ...]
+) -> set[str]:
+    """Of which kinds of synchronisation in kernel ``name`` the loss of one is seen in ``run``.
+
+    For kernels of a compiler that is generous with them: not each is needed.
+    """
+    with device.simulate(arch, 1) as simulation:
+        expected = run()
+    found: set[str] = set()
+    for change, text in device.mutants(simulation.texts[name], name):
+        kind = next((k for k in kinds if k in change and k not in found), None)
+        if kind is None:
+            continue
+        try:
+            with device.simulate(arch, 1, replace={name: text}):
+                out = run()
+            seen = any(not torch.equal(out[key], t) for key, t in expected.items())
+        except device.Fault:
+            seen = True
+        if seen:
+            found.add(kind)
+    return found
+
+
 def check_schedules(case: Case, backend: str, arch: int) -> dict[str, Tensor]:
     """The bottleneck op: right under the tolerance rule, too."""
     return same_under_schedules(

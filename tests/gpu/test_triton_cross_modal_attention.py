@@ -21,6 +21,7 @@ from attention_cases import (
     reference_pair,
 )
 from compare import check_all
+from schedules import missed
 
 from fastadapters.reference.cross_modal_attention import Bias
 
@@ -94,3 +95,20 @@ def test_only_what_is_asked_for(need: int) -> None:
     assert len(one) == 3
     for key, t in one.items():
         assert torch.equal(t, every[key]), key
+
+
+KINDS = [
+    (80, ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")),
+    (90, ("bar.sync", "cp.async.wait_group", "wgmma.commit_group", "wgmma.wait_group")),
+]
+
+
+@pytest.mark.parametrize(("arch", "kinds"), KINDS)
+def test_synchronisation_is_needed(arch: int, kinds: tuple[str, ...]) -> None:
+    """Of text keys, in whose loops are products of every kind."""
+    tensors = attention_tensors((70, 1, 2, 1, 16), BF16)
+
+    def run() -> dict[str, torch.Tensor]:
+        return call(torch.ops.fastadapters_triton, tensors, ADDITIVE, "both", 0b110)
+
+    assert missed(arch, "text_keys_kernel", run, kinds) == {*kinds}

@@ -6,7 +6,7 @@ import device
 import pytest
 import sequence_fusion_cases as cases
 import torch
-from schedules import same_under_schedules
+from schedules import missed, same_under_schedules
 from sequence_fusion_cases import Case
 from torch import Tensor
 
@@ -142,3 +142,24 @@ def test_batch_size_is_no_reason_to_compile() -> None:
         kernels = (getattr(ops, f"{name}_kernel") for name in names)
         counts.append(sum(len(kernel.device_caches[80][0]) for kernel in kernels))
     assert counts[1:] == counts[:-1]
+
+
+KINDS = [
+    (80, ("bar.sync", "cp.async.commit_group", "cp.async.wait_group")),
+    (90, ("bar.sync", "cp.async.wait_group", "wgmma.commit_group", "wgmma.wait_group")),
+]
+
+
+@pytest.mark.parametrize(("arch", "kinds"), KINDS)
+def test_synchronisation_is_needed(arch: int, kinds: tuple[str, ...]) -> None:
+    """Of the kernel that streams x."""
+    case = Case(
+        items=1, tokens=(130,), dims=(256,), widths=(16,), dim=64, factor_tokens=(130,),
+        dtype=BF16, residual="none",
+    )  # fmt: skip
+    tensors = cases.inputs(case)
+
+    def run() -> dict[str, Tensor]:
+        return cases.run(case, tensors, "triton", needs=lambda name: False)
+
+    assert missed(arch, "combine_kernel", run, kinds) == {*kinds}
