@@ -53,6 +53,24 @@ class Bottleneck(NamedTuple):
         return [forward, backward] if training else [forward]
 
 
+class Grouped(NamedTuple):
+    """An adapter of several for each item of x [batch, tokens, dim]."""
+
+    name: str
+    batch: int
+    tokens: int
+    dim: int
+    bottleneck: int
+    adapters: int
+    quick: bool = False
+
+    def on(self, device: str) -> Grouped:
+        return self
+
+    def small(self) -> Grouped:
+        return self._replace(batch=8, tokens=35, dim=49, bottleneck=9, adapters=4)
+
+
 class CrossModalAttention(NamedTuple):
     """Attention of shared texts [classes, heads, width] and one image an item, all outputs."""
 
@@ -211,6 +229,8 @@ BOTTLENECK = [
 ]
 
 OVERHEAD = [Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True)]
+
+GROUPED = [Grouped("ViT-B/16", 64, 197, 768, 64, 16, quick=True)]
 
 # Classes of the eleven data sets of the few-shot CLIP literature.
 CLASSES = {

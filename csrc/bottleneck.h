@@ -14,16 +14,20 @@ struct Bottleneck {
   // dy), have the same or are in fp32; dx has x's.
   Dtype dtype = Dtype::float32, x_dtype = Dtype::float32, out_dtype = Dtype::float32;
   int64_t rows[3] = {1, 1, 0};  // M = rows[0] * rows[1] * rows[2]
-  int64_t dim = 0;              // D
-  int64_t bottleneck = 0;       // r
-  Rows x;                       // in backward absent where nothing asked for needs its values
-  Parameter down_weight;        // [r, D]
-  Parameter down_bias;          // [r]
-  Parameter up_weight;          // [D, r]
-  Parameter up_bias;            // [D]
-  Parameter norm_weight;        // [D]; LayerNorm in front iff present
-  Parameter norm_bias;          // [D]
-  Parameter scale;              // [1] or [D]; scale_value if absent
+  // The rows that the call is about, ascending; all M where it is null. z, stats and dropout go by
+  // a row's place among all M.
+  const int64_t* order = nullptr;
+  int64_t ordered = 0;
+  int64_t dim = 0;         // D
+  int64_t bottleneck = 0;  // r
+  Rows x;                  // in backward absent where nothing asked for needs its values
+  Parameter down_weight;   // [r, D]
+  Parameter down_bias;     // [r]
+  Parameter up_weight;     // [D, r]
+  Parameter up_bias;       // [D]
+  Parameter norm_weight;   // [D]; LayerNorm in front iff present
+  Parameter norm_bias;     // [D]
+  Parameter scale;         // [1] or [D]; scale_value if absent
   bool channel_scale = false;
   float scale_value = 1;
   float norm_eps = 1e-5f;
@@ -35,7 +39,8 @@ struct Bottleneck {
   // minus where all elements of a 16-bit row are equal
   float* stats = nullptr;
 
-  int64_t count() const { return rows[0] * rows[1] * rows[2]; }
+  int64_t all_rows() const { return rows[0] * rows[1] * rows[2]; }
+  int64_t count() const { return order ? ordered : all_rows(); }
 };
 
 struct BottleneckForward : Bottleneck {
@@ -65,6 +70,13 @@ struct BottleneckBackward : Bottleneck {
   bool needs_x() const {
     return d_down_weight.data || d_norm_weight.data || (norm_weight.data && dx.data);
   }
+};
+
+// Rows that belong to one of N adapters each, whose parameters are stacked: [N, r, D] ...
+struct Groups {
+  int64_t adapters = 1;            // N
+  const int64_t* index = nullptr;  // [M / rows_each]: the adapter of each `rows_each` rows
+  int64_t rows_each = 1;
 };
 
 }  // namespace fastadapters

@@ -6,6 +6,7 @@ from .interop import patch
 from .modules import (
     AlignmentEnhancer,
     BottleneckAdapter,
+    GroupedAdapter,
     MultiModalAdapter,
     MultiwayAdapter,
     WanderAdapter,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignmentEnhancer",
     "BottleneckAdapter",
+    "GroupedAdapter",
     "MultiModalAdapter",
     "MultiwayAdapter",
     "WanderAdapter",

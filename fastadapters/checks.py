@@ -172,6 +172,25 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
         check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)
 
 
+def check_tokens(x: Tensor) -> None:
+    """x must be a floating-point tensor with a dimension of tokens."""
+    check_floats("x", x, "[..., T, D]")
+    if x.dim() < 2:
+        raise ValueError(f"x: expected a tensor [..., T, D], got {list(x.shape)}")
+
+
+def check_splits(name: str, splits: Any, tokens: int, parts: int) -> list[int]:
+    """``splits`` must be where each part but the first begins, in order; as ints."""
+    listed = check_list(name, splits, f"{parts - 1} integers")
+    if len(listed) != parts - 1:
+        raise ValueError(f"{name}: expected {parts - 1} integers, got {len(listed)}")
+    begins = [check_integer(name, split) for split in listed]
+    for before, begin in zip([0, *begins], [*begins, tokens], strict=True):
+        if before > begin:
+            raise ValueError(f"{name}: expected 0 <= ... <= T = {tokens}, in order, got {begins}")
+    return begins
+
+
 def check_split(split: Any, tokens: int) -> int:
     """``split`` must be -1, or a number of leading tokens; as an int."""
     leading = check_integer("split", split)

@@ -63,6 +63,8 @@ def load() -> ModuleType:
         "bottleneck_backward",
         "bottleneck_forward_out",
         "bottleneck_backward_out",
+        "grouped_forward",
+        "grouped_backward",
         "sequence_fusion_forward",
         "sequence_fusion_backward",
         "cross_modal_attention_forward",

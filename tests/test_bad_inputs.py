@@ -79,6 +79,14 @@ BOTTLENECK = {
     "down_bias": torch.randn(R), "up_bias": torch.randn(D), "norm_weight": torch.ones(D),
     "norm_bias": torch.ones(D), "residual": torch.randn(4, D),
 }  # fmt: skip
+GROUPED = {
+    name: t if name in ("x", "residual") else torch.stack([t, t]) for name, t in BOTTLENECK.items()
+} | {"index": torch.tensor([1, 0, 1, 1])}
+INDEX = (
+    None, 1, "x", [0, 1, 1, 0], np.zeros(4), torch.zeros(4), torch.zeros(4).bool(),
+    torch.zeros(4).byte(), torch.tensor(0), torch.zeros(3).long(), torch.zeros(4, D).long(),
+    torch.tensor([0, 2, 0, 0]), torch.tensor([0, 0, -1, 0]), torch.zeros(4, device="meta").long(),
+)  # fmt: skip
 ACTIVATIONS = {"activation": word("relu")}
 OPTIONS = {**ACTIVATIONS, "norm_eps": EPS, "dropout": PROBABILITY, "training": (None, *FLAG)}
 SCALES = tuple(s for s in (*NUMBER, *tensors(D)) if not isinstance(s, Tensor) or s.dim() > 0)
@@ -174,7 +182,8 @@ CALL_BAD = {
     "x": (*no_tensors(2, 4, D), None, torch.tensor(1.0)),
     "residual": tensors(2, 4, D, optional=True), "add_residual": FLAG,
 }  # fmt: skip
-SPLIT = (*INTEGER, -2, 5)
+SPLIT = (*(v for v in INTEGER if not isinstance(v, list)), -2, 5)
+SPLITS = (1, 1.5, object(), [1], [1, 2, 3], [2, 1], [-1, 2], [1, 5], *([1, v] for v in INTEGER))
 PAIR = {"text": torch.randn(3, D), "image": torch.randn(5, D)}
 HEAD_CALL = {name: HEAD_BAD[name] for name in PAIR}
 ADAPTER = partial(fastadapters.BottleneckAdapter, D, R)
@@ -197,6 +206,18 @@ TABLE: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, Iterable[ob
      {**X_CALL, "split": 2, "first": SIDE, "second": SIDE}, {
         "x": (*CALL_BAD["x"], torch.ones(D)), "split": SPLIT, "first": lists(*SIDE),
         "second": lists(*SIDE), "residual": CALL_BAD["residual"], **OPTIONS}),
+    ("multiway_bottleneck of three", functional.multiway_bottleneck,
+     {**X_CALL, "split": [1, 3], "first": SIDE, "second": SIDE, "others": [SIDE]},
+     {"split": SPLITS, "others": (None, 1, [SIDE, SIDE.down_weight], [None])}),
+    ("grouped_bottleneck", functional.grouped_bottleneck, GROUPED, {
+        "x": (*X, torch.ones(D)), "index": INDEX,
+        "down_weight": (*no_tensors(2, R, D), None, torch.ones(R, D), torch.ones(0, R, D),
+                        torch.ones(2, R, D + 1), torch.ones(2, R, D, device="meta")),
+        "up_weight": tensors(2, D, R), "down_bias": tensors(2, R, optional=True),
+        "up_bias": tensors(2, D, optional=True), "norm_weight": tensors(2, D, optional=True),
+        "norm_bias": tensors(2, D, optional=True), "residual": tensors(4, D, optional=True),
+        "scale": (*(v for v in NUMBER if not isinstance(v, Tensor)), *tensors(2, D)[:-1]),
+        **OPTIONS}),
     ("cross_modal_attention", functional.cross_modal_attention, QKV, {
         "text_q": (*no_tensors(3, 2, 4), None, torch.ones(3, 2), torch.ones(0, 2, 4)),
         "text_k": tensors(3, 2, 4), "text_v": tensors(3, 2, 4),
@@ -221,6 +242,8 @@ TABLE: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, Iterable[ob
     ("BottleneckAdapter()", fastadapters.BottleneckAdapter, WIDTHS, ADAPTER_BAD),
     ("MultiwayAdapter()", fastadapters.MultiwayAdapter, WIDTHS, {**ADAPTER_BAD, "modalities": (
         None, 1, "ab", ["a"], ["a", "a"], ["a", 1], ["a", "b.c"], [["a"], ["b"]], object())}),
+    ("GroupedAdapter()", fastadapters.GroupedAdapter, WIDTHS, {
+        **ADAPTER_BAD, "layernorm": (*word(None), "out"), "names": (None, 1, "ab", object())}),
     ("AlignmentEnhancer()", fastadapters.AlignmentEnhancer, {"dim": D, "hidden_dim": R}, {
         "dim": SIZE, "hidden_dim": SIZE, **ACTIVATIONS, "dropout": PROBABILITY,
         "drop_path": PROBABILITY, "subln": FLAGS, "residual": FLAGS, **CREATE}),
@@ -264,6 +287,12 @@ for _kind, _change in (("", lambda module: module), (" with hooks", hooked)):
         (f"WanderAdapter{_kind}", _change(FUSER()), {"inputs": FUSION["inputs"]},
          {"inputs": (*INPUTS, [None, None], [None] * 3), "lengths": LENGTHS}),
     ]  # fmt: skip
+TABLE.append(("MultiwayAdapter of three", MULTIWAY(modalities=("a", "b", "c")),
+              {**X_CALL, "splits": (1, 3)}, {"splits": SPLITS, "x": CALL_BAD["x"]}))  # fmt: skip
+TABLE.append(("GroupedAdapter", fastadapters.GroupedAdapter(D, R, ["a", "b"]),
+              {**X_CALL, "index": torch.tensor([1, 0])}, {
+                  "x": CALL_BAD["x"], "index": INDEX, "residual": CALL_BAD["residual"],
+                  "add_residual": FLAG}))  # fmt: skip
 TABLE.append(("subln", ENHANCER(subln=True), X_CALL, {"x": (*CALL_BAD["x"], torch.ones(2, 9))}))
 
 

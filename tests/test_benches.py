@@ -21,6 +21,7 @@ from benches import (
     test_bottleneck,
     test_cross_modal_attention,
     test_end_to_end,
+    test_grouped,
     test_multimodal,
     test_sequence_fusion,
     workloads,
@@ -91,6 +92,13 @@ def test_every_form_of_every_workload_matches(module, workload, dtype) -> None:
         for form in ("reference", "eager"):
             as_ours = case._replace(candidates={"ours": case.candidates[form]})
             assert harness.match(as_ours, cotangents) == "yes", form
+
+
+@pytest.mark.parametrize("form", ["ours", "eager", "loop over eager"])
+def test_every_form_of_grouped_adapters_matches(form) -> None:
+    case = test_grouped.case(workloads.GROUPED[0].small(), "cpu", torch.float32)
+    case = case._replace(candidates={"ours": case.candidates[form]})
+    assert harness.match(case, (torch.randn_like(case.inputs["x"]),)) == "yes"
 
 
 @pytest.mark.parametrize("workload", [w for m, w in KINDS if m is test_bottleneck], ids=name)

@@ -144,3 +144,38 @@ def test_a_published_checkpoint_has_the_names_crossed() -> None:
     x = randn(3, T, D)
     for split, name in ((-1, "adaptmlp_text"), (0, "adaptmlp_vision")):
         torch.testing.assert_close(module(x, split), layer[name](x, add_residual=False))
+
+
+@pytest.mark.parametrize("layernorm", [None, "in", "out"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_any_number_of_modalities(layernorm: str | None, hooked: bool) -> None:
+    """Each part as its adapter has it alone; layers are called where a hook asks for it."""
+    names = ("vision", "text", "audio", "depth")
+    module = MultiwayAdapter(D, 7, modalities=names, layernorm=layernorm, scale="learnable")
+    randomize(module)
+    x, residual = randn(3, 9, D), randn(3, 9, D, seed=1)
+    if hooked:
+        module.adaptmlp_audio.up_proj.register_forward_hook(lambda *_: None)
+    splits = (2, 2, 5)
+    y = module(x, residual=residual, splits=splits)
+    for name, begin, end in zip(names, (0, *splits), (*splits, 9), strict=True):
+        own = getattr(module, f"adaptmlp_{name}")(x[:, begin:end], residual[:, begin:end])
+        torch.testing.assert_close(y[:, begin:end], own)
+    two = MultiwayAdapter(D, 7)
+    assert torch.equal(two(x, 4), two(x, splits=(4,)))
+
+
+def test_splits_are_checked() -> None:
+    module, x = MultiwayAdapter(D, 7, modalities=("a", "b", "c")), randn(3, 9, D)
+    for arguments, message in (
+        ({"split": 4}, "split: expected splits, one per boundary"),
+        ({"splits": (4,)}, "splits: expected 2 integers, got 1"),
+        ({"splits": (4, 2)}, "splits: expected 0 <= ... <= T = 9, in order"),
+        ({}, "split: expected it or splits, got None and None"),
+        ({"split": 1, "splits": (1, 2)}, "split: expected it or splits"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            module(x, **arguments)
+    for names in (("a",), ("a", "a"), ("a", "b c"), "ab"):
+        with pytest.raises(ValueError, match="modalities: expected different names, two or more"):
+            MultiwayAdapter(D, 7, modalities=names)

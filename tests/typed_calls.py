@@ -87,7 +87,9 @@ def arguments(x: Tensor, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
     adapter = fastadapters.BottleneckAdapter(8, 4)
     adapter("x")  # type: ignore[arg-type]
     adapter(x).logits()  # type: ignore[attr-defined]
-    fastadapters.MultiwayAdapter(8, 4)(x)  # type: ignore[call-arg]
+    fastadapters.MultiwayAdapter(8, 4)(x)  # type: ignore[call-overload]
+    fastadapters.MultiwayAdapter(8, 4)(x, 1, splits=(2,))  # type: ignore[call-overload]
+    fastadapters.GroupedAdapter(8, 4, layernorm="out")  # type: ignore[arg-type]
     fastadapters.AlignmentEnhancer(8, 4)(x, x)  # type: ignore[call-arg]
     fastadapters.MultiModalAdapter()("x")  # type: ignore[call-overload]
     fastadapters.WanderAdapter(8, [4], 2, feature_rank=1, time_rank=1)(x, "1")  # type: ignore[arg-type]

@@ -61,13 +61,5 @@ inline Scratch& task_scratch() {
   return scratch;
 }
 
-template <class F>
-inline void parallel(const Threads& threads, int64_t n, const F& f) {
-  if (n == 1 || threads.count == 1)
-    for (int64_t i = 0; i < n; ++i) f(i);
-  else
-    threads.run(n, [](int64_t i, void* context) { (*(const F*)context)(i); }, (void*)&f);
-}
-
 }  // namespace
 }  // namespace fastadapters::cpu

@@ -11,4 +11,16 @@ struct Threads {
   void (*run)(int64_t n, void (*body)(int64_t, void*), void* context) = nullptr;
 };
 
+namespace {
+
+// f(i) for each i < n.
+template <class F>
+inline void parallel(const Threads& threads, int64_t n, const F& f) {
+  if (n == 1 || threads.count == 1)
+    for (int64_t i = 0; i < n; ++i) f(i);
+  else
+    threads.run(n, [](int64_t i, void* context) { (*(const F*)context)(i); }, (void*)&f);
+}
+
+}  // namespace
 }  // namespace fastadapters::cpu

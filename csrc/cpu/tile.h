@@ -30,26 +30,40 @@ inline bool streams(const Rows& out, Dtype dtype, int64_t m, int64_t d) {
 #endif
 }
 
-// A tile of rows of one stride, where the caller has them: in the dtype T of the products, or in
-// fp32.
+// Which rows a tile has: `first` and those behind it, of one stride, or those of a list.
+struct TileRows {
+  int64_t first, count;
+  const int64_t* list = nullptr;
+  int64_t operator[](int64_t i) const { return list ? list[i] : first + i; }
+};
+
+// A tile of rows where the caller has them: in the dtype T of the products, or in fp32.
 template <class T>
 struct Tile {
   void* data = nullptr;
   int64_t ld = 0, d = 0;
-  bool wide = true, stream = false;
+  bool wide = true, stream = false, listed = false;
+  int64_t offsets[kTileRows];  // in elements, of listed rows
 
   Tile() = default;
-  // From row `row` of `rows` on, whose row dimensions are `shape`.
-  Tile(const Rows& rows, Dtype dtype, const int64_t (&shape)[3], int64_t row, int64_t d,
+  // The row dimensions of `rows` are `shape`.
+  Tile(const Rows& rows, Dtype dtype, const int64_t (&shape)[3], const TileRows& which, int64_t d,
        bool stream = false)
       : ld(rows.strides[2]), d(d), wide(dtype == Dtype::float32), stream(stream) {
     if (!rows.data) return;
-    int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
-    int64_t outer = row / shape[2] / shape[1];
-    data = (char*)rows.data +
-           (outer * rows.strides[0] + middle * rows.strides[1] + inner * rows.strides[2]) *
-               (wide ? 4 : int64_t(sizeof(T)));
+    auto place = [&](int64_t row) {
+      int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
+      int64_t outer = row / shape[2] / shape[1];
+      return outer * rows.strides[0] + middle * rows.strides[1] + inner * rows.strides[2];
+    };
+    listed = which.list;
+    data = rows.data;
+    if (!listed) data = (char*)data + place(which.first) * (wide ? 4 : int64_t(sizeof(T)));
+    for (int64_t i = 0; listed && i < which.count; ++i) offsets[i] = place(which.list[i]);
   }
+
+  // Of row i from `data` on.
+  FASTADAPTERS_INLINE int64_t offset(int64_t i) const { return listed ? offsets[i] : i * ld; }
 
   // f(a typed pointer to the first row)
   template <class F>
@@ -60,10 +74,10 @@ struct Tile {
   }
   // n columns of what will be read, or written.
   FASTADAPTERS_INLINE void expect(int64_t i, int64_t j, int64_t n) const {
-    if (data) typed([&](auto* p) { prefetch_columns<0, 2>(p + i * ld + j, n); });
+    if (data && !listed) typed([&](auto* p) { prefetch_columns<0, 2>(p + i * ld + j, n); });
   }
   FASTADAPTERS_INLINE void expect_write(int64_t i, int64_t j, int64_t n) const {
-    if (!stream) typed([&](auto* p) { prefetch_columns<1, 3>(p + i * ld + j, n); });
+    if (!stream && !listed) typed([&](auto* p) { prefetch_columns<1, 3>(p + i * ld + j, n); });
   }
 };
 
@@ -73,8 +87,8 @@ inline void write(const Tile<T>& out, const Tile<T>& add, int64_t row, int64_t r
                   int64_t columns, const F& values) {
   out.typed([&](auto* data) {
     for (int64_t i = row; i < row + rows; ++i) {
-      auto* to = data + i * out.ld;
-      auto* more = add.data ? (decltype(to))add.data + i * add.ld : nullptr;
+      auto* to = data + out.offset(i);
+      auto* more = add.data ? (decltype(to))add.data + add.offset(i) : nullptr;
       for (int64_t j = column; j < least(column + columns, out.d); j += kLanes) {
         Vec v = values(i, j);
         if (more) v += load(more + j, out.d - j);
@@ -120,17 +134,20 @@ struct Sizes {
     return greatest(1, least(least(threads, m / least_rows), worthwhile));
   }
 
-  // tile(row, rows) for every tile of task t of n. A tile never crosses the innermost row
-  // dimension, so its rows have one stride.
+  // tile(rows) for every tile of task t of n. Rows of one stride never cross the innermost row
+  // dimension.
   template <class F>
-  void tiles(const int64_t (&shape)[3], int64_t t, int64_t n, const F& tile) const {
+  void tiles(const Bottleneck& p, int64_t t, int64_t n, const F& tile) const {
     int64_t blocks = divide_up(m, G::kRows);
     int64_t end = least(m, blocks * (t + 1) / n * G::kRows);
-    for (int64_t row = blocks * t / n * G::kRows; row < end;) {
-      int64_t left = least(end - row, shape[2] - row % shape[2]);
+    for (int64_t begin = blocks * t / n * G::kRows; begin < end;) {
+      const int64_t* list = p.order ? p.order + begin : nullptr;
+      int64_t first = list ? *list : begin, within = p.rows[2] - first % p.rows[2];
+      int64_t left = list ? end - begin : least(end - begin, within);
       int64_t rows = least(left, round_up(divide_up(left, divide_up(left, tile_rows)), G::kRows));
-      tile(row, rows);
-      row += rows;
+      bool adjacent = !list || (rows <= within && list[rows - 1] == first + rows - 1);
+      tile(TileRows{first, rows, adjacent ? nullptr : list});
+      begin += rows;
     }
   }
 };
@@ -148,17 +165,18 @@ struct Normalise {
   const float *stats = nullptr, *weight = nullptr, *bias = nullptr;
 };
 
-template <class G, class T>
-inline Operand<G> operand(const T* x, int64_t ld, int64_t m, const Sizes<G>& sizes,
+template <class G, class T, class X>
+inline Operand<G> operand(const X* x, const Tile<T>& tile, int64_t m, const Sizes<G>& sizes,
                           typename G::Store* copy, Normalise norm = {}) {
-  if constexpr (std::is_same_v<T, typename G::Store>)
-    if (!norm.stats && m % G::kRows == 0 && sizes.d_words * G::Unit::kPerWord == sizes.d)
-      return {x, ld};
+  if constexpr (std::is_same_v<X, typename G::Store>)
+    if (!tile.listed && !norm.stats && m % G::kRows == 0 &&
+        sizes.d_words * G::Unit::kPerWord == sizes.d)
+      return {x, tile.ld};
   for (int64_t i = 0; i < round_up(m, G::kRows); ++i)
     for (int64_t j = 0; j < sizes.d_stride; j += kLanes) {
       Vec v = {};
       if (i < m && j < sizes.d) {
-        v = load(x + i * ld + j, sizes.d - j);
+        v = load(x + tile.offset(i) + j, sizes.d - j);
         if (norm.stats) v = (v - norm.stats[2 * i]) * norm.stats[2 * i + 1];
         if (norm.weight) v = v * read<Vec>(norm.weight + j) + read<Vec>(norm.bias + j);
       }

@@ -52,14 +52,20 @@ def bottleneck(
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    mask: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Same arguments and result as `fastadapters.reference.bottleneck`."""
+    """Same arguments and result as `fastadapters.reference.bottleneck`.
+
+    mask: what h [M, r] is multiplied with, where the caller has drawn it.
+    """
     d, r = x.shape[-1], down_weight.shape[0]
     normed = x if norm_weight is None else F.layer_norm(x, (d,), norm_weight, norm_bias, norm_eps)
     normed = normed if compute_dtype is None else normed.to(compute_dtype)
     h = ACTIVATIONS[activation](F.linear(normed, down_weight, down_bias)).reshape(-1, r)
-    if seed is not None:
+    if mask is not None:
+        h = h * mask
+    elif seed is not None:
         h = h * dropout_multiplier(seed, h.shape[0], r, dropout, h.dtype)
     elif dropout > 0.0:
         h = F.dropout(h, dropout)

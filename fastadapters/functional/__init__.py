@@ -2,6 +2,7 @@
 
 from .bottleneck import BottleneckParameters, bottleneck
 from .cross_modal_attention import cross_modal_attention
+from .grouped import grouped_bottleneck
 from .multimodal import multimodal_features, multimodal_logits
 from .multiway import multiway_bottleneck
 from .sequence_fusion import sequence_fusion
@@ -10,6 +11,7 @@ __all__ = [
     "BottleneckParameters",
     "bottleneck",
     "cross_modal_attention",
+    "grouped_bottleneck",
     "multimodal_features",
     "multimodal_logits",
     "multiway_bottleneck",

@@ -48,6 +48,19 @@ def normalize(y: Tensor, norm: nn.LayerNorm, scale: float | Tensor) -> Tensor:
     return F.layer_norm(y, norm.normalized_shape, weight, bias, norm.eps)
 
 
+def residual_for(
+    x: Tensor, residual: Tensor | None, add_residual: bool | None, default: bool
+) -> Tensor | None:
+    """What is added for these arguments of `forward`; ``default`` is whether x is for none."""
+    if add_residual is None:
+        add_residual = residual is not None or default
+    else:
+        check_flag("add_residual", add_residual)
+    if not add_residual:
+        return None
+    return x if residual is None else residual
+
+
 class BottleneckAdapter(nn.Module):
     """residual + scale * (dropout(activation(norm(x) Wd^T + bd)) Wu^T + bu).
 
@@ -206,13 +219,7 @@ class BottleneckAdapter(nn.Module):
         self, x: Tensor, residual: Tensor | None, add_residual: bool | None
     ) -> Tensor | None:
         """What is added for these arguments of `forward`."""
-        if add_residual is None:
-            add_residual = residual is not None or self.residual
-        else:
-            check_flag("add_residual", add_residual)
-        if not add_residual:
-            return None
-        return x if residual is None else residual
+        return residual_for(x, residual, add_residual, self.residual)
 
     def why_called(self, x: Tensor, residual: Tensor | None) -> str | None:
         """Why the layers must be called on x; None where the op does all that they do."""

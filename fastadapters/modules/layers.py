@@ -87,7 +87,7 @@ def check_input(name: str, x: Tensor, layer: nn.Module) -> None:
         raise ValueError(f"{name}: expected [..., D] with D = {width}, got {list(x.shape)}")
 
 
-def as_leaf(module: nn.Module, *args: Any) -> Any:
+def as_leaf(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A call of ``module`` as one node of the graph, where torch.fx traces a model around it.
 
     None where it does not, or traces the module itself.
@@ -96,7 +96,9 @@ def as_leaf(module: nn.Module, *args: Any) -> Any:
         for t in arg if isinstance(arg, (list, tuple)) else (arg,):
             tracer = t.tracer if isinstance(t, Proxy) else None
             if isinstance(tracer, Tracer) and tracer.root is not module:
-                return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+                return tracer.create_proxy(
+                    "call_module", tracer.path_of_module(module), args, kwargs
+                )
     return None
 
 

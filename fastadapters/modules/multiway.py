@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from ..checks import (
     check_choice,
     check_factory,
     check_flag,
-    check_floats,
     check_list,
     check_probability,
     check_residual,
     check_sizes,
     check_split,
+    check_splits,
+    check_tokens,
 )
 from ..ops.codes import ACTIVATION_CODES
 from ..options import Activation, Init, LayerNormPlace, LearnableScale
@@ -37,10 +38,11 @@ from .layers import (
 
 
 def _names(argument: str, given: Iterable[str]) -> tuple[str, ...]:
-    listed = [] if isinstance(given, str) else check_list(argument, given, "two different names")
+    expected = "different names, two or more"
+    listed = [] if isinstance(given, str) else check_list(argument, given, expected)
     names = tuple(name for name in listed if isinstance(name, str) and name.isidentifier())
-    if len(listed) != 2 or len(set(names)) != 2:
-        raise ValueError(f"{argument}: expected two different names, got {given!r}")
+    if not 2 <= len(listed) == len(set(names)):
+        raise ValueError(f"{argument}: expected {expected}, got {given!r}")
     return names
 
 
@@ -48,13 +50,14 @@ class MultiwayAdapter(nn.Module):
     """The New Knowledge Extractor: one `BottleneckAdapter` per modality on the tokens of one x.
 
     Args:
-        dim, bottleneck: widths D and r of both adapters.
-        modalities: names of the first and of the second modality. The adapters are the submodules
-            ``adaptmlp_<name>``, as in the published encoder layer. That one crosses the names: it
-            calls ``adaptmlp_text`` on images (``split`` -1) and ``adaptmlp_vision`` on texts (0).
-            So its checkpoints want ``modalities=("text", "vision")``. It adds no residual by
-            default (here: ``residual=False``) and runs no adapter for any other ``split``.
-        device, dtype and all others: as in `BottleneckAdapter`, for both.
+        dim, bottleneck: widths D and r of all adapters.
+        modalities: two names or more, in the order of the modalities' tokens. The adapters are the
+            submodules ``adaptmlp_<name>``, as in the published encoder layer. That one has two
+            and crosses the names: it calls ``adaptmlp_text`` on images (``split`` -1) and
+            ``adaptmlp_vision`` on texts (0). So its checkpoints want
+            ``modalities=("text", "vision")``. It adds no residual by default (here:
+            ``residual=False``) and runs no adapter for any other ``split``.
+        device, dtype and all others: as in `BottleneckAdapter`, for each.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -70,7 +73,7 @@ class MultiwayAdapter(nn.Module):
         dim: int,
         bottleneck: int,
         *,
-        modalities: tuple[str, str] = ("vision", "text"),
+        modalities: tuple[str, ...] | list[str] = ("vision", "text"),
         activation: Activation = "relu",
         scale: float | LearnableScale = 1.0,
         dropout: float = 0.0,
@@ -134,59 +137,92 @@ class MultiwayAdapter(nn.Module):
         for name, adapter in adapters.items():
             self.add_module(f"adaptmlp_{name}", adapter)
 
-    def _adapters(self) -> tuple[BottleneckAdapter, BottleneckAdapter]:
-        first, second = (getattr(self, f"adaptmlp_{name}") for name in self.modalities)
-        return first, second
+    def _adapters(self) -> list[BottleneckAdapter]:
+        return [getattr(self, f"adaptmlp_{name}") for name in self.modalities]
 
     def reset_parameters(self) -> None:
-        """Draw the initial parameters of both adapters again."""
+        """Draw the initial parameters of all adapters again."""
         for adapter in self._adapters():
             adapter.reset_parameters()
 
     def _is_one_op(self, x: Tensor, residual: Tensor | None) -> bool:
-        """Whether one op does what the two adapters do, each called on its tokens."""
-        first, second = self._adapters()
-        return (
-            all(
-                why_called("", adapter, BottleneckAdapter) is None
-                and adapter.why_called(x, residual) is None
-                for adapter in (first, second)
-            )
-            and first.options() == second.options()
+        """Whether one op does what the adapters do, each called on its tokens."""
+        adapters = self._adapters()
+        options = adapters[0].options()
+        return all(
+            why_called("", adapter, BottleneckAdapter) is None
+            and adapter.why_called(x, residual) is None
+            and adapter.options() == options
+            for adapter in adapters
         )
 
+    @overload
     def forward(
         self,
         x: Tensor,
         split: int,
         residual: Tensor | None = None,
         add_residual: bool | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        split: None = None,
+        residual: Tensor | None = None,
+        add_residual: bool | None = None,
+        *,
+        splits: Sequence[int],
+    ) -> Tensor: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        split: int | None = None,
+        residual: Tensor | None = None,
+        add_residual: bool | None = None,
+        *,
+        splits: Sequence[int] | None = None,
     ) -> Tensor:
-        """The first ``split`` tokens through the first adapter, the rest through the second.
+        """The tokens of each modality through its adapter.
 
         Args:
             x: [B, T, D].
-            split: -1 means all tokens are of the first modality, 0 none (torchscale's convention).
+            split: of two modalities, the first has the first ``split`` tokens and the second the
+                rest; -1 means all are of the first, 0 none (torchscale's convention).
+            splits: in place of ``split``, with any number of modalities: where the tokens of each
+                but the first begin, in order. A modality may have none.
             residual, add_residual: as in `BottleneckAdapter`.
 
         Returns:
             y [B, T, D].
         """
+        if (split is None) == (splits is None):
+            raise TypeError(f"split: expected it or splits, got {split} and {splits}")
+        if splits is not None and not isinstance(x, Proxy):
+            check_tokens(x)
+            splits = check_splits("splits", splits, x.shape[-2], len(self.modalities))
+        if splits is None and len(self.modalities) > 2:
+            raise ValueError(
+                f"split: expected splits, one per boundary of {self.modalities}, got {split}"
+            )
         if not self._is_one_op(x, residual):
-            leaf: Tensor | None = as_leaf(self, x, split, residual, add_residual)
+            leaf: Tensor | None = as_leaf(self, x, split, residual, add_residual, splits=splits)
             if leaf is not None:
                 return leaf
-            return self._call_adapters(x, split, residual, add_residual)
-        first, second = self._adapters()
+            return self._call_adapters(x, split, splits, residual, add_residual)
+        first, second, *others = self._adapters()
         residual = first.residual_for(x, residual, add_residual)
         after = first.layernorm == "out"
         if after:
             check_residual(residual, x)
         y = functional.multiway_bottleneck(
             x,
-            split,
+            split if splits is None else splits,  # type: ignore[arg-type]
             first.parameters_of(),
             second.parameters_of(),
+            others=[adapter.parameters_of() for adapter in others],
             activation=first.activation,
             residual=None if after else residual,
             norm_eps=first.norm_eps,
@@ -195,36 +231,46 @@ class MultiwayAdapter(nn.Module):
         )
         if not after:
             return y
-        split = y.shape[-2] if split == -1 else split
-        halves = (first.normalize(y[..., :split, :]), second.normalize(y[..., split:, :]))
-        y = torch.cat(halves, dim=-2)
+        parts = self._parts(y.shape[-2], split, splits)
+        y = torch.cat([adapter.normalize(y[..., part, :]) for adapter, part in parts], dim=-2)
         return y if residual is None else y + residual
 
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _parts(
+        self, tokens: int, split: int | None, splits: Sequence[int] | None
+    ) -> list[tuple[BottleneckAdapter, slice]]:
+        """Each adapter that has tokens, and which; the last, where there are none at all."""
+        adapters = self._adapters()
+        if splits is None:
+            split = check_split(split, tokens)
+            begins = [tokens if split == -1 else split]
+        else:
+            begins = check_splits("splits", splits, tokens, len(adapters))
+        bounds = zip(adapters, [0, *begins], [*begins, tokens], strict=True)
+        parts = [(adapter, slice(begin, end)) for adapter, begin, end in bounds if begin < end]
+        return parts or [(adapters[-1], slice(0, tokens))]
+
     def _call_adapters(
-        self, x: Tensor, split: int, residual: Tensor | None, add_residual: bool | None
+        self,
+        x: Tensor,
+        split: int | None,
+        splits: Sequence[int] | None,
+        residual: Tensor | None,
+        add_residual: bool | None,
     ) -> Tensor:
         """Each adapter called on its tokens; not at all where it has none."""
-        first, second = self._adapters()
         if not isinstance(x, Proxy):
-            check_floats("x", x, "[..., T, D]")
-            if x.dim() < 2:
-                raise ValueError(f"x: expected a tensor [..., T, D], got {list(x.shape)}")
-        tokens = x.shape[-2]
-        check_split(split, tokens)
+            check_tokens(x)
         check_residual(residual, x)
-        split = tokens if split == -1 else split
-        halves = [(first, slice(None, split)), (second, slice(split, None))]
-        halves = halves[:1] if split == tokens else halves[1:] if split == 0 else halves
-        parts: list[Tensor] = [
+        ys: list[Tensor] = [
             adapter(
                 x[..., part, :], None if residual is None else residual[..., part, :], add_residual
             )
-            for adapter, part in halves
+            for adapter, part in self._parts(x.shape[-2], split, splits)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=-2)
 
     def extra_repr(self) -> str:
         return f"modalities={self.modalities}"

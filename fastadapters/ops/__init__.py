@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from . import bottleneck, cross_modal_attention, flops, multimodal, multiway, sequence_fusion
+from . import (
+    bottleneck,
+    cross_modal_attention,
+    flops,
+    grouped,
+    multimodal,
+    multiway,
+    sequence_fusion,
+)
 from .schemas import define_allow_tf32, implement_lazily
 
 _OPS = (bottleneck, sequence_fusion, cross_modal_attention, multimodal)
@@ -25,6 +33,7 @@ def define(namespace: str, keys: Sequence[str]) -> torch.library.Library:
     for op in _OPS:
         op.define(library)
     multiway.define(library, keys)
+    grouped.define(library)
     return library
 
 
@@ -39,7 +48,7 @@ for _op in _OPS:
 
 flops.register(
     ("fastadapters", "fastadapters_triton"),
-    {name: formula for op in (*_OPS, multiway) for name, formula in op.FLOPS.items()},
+    {name: formula for op in (*_OPS, multiway, grouped) for name, formula in op.FLOPS.items()},
 )
 
 # The namespace that each fused backend's kernels are in.

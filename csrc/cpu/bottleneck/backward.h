@@ -53,7 +53,7 @@ template <class G>
 struct BackwardTask {
   int64_t k_stride;  // of a row of the transposed tiles, in words
   typename G::Store *x, *dy, *dz;
-  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask;
+  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask, *stats;
   float* normal;  // a block of the gradient by xhat
   BackwardTask(Carver& c, const Sizes<G>& s, const Needs& needs)
       : k_stride(round_up(s.words(s.tile_rows), kLanes)),
@@ -66,6 +66,7 @@ struct BackwardTask {
         dz_transposed(c.take<float>(s.thin.columns() * k_stride)),
         panel(c.take<float>(k_stride * G::kPanel * kLanes)),
         mask(c.take<float>(s.thin.columns() + 4)),
+        stats(c.take<float>(2 * s.tile_rows)),
         normal(c.take<float>(G::kBlock * s.wide.columns(), needs.norm && needs.dx)) {}
 };
 
@@ -195,7 +196,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     for (int64_t i = 0; i < sizes.wide.count; ++i)
       pack_rows<G>(down, sizes.wide, i, sizes.r_words, shared.down);
 
-  bool stream = needs.dx && streams(p.dx, p.x_dtype, sizes.m, sizes.d);
+  bool stream = needs.dx && streams(p.dx, p.x_dtype, p.all_rows(), sizes.d);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
     auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs);
@@ -209,17 +210,20 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     double* dz_sum = clear(shared.dz_sum, z_columns);
     std::memset(task.mask, 0, z_columns * sizeof(float));
 
-    sizes.tiles(p.rows, t, tasks, [&](int64_t row, int64_t m) {
-      Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, row, sizes.d);
-      Tile<T> dy(p.dy, p.out_dtype, p.rows, row, sizes.d);
-      Tile<T> dx(p.dx, p.x_dtype, p.rows, row, sizes.d, stream);
-      const float* stats = needs.norm && needs.x ? p.stats + 2 * row : nullptr;
+    sizes.tiles(p, t, tasks, [&](const TileRows& tile) {
+      int64_t m = tile.count;
+      Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, tile, sizes.d);
+      Tile<T> dy(p.dy, p.out_dtype, p.rows, tile, sizes.d);
+      Tile<T> dx(p.dx, p.x_dtype, p.rows, tile, sizes.d, stream);
+      const float* stats = needs.norm && needs.x ? task.stats : nullptr;
+      for (int64_t i = 0; stats && i < m; ++i)
+        std::memcpy(task.stats + 2 * i, p.stats + 2 * tile[i], 2 * sizeof(float));
       auto dy_operand =
-          dy.typed([&](auto* rows) { return operand<G>(rows, dy.ld, m, sizes, task.dy); });
+          dy.typed([&](auto* rows) { return operand<G>(rows, dy, m, sizes, task.dy); });
       Operand<G> xhat{};
       if (needs.x)
         xhat = x.typed(
-            [&](auto* rows) { return operand<G>(rows, x.ld, m, sizes, task.x, Normalise{stats}); });
+            [&](auto* rows) { return operand<G>(rows, x, m, sizes, task.x, Normalise{stats}); });
 
       if (needs.dz) {
         std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
@@ -228,9 +232,9 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
       }
       bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
       for (int64_t i = 0; needs.z && i < m; ++i) {
-        if (p.seed) dropout_row(p, row + i, task.mask);
+        if (p.seed) dropout_row(p, tile[i], task.mask);
         for (int64_t c = 0; c < z_columns; c += kLanes) {
-          Vec z = load((const T*)p.z + (row + i) * sizes.r + c, sizes.r - c);
+          Vec z = load((const T*)p.z + tile[i] * sizes.r + c, sizes.r - c);
           Activated a = activate(p.activation, z);
           Vec mask = p.seed ? read<Vec>(task.mask + c) : broadcast(1);
           store(task.h + i * z_columns + c, a.value * mask);

@@ -1,6 +1,7 @@
 #include "bottleneck.h"
 
 #include "../isa.h"
+#include "groups.h"
 #include "kernels.h"
 
 namespace fastadapters::cpu {
@@ -29,6 +30,15 @@ void bottleneck_forward(const BottleneckForward& args, const Threads& threads) {
 
 void bottleneck_backward(const BottleneckBackward& args, const Threads& threads) {
   choose(kernels, args.dtype).backward(args, threads);
+}
+
+void grouped_forward(const BottleneckForward& args, const Groups& groups, const Threads& threads) {
+  each_adapter(args, groups, threads, choose(kernels, args.dtype).forward);
+}
+
+void grouped_backward(const BottleneckBackward& args, const Groups& groups,
+                      const Threads& threads) {
+  each_adapter(args, groups, threads, choose(kernels, args.dtype).backward);
 }
 
 }  // namespace fastadapters::cpu

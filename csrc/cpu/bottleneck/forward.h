@@ -71,7 +71,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   for (int64_t i = 0; i < sizes.wide.count; ++i)
     pack_columns<G>(up, sizes.wide, i, sizes.r_words, shared.up);
 
-  bool stream = streams(p.y, p.out_dtype, sizes.m, sizes.d);
+  bool stream = streams(p.y, p.out_dtype, p.all_rows(), sizes.d);
   int64_t tasks = sizes.tasks(threads.count, G::kBlock);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
@@ -79,29 +79,31 @@ void forward(const BottleneckForward& p, const Threads& threads) {
     int64_t z_columns = sizes.thin.columns();
     std::memset(task.mask, 0, z_columns * sizeof(float));
 
-    sizes.tiles(p.rows, t, tasks, [&](int64_t row, int64_t m) {
-      Tile<T> x(p.x, p.x_dtype, p.rows, row, sizes.d);
-      Tile<T> residual(p.residual, p.out_dtype, p.rows, row, sizes.d);
-      Tile<T> y(p.y, p.out_dtype, p.rows, row, sizes.d, stream);
+    sizes.tiles(p, t, tasks, [&](const TileRows& tile) {
+      int64_t m = tile.count;
+      Tile<T> x(p.x, p.x_dtype, p.rows, tile, sizes.d);
+      Tile<T> residual(p.residual, p.out_dtype, p.rows, tile, sizes.d);
+      Tile<T> y(p.y, p.out_dtype, p.rows, tile, sizes.d, stream);
       auto a = x.typed([&](auto* rows) {
         for (int64_t i = 0; norm && i < m; ++i)
-          row_statistics(rows + i * x.ld, sizes.d, p.norm_eps, task.stats + 2 * i);
+          row_statistics(rows + x.offset(i), sizes.d, p.norm_eps, task.stats + 2 * i);
         return operand<G>(
-            rows, x.ld, m, sizes, task.x,
+            rows, x, m, sizes, task.x,
             norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{});
       });
-      if (norm && p.stats) std::memcpy(p.stats + 2 * row, task.stats, 2 * m * sizeof(float));
+      for (int64_t i = 0; norm && p.stats && i < m; ++i)
+        std::memcpy(p.stats + 2 * tile[i], task.stats + 2 * i, 2 * sizeof(float));
       std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
       multiply_long<G>(sizes.chains, m, sizes.d_words, a.data, a.ld, shared.down, sizes.thin,
                        task.z, z_columns);
 
       for (int64_t i = 0; i < m; ++i) {
-        if (p.seed) dropout_row(p, row + i, task.mask);
+        if (p.seed) dropout_row(p, tile[i], task.mask);
         for (int64_t c = 0; c < sizes.r_stride; c += kLanes) {
           Vec h = {};
           if (c < sizes.r) {
             Vec z = read<Vec>(task.z + i * z_columns + c) + read<Vec>(shared.down_bias + c);
-            if (p.z) store((T*)p.z + (row + i) * sizes.r + c, z, sizes.r - c);
+            if (p.z) store((T*)p.z + tile[i] * sizes.r + c, z, sizes.r - c);
             h = activate(p.activation, z).value;
             if (p.seed) h *= read<Vec>(task.mask + c);
             h = first_lanes(h, sizes.r - c);

@@ -1,0 +1,217 @@
+"""A bottleneck for each item, or each token, of N adapters: checks, dtypes, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from .. import backends
+from ..checks import check_floats, check_ndim, check_number, check_residual, check_tensor
+from ..ops import NAMESPACES, autograd
+from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
+from ..options import Activation
+from .arguments import (
+    PLAIN,
+    compute_and_out_dtype,
+    draw_seed,
+    leaf,
+    parameter,
+    plain_dropout,
+    readable,
+    saves,
+    without_autocast,
+)
+from .bottleneck import BottleneckParameters, check_options, storage
+from .shards import on_shards
+
+
+def _check_parameters(
+    x: Tensor, stack: BottleneckParameters, residual: Tensor | None
+) -> float | Tensor:
+    """x, a residual and stacked parameters must fit; the scale, a number as a float."""
+    check_floats("x", x, "[B, ..., D]")
+    if x.dim() < 2 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [B, ..., D] with D >= 1, got {list(x.shape)}")
+    weight = stack.down_weight
+    check_ndim("down_weight", weight, "[N, r, D]", 3)
+    n, r, d, device = *weight.shape[:2], x.shape[-1], x.device
+    check_tensor("down_weight", weight, "[N, r, D]", (n, r, d), device)
+    check_tensor("up_weight", stack.up_weight, "[N, D, r]", (n, d, r), device)
+    if stack.norm_bias is not None and stack.norm_weight is None:
+        raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
+    for name, symbols, shape in (
+        ("down_bias", "[N, r]", (n, r)),
+        ("up_bias", "[N, D]", (n, d)),
+        ("norm_weight", "[N, D]", (n, d)),
+        ("norm_bias", "[N, D]", (n, d)),
+    ):
+        t = getattr(stack, name)
+        if t is not None:
+            check_tensor(name, t, symbols, shape, device)
+    check_residual(residual, x)
+    scale = stack.scale
+    if not isinstance(scale, Tensor):
+        return check_number("scale", scale, " or a tensor")
+    if scale.dim() == 1:
+        check_tensor("scale", scale, "[N]", (n,), device)
+    else:
+        check_tensor("scale", scale, "[N] or [N, D]", (n, d), device)
+    return scale
+
+
+def _check_index(index: Tensor, x: Tensor, n: int) -> Tensor:
+    """An adapter for each of the leading dimensions of x; as contiguous int64.
+
+    Values are looked at on the CPU only: elsewhere that would wait for the device.
+    """
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: expected a tensor of int64 or int32, got {type(index).__name__}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"index: expected int64 or int32, got {index.dtype}")
+    if not 1 <= index.dim() < x.dim() or index.shape != x.shape[: index.dim()]:
+        raise ValueError(
+            f"index: expected leading dimensions of x {list(x.shape)}, [B] or more of them,"
+            f" got {list(index.shape)}"
+        )
+    if index.device != x.device:
+        raise ValueError(f"index: expected a tensor on {x.device} like x, got {index.device}")
+    looked_at = (
+        index.device.type == "cpu"
+        and index.numel() > 0
+        and not torch.compiler.is_compiling()
+        and type(index) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+    )
+    if looked_at:
+        least, most = map(int, index.aminmax())
+        if least < 0 or most >= n:
+            raise ValueError(
+                f"index: expected values in [0, N) = [0, {n}), got {least if least < 0 else most}"
+            )
+    return index.to(torch.int64).contiguous()
+
+
+def grouped_bottleneck(
+    x: Tensor,
+    index: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: Activation = "relu",
+    scale: float | Tensor = 1.0,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """N adapters in one batch: each item, or each token, goes through the one that it names.
+
+        y[b] = bottleneck(x[b], the parameters of adapter index[b])
+
+    Args:
+        x: [B, ..., D], any strides; dtypes as in `bottleneck`.
+        index: int64 or int32, in [0, N): the adapter of each item [B], of each token [B, T], or of
+            whatever the leading dimensions of x are that it has.
+        down_weight, up_weight: [N, r, D] and [N, D, r].
+        down_bias, up_bias: [N, r] and [N, D], or None.
+        scale: a number, or a learnable tensor [N] (one per adapter) or [N, D] (one per channel).
+        norm_weight, norm_bias: [N, D], or None.
+        activation, residual, norm_eps, dropout, training: as in `bottleneck`; the mask of dropout
+            depends on the place of a row in x, not on its adapter.
+
+    Only adapters that occur are worked on; the gradients of all others are exact zeros.
+
+    On a GPU the values of ``index`` are not looked at, which would wait for it: rows for which it
+    names no adapter become NaN. On the CPU they are, before anything runs.
+
+    Returns:
+        y: as `bottleneck`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the shape expected and the shape given.
+        RuntimeError: a backend chosen by name cannot run.
+
+    Examples:
+        >>> down, up = torch.randn(3, 64, 768), torch.randn(3, 768, 64)
+        >>> x, index = torch.randn(4, 197, 768), torch.tensor([2, 0, 2, 2])
+        >>> grouped_bottleneck(x, index, down, up, residual=x).shape
+        torch.Size([4, 197, 768])
+    """
+    if isinstance(x, Proxy):
+        return leaf(grouped_bottleneck, locals())
+    refusal = None
+    if type(x) not in backends.PLAIN_TYPES and isinstance(x, Tensor) and isinstance(index, Tensor):
+        rows = ("x", "index", "residual")
+        sharded = on_shards(grouped_bottleneck, locals(), rows, x.dim() - index.dim())
+        if not isinstance(sharded, str):
+            return sharded
+        refusal = sharded
+    stack = BottleneckParameters(
+        down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
+    )
+    scale = _check_parameters(x, stack, residual)
+    stack = stack._replace(scale=scale)
+    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
+    n, r, d = down_weight.shape
+    index = _check_index(index, x, n)
+    compute, out = compute_and_out_dtype(x, residual, scale)
+    if x.device.type != "cpu":
+        refusal = "it has no kernel for an adapter per item"
+    problem = backends.Problem(d, r, compute, out, (residual, index, *stack), refusal)
+    name = backends.resolve("bottleneck", x, problem)
+    if name in PLAIN:
+        cast: dict[str, Any] = {
+            n: t.to(x.dtype if n.startswith("norm") else compute) if isinstance(t, Tensor) else t
+            for n, t in stack._asdict().items()
+        }
+        seed, dropout = plain_dropout(x, dropout, training)
+        with without_autocast(x):
+            plain: Tensor = PLAIN[name].grouped_bottleneck(
+                x, index, **cast, residual=residual, compute_dtype=compute,
+                activation=activation, norm_eps=norm_eps, dropout=dropout, seed=seed,
+            )  # fmt: skip
+        return plain.to(out)
+    options: dict[str, Any] = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
+    return fused(name, x, index, stack, residual, compute, out, training, **options)
+
+
+def fused(
+    name: str,
+    x: Tensor,
+    index: Tensor,
+    stack: BottleneckParameters,
+    residual: Tensor | None,
+    compute: torch.dtype,
+    out: torch.dtype,
+    training: bool,
+    *,
+    activation: Activation,
+    norm_eps: float,
+    dropout: float,
+) -> Tensor:
+    """`grouped_bottleneck` on fused backend ``name``, of arguments that have been checked."""
+    seed = draw_seed(x, dropout, training)
+    x, residual, add_x = storage(x, residual, compute, out)
+    learnable = stack.scale if isinstance(stack.scale, Tensor) else None
+    scale_value = 1.0 if isinstance(stack.scale, Tensor) else stack.scale
+    parameters = (
+        stack.down_weight, stack.down_bias, stack.up_weight, stack.up_bias, stack.norm_weight,
+        stack.norm_bias, learnable,
+    )  # fmt: skip
+    tensors = (
+        readable(x), None if residual is None else readable(residual),
+        *(parameter(t, compute) for t in parameters), seed, index,
+    )  # fmt: skip
+    y: Tensor = autograd.call(
+        NAMESPACES[name].grouped_forward.default, tensors,
+        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[compute],
+         DTYPE_CODES[out], add_x, saves(tensors)),
+    )  # fmt: skip
+    return y

@@ -1,0 +1,51 @@
+"""A bottleneck for each row, of N whose parameters are stacked, as its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Activation
+from .bottleneck import bottleneck
+
+
+def grouped_bottleneck(
+    x: Tensor,
+    index: Tensor,
+    *,
+    residual: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    activation: Activation = "relu",
+    norm_eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **stacks: Tensor | None,
+) -> Tensor:
+    """y = residual + what adapter index[i...] makes of x[i...], shapes as in `functional`.
+
+    Every adapter works on all rows, zeros in place of those that are not its own. Rows whose index
+    names none become NaN. Dtypes as in `bottleneck`.
+    """
+    options: dict[str, Any] = {
+        "activation": activation,
+        "norm_eps": norm_eps,
+        "dropout": dropout,
+        "seed": seed,
+        "compute_dtype": compute_dtype,
+    }
+    index = index.reshape(*index.shape, *[1] * (x.dim() - index.dim()))
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    y = torch.full_like(x, torch.nan, dtype=compute_dtype)
+    first = stacks["down_weight"]
+    for n in range(0 if first is None else first.shape[0]):
+        own = index == n
+        parameters: dict[str, Any] = {
+            name: None if t is None else t[n] for name, t in stacks.items()
+        }
+        one: Any = scale[n] if isinstance(scale, Tensor) else scale
+        branch = bottleneck(torch.where(own, x, zero), scale=one, **parameters, **options)
+        y = torch.where(own, branch, y)
+    return y if residual is None else residual + y
