@@ -216,7 +216,7 @@ def test_saves_one_row_a_head_and_query() -> None:
         attend(leaves, bias=ADDITIVE)
     inputs = {t.data_ptr() for t in leaves.values()}
     extra = sum(t.numel() for t in saved if t.data_ptr() not in inputs)
-    assert extra == (c + b * i) * h * (d + 4)
+    assert extra == (c + 2 * b * i) * h * (d + 2)
 
 
 def test_flops() -> None:

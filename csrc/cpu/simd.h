@@ -14,7 +14,8 @@
 
 #include "../tensors.h"
 
-#define FASTADAPTERS_INLINE inline __attribute__((always_inline))
+#define FASTADAPTERS_INLINED __attribute__((always_inline))
+#define FASTADAPTERS_INLINE inline FASTADAPTERS_INLINED
 
 namespace fastadapters::cpu {
 namespace {
@@ -143,6 +144,16 @@ inline void stream(T* p, Vec v) {
 inline void finish_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
+#endif
+}
+
+// Whether an output is better written past the caches: it is larger than them, and the CPU has been
+// seen to gain (AMD does, Intel loses).
+inline bool exceeds_caches([[maybe_unused]] int64_t bytes) {
+#if defined(__x86_64__)
+  return bytes >= 32 << 20 && __builtin_cpu_is("amd");
+#else
+  return false;
 #endif
 }
 

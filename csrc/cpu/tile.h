@@ -16,18 +16,12 @@ namespace {
 constexpr int64_t kTileBytes = 256 << 10;
 constexpr int64_t kTileRows = 64;
 
-// Whether an output is better written past the caches: it is larger than them, and the CPU has been
-// seen to gain (AMD does, Intel loses).
+// Whether rows can be, and are better, written past the caches.
 inline bool streams(const Rows& out, Dtype dtype, int64_t m, int64_t d) {
-#if defined(__x86_64__)
-  constexpr int64_t least_bytes = 32 << 20;
   const int64_t size = dtype == Dtype::float32 ? 4 : 2;
   uintptr_t misaligned = (uintptr_t)out.data;
   for (int64_t stride : out.strides) misaligned |= uintptr_t(stride * size);
-  return m * d * size >= least_bytes && misaligned % 64 == 0 && __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
+  return misaligned % 64 == 0 && exceeds_caches(m * d * size);
 }
 
 // Which rows a tile has: `first` and those behind it, of one stride, or those of a list.
@@ -72,12 +66,14 @@ struct Tile {
       if (!wide) return f((T*)data);
     return f((float*)data);
   }
-  // n columns of what will be read, or written.
+  // n columns of what will be read, or written. GCC drops calls of functions that only prefetch.
   FASTADAPTERS_INLINE void expect(int64_t i, int64_t j, int64_t n) const {
-    if (data && !listed) typed([&](auto* p) { prefetch_columns<0, 2>(p + i * ld + j, n); });
+    if (data && !listed)
+      typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<0, 2>(p + i * ld + j, n); });
   }
   FASTADAPTERS_INLINE void expect_write(int64_t i, int64_t j, int64_t n) const {
-    if (!stream && !listed) typed([&](auto* p) { prefetch_columns<1, 3>(p + i * ld + j, n); });
+    if (!stream && !listed)
+      typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<1, 3>(p + i * ld + j, n); });
   }
 };
 

@@ -36,8 +36,16 @@ def rows_of_state(text_q: Tensor, image_q: Tensor, options: Sequence[Any]) -> in
     return (text_q.numel() + image_q.numel()) // width * (width + 4)
 
 
+def rows_of_state_by_modality(text_q: Tensor, image_q: Tensor, options: Sequence[Any]) -> int:
+    """Of each head of each token, for each modality of keys that its own attention is kept over
+    (a text's over the texts alone), the attention and two constants.
+    """
+    width = image_q.shape[-1]
+    return (text_q.numel() + 2 * image_q.numel()) // width * (width + 2)
+
+
 STATES: dict[tuple[str, str], State] = {
-    ("fastadapters", "cpu"): rows_of_state,
+    ("fastadapters", "cpu"): rows_of_state_by_modality,
     ("fastadapters_triton", "cuda"): rows_of_state,
     ("fastadapters_triton", "cpu"): rows_of_state,
 }

@@ -65,13 +65,27 @@ inline void attend(const Sizes& s, const Keys& keys, int64_t rows, const float* 
   }
 }
 
-// What `differentiate` reads of its queries, [rows, ld] or [rows]: the gradient by a score is its
-// weight times (d_out.v - delta).
+// The dot products of rows [n <= kLanes, ld] with others: row r with the one `step * r` further.
+inline Vec dots(const Sizes& s, int64_t n, const float* rows, const float* others, int64_t step) {
+  Vec part[kLanes] = {};
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes)
+      part[r] += read<Vec>(rows + r * s.ld + j) * read<Vec>(others + r * step + j);
+  return sum_each(part);
+}
+
+// What `differentiate` reads of its queries, [rows, ld] or [rows]: with `out` as their attention
+// over these keys alone, the gradient by a score is its weight times
+//
+//     d_out . v - d_out . out - beyond
+//
+// where `beyond` is what they lose to other keys. Where all keys are in one block d_out . out is
+// the sum of the very products that it is taken off, and cancels as exactly as they do.
 struct Queries {
   int64_t rows;
-  const float *q, *d_out;
+  const float *q, *d_out, *out;
   Softmax softmax;
-  const float* delta;
+  const float* beyond;
   bool single;  // whether they see no other key than one
 };
 
@@ -81,26 +95,36 @@ inline void differentiate(const Sizes& s, const Keys& keys, const Queries& queri
                           float* d_scores, float* dq, float* dk, float* dv) {
   const int64_t rows = queries.rows;
   const Softmax& softmax = queries.softmax;
+  const bool scores = !queries.single && (dq || dk), one_block = keys.n <= kKeys;
+  float means[kTile + kLanes];
+  for (int64_t i = 0; scores && !one_block && i < rows; i += kLanes)
+    store(means + i,
+          dots(s, least(kLanes, rows - i), queries.d_out + i * s.ld, queries.out + i * s.ld, s.ld));
   for (int64_t first = 0; first < keys.n; first += kKeys) {
     int64_t n = least(kKeys, keys.n - first), vectors = divide_up(n, kLanes);
     multiply_rows(rows, vectors, s.d, queries.q, s.ld, keys.turned + first * s.d, kKeys, weights,
                   kScores);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = weights + i * kScores;
+      const float top = softmax.top[i], factor = softmax.factor[i];
       forget_padding(row, n, vectors, -kInfinity);
       for (int64_t k = 0; k < n; k += kLanes)
-        store(row + k, exp(read<Vec>(row + k) - softmax.top[i]) * softmax.factor[i]);
+        store(row + k, exp(read<Vec>(row + k) - top) * factor);
     }
     if (dv)
       multiply<true, true>(n, s.vectors, rows, weights, kScores, queries.d_out, s.ld,
                            dv + first * s.ld, s.ld);
-    if (queries.single || (!dq && !dk)) continue;
+    if (!scores) continue;
     multiply_rows(rows, vectors, s.d, queries.d_out, s.ld, keys.turned_values + first * s.d, kKeys,
                   d_scores, kScores);
     for (int64_t i = 0; i < rows; ++i) {
       float *row = d_scores + i * kScores, *p = weights + i * kScores;
+      Vec products = {};
+      for (int64_t k = 0; one_block && k < n; k += kLanes)
+        products += read<Vec>(p + k) * read<Vec>(row + k);
+      const float mean = one_block ? cpu::sum(products) : means[i], beyond = queries.beyond[i];
       for (int64_t k = 0; k < n; k += kLanes)
-        store(row + k, read<Vec>(p + k) * (read<Vec>(row + k) - queries.delta[i]));
+        store(row + k, read<Vec>(p + k) * (read<Vec>(row + k) - mean - beyond));
     }
     if (dq)
       multiply<false, true>(rows, s.vectors, n, d_scores, kScores, keys.rows + first * s.ld, s.ld,
@@ -109,15 +133,6 @@ inline void differentiate(const Sizes& s, const Keys& keys, const Queries& queri
       multiply<true, true>(n, s.vectors, rows, d_scores, kScores, queries.q, s.ld,
                            dk + first * s.ld, s.ld);
   }
-}
-
-// The dot products of rows [n <= kLanes, ld] with others: row r with the one `step * r` further.
-inline Vec dots(const Sizes& s, int64_t n, const float* rows, const float* others, int64_t step) {
-  Vec part[kLanes] = {};
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes)
-      part[r] += read<Vec>(rows + r * s.ld + j) * read<Vec>(others + r * step + j);
-  return sum_each(part);
 }
 
 // A tile of text queries: each sees the texts, by what attention over them gave it, and the image

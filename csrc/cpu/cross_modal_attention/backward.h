@@ -1,15 +1,10 @@
-// Backward: weights are computed again from the log-sum-exps; d_out is read once.
+// Backward: weights are computed again from the log-sum-exps; d_out is read once. A query's
+// attention T over the texts and I over images counts for its shares w and 1 - w, so that
 //
-//     delta = d_out . out                     d_score = weight * (d_out . v - delta)
-//     dq = d_score k      dk = d_score^T q    dv = weight^T d_out
+//     d_T = w d_out      d_I = (1 - w) d_out      d_odds of the texts = w (1 - w) d_out . (T - I)
 //
-// A text query's weights of the texts are its share w of the item times those of the attention
-// over texts alone, so that over all items
-//
-//     sum of d_score = weight * (d_texts . v - d_delta),   d_texts = sum w d_out, d_delta = sum w
-//     delta
-//
-// and the products with the texts are done once for all items.
+// and each of the two is differentiated for itself. What a text query has with the texts is the
+// same for all items, and so are the products with them, of the sums of d_T and of d_odds.
 #pragma once
 
 #include "forward.h"
@@ -41,9 +36,9 @@ struct BackwardTask {
   ForwardTask forward;
   KeyGradients sums;
   float *weights, *d_scores;             // [kTile, kScores]
-  float *d_out, *dq, *delta;             // of a tile
-  float *d_texts, *d_delta;              // of a tile of texts, over all items
-  float *some_d_texts, *some_d_delta;    // over some items
+  float *d_out, *dq, *beyond;            // of a tile
+  float* d_texts;                        // of a tile, what its attention over the texts gets
+  float *some_d_texts, *some_beyond;     // of a tile of texts, over some items
   float *d_rows, *d_weights, *d_values;  // kLanes rows of d_out; of the image keys of some items
   BackwardTask(Carver& c, const Sizes& s, const Wanted& w) : forward(c, s), sums(c, s, w) {
     int64_t image_rows = greatest(kItemRows, s.images);
@@ -53,11 +48,10 @@ struct BackwardTask {
     d_scores = c.take<float>(kTile * kScores);
     d_out = c.take<float>((kTile + kRows) * s.ld);
     dq = c.take<float>(kTile * s.ld);
-    delta = c.take<float>(kTexts);
+    beyond = c.take<float>(kTexts);
     d_texts = c.take<float>((kTile + kRows) * s.ld);
-    d_delta = c.take<float>(kTexts);
     some_d_texts = c.take<float>(kTile * s.ld);
-    some_d_delta = c.take<float>(kTexts);
+    some_beyond = c.take<float>(kTexts);
     d_rows = c.take<float>(kLanes * s.ld);
     d_weights = c.take<float>((image_rows + kRows) * kTexts);
     d_values = c.take<float>(image_rows * s.ld);
@@ -78,17 +72,16 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
   for (int64_t c = 0; c < n; c += kLanes) {
     int64_t rows = least(kLanes, n - c);
     d_out.read_rows(first + c, rows, 1, t.d_rows, s.ld);
-    Vec share = s.sees[0][0] ? read<Vec>(text_weights + c) : Vec{};
-    Vec delta = {};
-    if (s.sees[0][0]) delta = share * dots(s, rows, t.d_rows, t.forward.out + c * s.ld, s.ld);
+    Vec by_texts = {}, mean = {};
+    if (s.sees[0][0] && images) by_texts = dots(s, rows, t.d_rows, t.forward.out + c * s.ld, s.ld);
     for (int64_t i = 0; i < images; ++i) {
-      Vec by_weight = dots(s, rows, t.d_rows, values + i * s.ld, 0);
-      delta += read<Vec>(weights + i * kTexts + c) * by_weight;
+      Vec by_weight = dots(s, rows, t.d_rows, values + i * s.ld, 0) - by_texts;
+      mean += read<Vec>(weights + i * kTexts + c) * by_weight;
       store(d_weights + i * kTexts + c, by_weight);
     }
     for (int64_t i = 0; i < images; ++i) {
       float* of_image = d_weights + i * kTexts + c;
-      store(of_image, read<Vec>(weights + i * kTexts + c) * (read<Vec>(of_image) - delta));
+      store(of_image, read<Vec>(weights + i * kTexts + c) * (read<Vec>(of_image) - mean));
       for (int64_t j = 0; w.v[1] && j < width; j += kLanes) {
         Vec sum = {};
         for (int64_t r = 0; r < rows; ++r)
@@ -97,36 +90,48 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
       }
     }
     if (!s.sees[0][0]) continue;
-    store(t.some_d_delta + c, read<Vec>(t.some_d_delta + c) + share * delta);
-    for (int64_t r = 0; r < rows; ++r)
+    store(t.some_beyond + c, read<Vec>(t.some_beyond + c) + read<Vec>(text_weights + c) * mean);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec weight = broadcast(text_weights[c + r]);
       for (int64_t j = 0; j < width; j += kLanes) {
         float* to = t.some_d_texts + (c + r) * s.ld + j;
-        store(to, read<Vec>(to) + text_weights[c + r] * read<Vec>(t.d_rows + r * s.ld + j));
+        store(to, read<Vec>(to) + weight * read<Vec>(t.d_rows + r * s.ld + j));
       }
+    }
   }
+}
+
+// Adds to `sum` that of n rows, of whose columns `left` exist.
+template <int vectors, class T>
+FASTADAPTERS_INLINE void add_rows(const T* rows, int64_t n, int64_t stride, int64_t left,
+                                  float* sum) {
+  Vec part[vectors] = {};
+  for (int64_t i = 0; i < n; ++i, rows += stride)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) part[v] += load(rows + v * kLanes, left - v * kLanes);
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) store(sum + v * kLanes, read<Vec>(sum + v * kLanes) + part[v]);
 }
 
 // As `spread_images`: the gradients of an item's image values are the sums over its texts, to
 // [H, ld].
 inline void gather_images(const CrossModalAttentionBackward& p, const Sizes& s, int64_t item,
-                          float* part, float* sums) {
+                          float* sums) {
   const Heads& d_out = p.d_text_out;
-  const int64_t size = s.heads * s.ld;
-  clear(sums, size);
-  for (int64_t first = 0; first < s.texts; first += kTile) {
-    clear(part, size);
-    with_type(Parameter{d_out.data, p.dtype}, [&](auto* rows) {
-      rows += item * d_out.item;
-      for (int64_t c = first; c < least(first + kTile, s.texts); ++c)
-        for (int64_t head = 0; head < s.heads; ++head)
-          for (int64_t j = 0; j < s.d; j += kLanes) {
-            float* to = part + head * s.ld + j;
-            Vec v = load(rows + c * d_out.token + head * d_out.head + j, s.d - j);
-            store(to, read<Vec>(to) + v);
-          }
-    });
-    add_to(sums, part, size);
-  }
+  clear(sums, s.heads * s.ld);
+  with_type(Parameter{d_out.data, p.dtype}, [&](auto* rows) {
+    for (int64_t first = 0; first < s.texts; first += kTile)
+      for (int64_t head = 0; head < s.heads; ++head) {
+        const auto* from = rows + item * d_out.item + first * d_out.token + head * d_out.head;
+        int64_t n = least(kTile, s.texts - first), v = 0;
+        auto add = [&](auto vectors) {
+          add_rows<vectors>(from + v * kLanes, n, d_out.token, s.d - v * kLanes,
+                            sums + head * s.ld + v * kLanes);
+        };
+        for (; v + 4 <= s.vectors; v += 4) add(std::integral_constant<int, 4>());
+        for (; v < s.vectors; ++v) add(std::integral_constant<int, 1>());
+      }
+  });
 }
 
 inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s, const Wanted& w,
@@ -138,20 +143,20 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
   Head(p.text.q, p.dtype, group, s.texts, head, s.d).read_rows(first, n, s.scale, f.q, s.ld);
   if (texts) {
     State state(p, s, group, head);
-    state.read_rows(first, n, f.out, s.ld);
+    kept_rows(s, n, state.out + first * s.d, f.out);
     f.softmax.copy(state.texts.from(first), n);
     f.clear_softmax(n);
   }
   if (images) turn(s, f.q, n, f.turned_q, kTexts);
   clear(t.dq, n * s.ld);
   clear(t.d_texts, n * s.ld);
-  clear(t.d_delta, kTexts);
+  clear(t.beyond, kTexts);
   each_items(s, [&](int64_t item, int64_t items) {
     int64_t row = images ? item * s.images : 0, rows = images ? items * s.images : 0;
     weigh(s, n, f.turned_q, f.softmax, items, f.images.rows + row * s.ld, f.weights,
           f.text_weights);
     clear(t.some_d_texts, n * s.ld);
-    clear(t.some_d_delta, kTexts);
+    clear(t.some_beyond, kTexts);
     clear(t.d_values, rows * s.ld);
     for (int64_t i = 0; i < items; ++i) {
       int64_t begin = images ? i * s.images : 0;
@@ -161,7 +166,7 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
                          t.d_weights + begin * kTexts, t.d_values + begin * s.ld);
     }
     add_to(t.d_texts, t.some_d_texts, n * s.ld);
-    add_to(t.d_delta, t.some_d_delta, kTexts);
+    add_to(t.beyond, t.some_beyond, kTexts);
     if (w.v[1]) add_to(sums.image_v + row * s.ld, t.d_values, rows * s.ld);
     if (w.k[1])
       multiply<false, true>(rows, s.vectors, n, t.d_weights, kTexts, f.q, s.ld,
@@ -171,34 +176,26 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
                            s.ld, t.dq, s.ld);
   });
   if (texts)
-    differentiate(s, f.texts, {n, f.q, t.d_texts, f.softmax, t.d_delta, s.single(0)}, t.weights,
-                  t.d_scores, w.q[0] ? t.dq : nullptr, sums.text_k, sums.text_v);
+    differentiate(s, f.texts, {n, f.q, t.d_texts, f.out, f.softmax, t.beyond, s.single(0)},
+                  t.weights, t.d_scores, w.q[0] ? t.dq : nullptr, sums.text_k, sums.text_v);
   if (w.q[0])
     Head(p.d_text.q, p.dtype, group, s.texts, head, s.d).write_rows(first, n, s.scale, t.dq, s.ld);
 }
 
-// As `attend_own`.
+// As `attend_own`; t.d_out is what the attention over the own images gets.
 inline void differentiate_own(const Sizes& s, BackwardTask& t, const KeyGradients& sums,
                               int64_t row, int64_t n, const Softmax& softmax, float* dq) {
   ForwardTask& f = t.forward;
   if (s.images == 1) {
-    const float *keys = f.images.rows + row * s.ld, *values = f.images.value_rows + row * s.ld;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      int64_t rows = least(kLanes, n - i), at = i * s.ld;
-      Vec score = dots(s, rows, f.q + at, keys + at, s.ld);
-      Vec weight = exp(score - load(softmax.top + i, rows)) * load(softmax.factor + i, rows);
-      Vec by_weight = dots(s, rows, t.d_out + at, values + at, s.ld);
-      Vec d_score = weight * (by_weight - read<Vec>(t.delta + i));
-      auto add = [&](float* sum, Vec factor, const float* x) {
-        for (int64_t r = 0; sum && r < rows; ++r)
-          for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes) {
-            float* to = sum + at + r * s.ld + j;
-            store(to, read<Vec>(to) + factor[r] * read<Vec>(x + at + r * s.ld + j));
-          }
+    const int64_t at = row * s.ld;
+    for (int64_t i = 0; i < n; ++i) {
+      auto add = [&](float* sum, float factor, const float* x) {
+        for (int64_t j = i * s.ld; sum && j < i * s.ld + s.vectors * kLanes; j += kLanes)
+          store(sum + j, read<Vec>(sum + j) + factor * read<Vec>(x + j));
       };
-      add(dq, d_score, keys);
-      add(sums.image_k ? sums.image_k + row * s.ld : nullptr, d_score, f.q);
-      add(sums.image_v ? sums.image_v + row * s.ld : nullptr, weight, t.d_out);
+      add(dq, -t.beyond[i], f.images.rows + at);
+      add(sums.image_k ? sums.image_k + at : nullptr, -t.beyond[i], f.q);
+      add(sums.image_v ? sums.image_v + at : nullptr, 1, t.d_out);
     }
     return;
   }
@@ -206,8 +203,8 @@ inline void differentiate_own(const Sizes& s, BackwardTask& t, const KeyGradient
     int64_t item = (row + begin) / s.images, at = begin * s.ld, to = item * s.images * s.ld;
     end = least(n, (item + 1) * s.images - row);
     take_item(s, f.images, item, f.own);
-    Queries own{end - begin,         f.q + at,        t.d_out + at,
-                softmax.from(begin), t.delta + begin, s.single(1)};
+    Queries own{end - begin,         f.q + at,         t.d_out + at, f.own_out + at,
+                softmax.from(begin), t.beyond + begin, s.single(1)};
     differentiate(s, f.own, own, t.weights, t.d_scores, dq ? dq + at : nullptr,
                   sums.image_k ? sums.image_k + to : nullptr,
                   sums.image_v ? sums.image_v + to : nullptr);
@@ -220,18 +217,34 @@ inline void backward_images(const CrossModalAttentionBackward& p, const Sizes& s
                             int64_t row, int64_t n) {
   ForwardTask& f = t.forward;
   State state(p, s, group, head);
+  Softmax texts = state.texts.from(s.texts + row), own = state.images.from(row);
   Head(p.image.q, p.dtype, group, s.images, head, s.d).read_rows(row, n, s.scale, f.q, s.ld);
   Head(p.d_image_out, p.dtype, group, s.images, head, s.d).read_rows(row, n, 1, t.d_out, s.ld);
-  state.read_rows(s.texts + row, n, f.out, s.ld);
-  for (int64_t i = 0; i < n; i += kLanes)
-    store(t.delta + i, dots(s, least(kLanes, n - i), t.d_out + i * s.ld, f.out + i * s.ld, s.ld));
+  if (s.sees[1][0]) kept_rows(s, n, state.out + (s.texts + row) * s.d, f.out);
+  if (s.sees[1][1]) kept_rows(s, n, state.own_out + row * s.d, f.own_out);
+  clear(t.beyond, kTexts);
+  for (int64_t i = 0; s.sees[1][0] && s.sees[1][1] && i < n; i += kLanes) {
+    const float* d_out = t.d_out + i * s.ld;
+    int64_t rows = least(kLanes, n - i);
+    store(t.beyond + i, dots(s, rows, d_out, f.own_out + i * s.ld, s.ld) -
+                            dots(s, rows, d_out, f.out + i * s.ld, s.ld));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Shares share = shares(s, texts, own, i);
+    t.beyond[i] *= share.texts * share.own;
+    for (int64_t j = i * s.ld; j < i * s.ld + s.vectors * kLanes; j += kLanes) {
+      Vec d_out = read<Vec>(t.d_out + j);
+      store(t.d_texts + j, d_out * share.texts);
+      store(t.d_out + j, d_out * share.own);
+    }
+  }
   clear(t.dq, n * s.ld);
   float* dq = w.q[1] ? t.dq : nullptr;
   if (s.sees[1][0])
-    differentiate(s, f.texts,
-                  {n, f.q, t.d_out, state.texts.from(s.texts + row), t.delta, s.single(1)},
-                  t.weights, t.d_scores, dq, sums.text_k, sums.text_v);
-  if (s.sees[1][1]) differentiate_own(s, t, sums, row, n, state.images.from(s.texts + row), dq);
+    differentiate(s, f.texts, {n, f.q, t.d_texts, f.out, texts, t.beyond, s.single(1)}, t.weights,
+                  t.d_scores, dq, sums.text_k, sums.text_v);
+  for (int64_t i = 0; i < n; ++i) t.beyond[i] = -t.beyond[i];
+  if (s.sees[1][1]) differentiate_own(s, t, sums, row, n, own, dq);
   if (dq)
     Head(p.d_image.q, p.dtype, group, s.images, head, s.d).write_rows(row, n, s.scale, dq, s.ld);
 }
@@ -258,7 +271,7 @@ void backward(const CrossModalAttentionBackward& p, const Threads& threads) {
   KeyGradients(counter, s, w);
   const size_t size = counter.used;
   const int64_t tasks = s.groups * s.heads * parts, gathered_row = s.heads * s.ld;
-  const int64_t gathered_size = gathers ? 2 * p.items * gathered_row : 0;
+  const int64_t gathered_size = gathers ? p.items * gathered_row : 0;
   auto* gathered = (float*)shared_scratch().reserve(size_t(gathered_size) * sizeof(float) +
                                                     size_t(parts > 1 ? tasks : 0) * size);
   char* shared = (char*)(gathered + gathered_size);
@@ -278,18 +291,15 @@ void backward(const CrossModalAttentionBackward& p, const Threads& threads) {
   };
 
   if (gathers)
-    parallel(s.small() ? Threads{} : threads, p.items, [&](int64_t item) {
-      float* row = gathered + 2 * item * gathered_row;
-      gather_images(p, s, item, row + gathered_row, row);
-    });
+    parallel(s.small() ? Threads{} : threads, p.items,
+             [&](int64_t item) { gather_images(p, s, item, gathered + item * gathered_row); });
   each_task(s, threads, parts, [&](int64_t group, int64_t head, int64_t part) {
     auto t = carve<BackwardTask>(task_scratch(), s, w);
     KeyGradients sums = parts > 1 ? sums_of(group, head, part) : t.sums;
     for (float* sum : {sums.text_k, sums.text_v}) clear(sum, s.texts * s.ld);
     for (float* sum : {sums.image_k, sums.image_v}) clear(sum, s.image_rows() * s.ld);
     for (int64_t i = 0; gathers && part == 0 && i < s.items; ++i)
-      add_to(sums.image_v + i * s.ld, gathered + 2 * (group + i) * gathered_row + head * s.ld,
-             s.ld);
+      add_to(sums.image_v + i * s.ld, gathered + (group + i) * gathered_row + head * s.ld, s.ld);
     read_all_keys(p, s, t.forward, group, head);
     for (int64_t i = tiles * part / parts; i < tiles * (part + 1) / parts; ++i)
       if (i < text_tiles) {

@@ -22,8 +22,8 @@ const CrossModalAttentionKernels* const kernels[kIsas][3] = {
 }  // namespace
 
 int64_t cross_modal_attention_state(const CrossModalAttention& p) {
-  int64_t rows = p.shared ? p.texts + p.items * p.images : p.items * (p.texts + p.images);
-  return rows * p.heads * (p.width + 4);
+  int64_t texts = p.shared ? p.texts : p.items * p.texts, images = p.items * p.images;
+  return (texts + 2 * images) * p.heads * (p.width + 2);
 }
 
 void cross_modal_attention_forward(const CrossModalAttentionForward& args, const Threads& threads) {

@@ -74,30 +74,68 @@ inline void take_item(const Sizes& s, const Keys& images, int64_t item, Keys& ow
   if (own.turned_values) turn_all(s, own.value_rows, own.n, own.turned_values);
 }
 
-// Rows of texts [n, ld] by their weights and those of the image values [images, ld] of an item.
+// Whether the text output can be, and is better, written past the caches.
+inline bool streams(const CrossModalAttentionForward& p, const Sizes& s) {
+  const Heads& out = p.text_out;
+  const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
+  uint64_t strides = uint64_t(out.item | out.token | out.head | s.d) * size;
+  return ((uintptr_t)out.data | strides) % 64 == 0 &&
+         exceeds_caches(p.items * s.texts * s.heads * s.d * size);
+}
+
+// Some columns, from column j on, of rows of texts [n, ld] by their weights and those of the image
+// values [images, ld] of an item. `texts` may be null; past: the caches.
+template <int vectors, class T>
+FASTADAPTERS_INLINE void mix_columns(const Sizes& s, int64_t n, int64_t j, const float* texts,
+                                     const float* text_weights, int64_t images, const float* values,
+                                     const float* weights, T* out, int64_t stride, bool past) {
+  const int64_t ld = s.ld, left = s.d - j;
+  for (int64_t c = 0; c < n; ++c, ++weights, out += stride) {
+    Vec sum[vectors] = {};
+    if (texts) {
+      Vec weight = broadcast(text_weights[c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v)
+        sum[v] = weight * read<Vec>(texts + c * ld + j + v * kLanes);
+    }
+    for (int64_t i = 0; i < images; ++i) {
+      Vec weight = broadcast(weights[i * kTexts]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v)
+        sum[v] = weight * read<Vec>(values + i * ld + j + v * kLanes) + sum[v];
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      if (past)
+        stream(out + j + v * kLanes, sum[v]);
+      else
+        store(out + j + v * kLanes, sum[v], left - v * kLanes);
+  }
+}
+
 template <class T>
 inline void mix(const Sizes& s, int64_t n, const float* texts, const float* text_weights,
-                const float* values, const float* weights, T* out, int64_t stride) {
-  int64_t images = s.sees[0][1] ? s.images : 0;
-  for (int64_t c = 0; c < n; ++c)
-    for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes) {
-      Vec sum = {};
-      for (int64_t i = 0; i < images; ++i)
-        sum += weights[i * kTexts + c] * read<Vec>(values + i * s.ld + j);
-      if (s.sees[0][0]) sum += text_weights[c] * read<Vec>(texts + c * s.ld + j);
-      store(out + c * stride + j, sum, s.d - j);
-    }
+                int64_t images, const float* values, const float* weights, T* out, int64_t stride,
+                bool past) {
+  auto columns = [&](auto vectors, int64_t v) {
+    mix_columns<vectors>(s, n, v * kLanes, texts, text_weights, images, values, weights, out,
+                         stride, past);
+  };
+  int64_t v = 0;
+  for (; v + 4 <= s.vectors; v += 4) columns(std::integral_constant<int, 4>(), v);
+  for (; v < s.vectors; ++v) columns(std::integral_constant<int, 1>(), v);
 }
 
 inline void forward_texts(const CrossModalAttentionForward& p, const Sizes& s, ForwardTask& t,
                           int64_t group, int64_t head, int64_t first) {
-  int64_t n = least(kTile, s.texts - first);
+  const int64_t n = least(kTile, s.texts - first);
+  const bool past = streams(p, s);
   Head(p.text.q, p.dtype, group, s.texts, head, s.d).read_rows(first, n, s.scale, t.q, s.ld);
   if (s.sees[0][0]) {
     t.clear_softmax(n);
     attend(s, t.texts, n, t.q, t.scores, t.out, t.softmax);
     if (State state{p, s, group, head}) {
-      state.write_rows(first, n, t.out, s.ld);
+      keep_rows(s, n, t.out, state.out + first * s.d);
       state.texts.from(first).copy(t.softmax, n);
     }
   }
@@ -115,9 +153,9 @@ inline void forward_texts(const CrossModalAttentionForward& p, const Sizes& s, F
       }
       int64_t images = s.sees[0][1] ? s.images : 0;
       with_type(Parameter{out.data, p.dtype}, [&](auto* to) {
-        mix(s, n, t.out, t.text_weights + i * kTexts,
+        mix(s, n, s.sees[0][0] ? t.out : nullptr, t.text_weights + i * kTexts, images,
             t.images.value_rows + (row + i * images) * s.ld, t.weights + i * images * kTexts,
-            to + first * out.token, out.token);
+            to + first * out.token, out.token, past);
       });
     }
   });
@@ -143,6 +181,20 @@ inline void attend_own(const Sizes& s, ForwardTask& t, int64_t row, int64_t n) {
   }
 }
 
+// What an image query's attention over the texts and over its own images count for, from the
+// softmax of each.
+struct Shares {
+  float texts, own;
+};
+inline Shares shares(const Sizes& s, const Softmax& texts, const Softmax& own, int64_t i) {
+  if (!s.sees[1][0] || !s.sees[1][1]) return {float(s.sees[1][0]), float(s.sees[1][1])};
+  float more = own.top[i] - texts.top[i] + s.shift[1];
+  float of_own = std::exp(std::fmin(more, 0.0f)) / own.factor[i];
+  float of_texts = std::exp(-std::fmax(more, 0.0f)) / texts.factor[i];
+  float total = of_own + of_texts;
+  return {of_texts / total, of_own / total};
+}
+
 // The image queries of some items, `n` rows from `row` of a group's on.
 inline void forward_images(const CrossModalAttentionForward& p, const Sizes& s, ForwardTask& t,
                            int64_t group, int64_t head, int64_t row, int64_t n) {
@@ -151,26 +203,24 @@ inline void forward_images(const CrossModalAttentionForward& p, const Sizes& s, 
   if (s.blind(1)) return out.clear_rows(row, n);
   if (s.sees[1][0]) attend(s, t.texts, n, t.q, t.scores, t.out, t.softmax);
   if (s.sees[1][1]) attend_own(s, t, row, n);
-  float* result = s.sees[1][0] ? t.out : t.own_out;
-  for (int64_t i = 0; s.sees[1][0] && s.sees[1][1] && i < n; ++i) {
-    float more = t.own_softmax.top[i] - t.softmax.top[i] + s.shift[1];
-    float own = std::exp(std::fmin(more, 0.0f)) / t.own_softmax.factor[i];
-    float texts = std::exp(-std::fmax(more, 0.0f)) / t.softmax.factor[i];
-    float share = 1 / (own + texts);
-    own *= share;
-    texts *= share;
-    t.own_softmax.factor[i] *= own;
-    t.softmax.factor[i] *= texts;
-    for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes)
-      store(t.out + i * s.ld + j,
-            read<Vec>(t.out + i * s.ld + j) * texts + read<Vec>(t.own_out + i * s.ld + j) * own);
-  }
-  out.write_rows(row, n, 1, result, s.ld);
   if (State state{p, s, group, head}) {
-    state.write_rows(s.texts + row, n, result, s.ld);
-    if (s.sees[1][0]) state.texts.from(s.texts + row).copy(t.softmax, n);
-    if (s.sees[1][1]) state.images.from(s.texts + row).copy(t.own_softmax, n);
+    int64_t at = s.texts + row;
+    if (s.sees[1][0]) {
+      keep_rows(s, n, t.out, state.out + at * s.d);
+      state.texts.from(at).copy(t.softmax, n);
+    }
+    if (s.sees[1][1]) {
+      keep_rows(s, n, t.own_out, state.own_out + row * s.d);
+      state.images.from(row).copy(t.own_softmax, n);
+    }
   }
+  for (int64_t i = 0; s.sees[1][0] && s.sees[1][1] && i < n; ++i) {
+    Shares share = shares(s, t.softmax, t.own_softmax, i);
+    for (int64_t j = 0; j < s.vectors * kLanes; j += kLanes)
+      store(t.out + i * s.ld + j, read<Vec>(t.out + i * s.ld + j) * share.texts +
+                                      read<Vec>(t.own_out + i * s.ld + j) * share.own);
+  }
+  out.write_rows(row, n, 1, s.sees[1][0] ? t.out : t.own_out, s.ld);
 }
 
 // f(row, rows) for each tile of image queries of the items from `item` on.
@@ -194,16 +244,23 @@ inline bool spreads(const Sizes& s) { return s.sees[0][1] && s.single(0); }
 // Writes it, in the order of the memory.
 inline void spread_images(const CrossModalAttentionForward& p, const Sizes& s,
                           const Threads& threads) {
+  const Heads &v = p.image.v, &out = p.text_out;
+  const int64_t size = p.dtype == Dtype::float32 ? 4 : 2, head_bytes = s.d * size;
+  const int64_t pieces = out.head == s.d ? 1 : s.heads, bytes = s.heads / pieces * head_bytes;
+  const bool past = streams(p, s);
   parallel(s.small() ? Threads{} : threads, p.items, [&](int64_t item) {
-    const Heads &v = p.image.v, &out = p.text_out;
-    auto copy = [&](auto* type) {
-      using T = std::remove_reference_t<decltype(*type)>;
-      for (int64_t c = 0; c < s.texts; ++c)
-        for (int64_t head = 0; head < s.heads; ++head)
-          std::memcpy((T*)out.data + item * out.item + c * out.token + head * out.head,
-                      (const T*)v.data + item * v.item + head * v.head, s.d * sizeof(T));
-    };
-    with_type(Parameter{out.data, p.dtype}, copy);
+    char* row = task_scratch().reserve(s.heads * head_bytes);
+    for (int64_t head = 0; head < s.heads; ++head)
+      std::memcpy(row + head * head_bytes, (char*)v.data + (item * v.item + head * v.head) * size,
+                  head_bytes);
+    for (int64_t c = 0; c < s.texts; ++c)
+      for (int64_t i = 0; i < pieces; ++i) {
+        char* to = (char*)out.data + (item * out.item + c * out.token + i * out.head) * size;
+        if (!past) std::memcpy(to, row + i * bytes, bytes);
+        for (int64_t j = 0; past && j < bytes; j += int64_t(sizeof(Vec)))
+          stream((float*)(to + j), read<Vec>(row + i * bytes + j));
+      }
+    if (past) finish_streams();
   });
 }
 
@@ -227,6 +284,7 @@ void forward(const CrossModalAttentionForward& p, const Threads& threads) {
         each_image_tile(s, i - text_tiles, [&](int64_t row, int64_t n) {
           forward_images(p, s, t, group, head, row, n);
         });
+    finish_streams();
   });
 }
 

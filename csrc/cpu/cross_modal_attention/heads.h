@@ -141,31 +141,34 @@ struct Softmax {
   }
 };
 
-// What a head of a group keeps for the gradients. Rows are its text queries, whose attention over
-// the texts alone this is, then its image queries.
+// What a head of a group keeps for the gradients: of its text queries, whose attention over the
+// texts alone this is, then of its image queries; behind it what those make of their own images.
 struct State {
-  int64_t d;
-  float* out;
+  float *out = nullptr, *own_out = nullptr;
   Softmax texts, images;
-  State(const CrossModalAttention& p, const Sizes& s, int64_t group, int64_t head) : d(s.d) {
-    int64_t rows = s.texts + s.image_rows();
-    out = p.state ? p.state + (group * s.heads + head) * rows * (d + 4) : nullptr;
-    float* constants = out + rows * d;
+  State(const CrossModalAttention& p, const Sizes& s, int64_t group, int64_t head) {
+    if (!p.state) return;
+    int64_t own = s.image_rows(), rows = s.texts + own;
+    out = p.state + (group * s.heads + head) * (rows * (s.d + 2) + own * (s.d + 2));
+    own_out = out + rows * s.d;
+    float* constants = own_out + own * s.d;
     texts = {constants, constants + rows};
-    images = {constants + 2 * rows, constants + 3 * rows};
+    images = {constants + 2 * rows, constants + 2 * rows + own};
   }
   explicit operator bool() const { return out; }
-  void write_rows(int64_t first, int64_t n, const float* rows, int64_t ld) const {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < d; j += kLanes)
-        store(out + (first + i) * d + j, read<Vec>(rows + i * ld + j), d - j);
-  }
-  void read_rows(int64_t first, int64_t n, float* rows, int64_t ld) const {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < d; j += kLanes)
-        store(rows + i * ld + j, load(out + (first + i) * d + j, d - j));
-  }
 };
+
+// n rows [d] of a state, from and to rows [ld].
+inline void keep_rows(const Sizes& s, int64_t n, const float* rows, float* kept) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < s.d; j += kLanes)
+      store(kept + i * s.d + j, read<Vec>(rows + i * s.ld + j), s.d - j);
+}
+inline void kept_rows(const Sizes& s, int64_t n, const float* kept, float* rows) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < s.d; j += kLanes)
+      store(rows + i * s.ld + j, load(kept + i * s.d + j, s.d - j));
+}
 
 }  // namespace
 }  // namespace fastadapters::cpu
