@@ -262,7 +262,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
           multiply<G>(
               sizes.chains, rows, sizes.r_words, task.dz + first * sizes.r_stride, sizes.r_stride,
               shared.down, sizes.wide,
-              [&](int64_t i, int64_t j) {
+              [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
                 i += first;
                 dx.expect_write(i, j, G::kPanel * kLanes);
                 dy.expect(i + m, j, G::kPanel * kLanes);

@@ -114,7 +114,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
 
       multiply<G>(
           sizes.chains, m, sizes.r_words, task.h, sizes.r_stride, shared.up, sizes.wide,
-          [&](int64_t i, int64_t j) {
+          [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
             y.expect_write(i, j, G::kPanel * kLanes);
             x.expect(i + m, j, G::kPanel * kLanes);
           },
