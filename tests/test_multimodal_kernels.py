@@ -65,9 +65,6 @@ def call(kernels: Any, tensors: Tensors, **options: Any) -> Tensors:
 
 
 def check_kernels(kernels: Any, tensors: Tensors, name: str, **options: Any) -> None:
-    """In float32 the base is `eager`, which has the kernels' algebra and more roundings than the
-    definition.
-    """
     dtype = tensors["image"].dtype
 
     def head(t: Tensors) -> Tensor:
@@ -77,7 +74,7 @@ def check_kernels(kernels: Any, tensors: Tensors, name: str, **options: Any) -> 
     def pair(draw: int) -> tuple[Tensors, Tensors]:
         moved = {key: last_bit(t, draw, dtype) for key, t in tensors.items()}
         gold = run(head, {key: t.double() for key, t in moved.items()}, "reference")
-        return gold, run(head, moved, "eager" if dtype == torch.float32 else "reference")
+        return gold, run(head, moved, "reference")
 
     check_all(call(kernels, tensors, **options), pair, name)
 
@@ -108,6 +105,8 @@ def test_blocks_and_tiles(isa: str, kernels: Any) -> None:
             check_kernels(kernels, tensors, f"C {c}, B {b}", bias=bias)
     tensors = with_scalars(head_tensors(30, 20, 300, 72, 40, torch.float32))
     check_kernels(kernels, tensors, "wide", bias=((0.3, -1.0), (0.5, 2.0)))
+    tensors = with_scalars(head_tensors(100, 32, 512, 128, 32, torch.float32))
+    check_kernels(kernels, tensors, "Caltech101", bias=ADDITIVE)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -132,7 +131,7 @@ def test_gradients_are_as_exact_as_eagerly(bias: Any, isa: str, kernels: Any) ->
                 sums[i] += float(error.square().mean())
     for name, (ours, eager) in squares.items():
         # A few numbers say little: these are under the rule alone.
-        assert exact[name].numel() < 512 or ours <= 1.4**2 * eager, (
+        assert exact[name].numel() < 512 or ours <= 1.3**2 * eager, (
             f"{name}: {(ours / eager) ** 0.5}"
         )
 

@@ -6,10 +6,11 @@
 namespace fastadapters::cpu {
 namespace {
 
-// For -126 <= y <= 127; the relative error is below 1 ulp.
-inline Vec power_of_two(Vec y) {
-  Vec shifted = y + 0x1.8p23f;  // the integer part lands in the low mantissa bits
-  Vec f = y - (shifted - 0x1.8p23f);
+// 2^(x * factor), for -126 <= x * factor <= 127: the product is not rounded where there are fused
+// multiply-adds; the rest has a relative error below 1 ulp.
+inline Vec power_of_two(Vec x, float factor) {
+  Vec shifted = x * factor + 0x1.8p23f;  // the integer part lands in the low mantissa bits
+  Vec f = x * factor - (shifted - 0x1.8p23f);
   Vec p = broadcast(1.53458313e-4f);
   p = p * f + 1.33999414e-3f;
   p = p * f + 9.61848907e-3f;
@@ -18,19 +19,6 @@ inline Vec power_of_two(Vec y) {
   p = p * f + 6.93147182e-1f;
   p = p * f + 1.0f;
   return (Vec)((Word)p + ((Word)shifted << 23));
-}
-
-// For positive x that are neither subnormal nor nearly infinite.
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-  Vec r = (Vec)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)x);
-  return r + r * (1.0f - x * r);
-#elif defined(__AVX2__)
-  Vec r = (Vec)_mm256_rcp_ps((__m256)x);
-  return r + r * (1.0f - x * r);
-#else
-  return 1.0f / x;
-#endif
 }
 
 inline Vec square_root(Vec x) {
@@ -48,7 +36,7 @@ inline Vec square_root(Vec x) {
 inline Activated gelu(Vec z) {
   Vec a = z < 0 ? -z : z;
   a = a > 13.0f ? broadcast(13) : a;  // the tail is 0 from there on; NaN stays
-  Vec t = reciprocal(0.27f * a + 1.0f);
+  Vec t = 1.0f / (0.27f * a + 1.0f);
   Vec p = broadcast(2.87779570e-2f);
   p = p * t - 1.25561982e-1f;
   p = p * t + 1.67798027e-1f;
@@ -58,7 +46,7 @@ inline Activated gelu(Vec z) {
   p = p * t + 1.01599917e-1f;
   p = p * t + 1.07574366e-1f;
   p = p * t + 1.07718676e-1f;
-  Vec bell = power_of_two(a * a * -0.721347520f);
+  Vec bell = power_of_two(a * a, -0.721347520f);
   Vec tail = p * t * bell;
   Vec cdf = z < 0 ? tail : 1.0f - tail;
   return {(z > 0 ? z : Vec{}) - a * tail, cdf + z * (bell * 0.398942280f)};

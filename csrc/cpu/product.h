@@ -23,7 +23,7 @@ using Single_ = Gemm<Single>;
 constexpr int kBlockRows = Single_::kRows;
 constexpr int kPanelVectors = Single_::kPanel;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
-constexpr int64_t kChain = 256;  // longest chain of additions, and what a panel holds of k
+constexpr int64_t kChain = 32;  // longest chain of additions, and what a panel holds of k
 
 // c += the product of kBlockRows rows of A, of which those from `rows` on repeat the last one, and
 // rows of B that are `ldb` apart.

@@ -158,8 +158,10 @@ def multimodal_logits(
         hidden = _merged_hidden(q, text_kv, image_kv, bias[0], inner)
     e = activation(hidden)  # [C or 1, B or 1, R]
     # Where u = W e + c is small because the terms cancel for every e, e is nearly the same
-    # everywhere: near to that of a text, which no item changes, both terms are small.
-    center = activation(F.linear(text_kv[1][0].flatten(), *inner)).detach().nan_to_num(0, 0, 0)
+    # everywhere: near to what the mean of the texts' values gives, as attention over them nearly
+    # does and no item changes, both terms are small.
+    mean = text_kv[1].detach().mean(dim=0).flatten()
+    center = activation(F.linear(mean, *inner)).detach().nan_to_num(0, 0, 0)
     e = e - center
     constant = constant + F.linear(center.double(), weight.double()).to(e.dtype)
     square = _length_square(e, weight, constant)

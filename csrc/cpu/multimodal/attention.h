@@ -52,9 +52,10 @@ inline float exponentiate(int64_t n, float factor, float* scores, float* lse) {
   for (; j < n; ++j) highest = std::fmax(highest, scores[j]);
 
   Vec part[4] = {};
+  const float lowest = -126 / factor;
   auto power = [&](int64_t at, Vec v) {
-    Vec y = (v - highest) * factor;
-    v = power_of_two(y < -126 ? broadcast(-126) : y);
+    v -= highest;
+    v = power_of_two(v < lowest ? broadcast(lowest) : v, factor);
     store(scores + at, v);
     return v;
   };
@@ -170,7 +171,7 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
           for (int64_t j = 0; j < stored; j += kLanes) {
             float *w = task.weights + r * kKeyBlock + j, *ds = task.d_scores + r * kKeyBlock + j;
             Vec y = read<Vec>(w) * (h.scale * kLog2E) - lse[r];
-            Vec weight = power_of_two(y < -126 ? broadcast(-126) : y > 1 ? broadcast(1) : y);
+            Vec weight = power_of_two(y < -126 ? broadcast(-126) : y > 1 ? broadcast(1) : y, 1);
             store(w, weight);
             store(ds, weight * (read<Vec>(ds) - delta[r]) * h.scale);
           }

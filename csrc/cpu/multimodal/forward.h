@@ -42,15 +42,15 @@ inline void factor(const Head& h, double* gram, float* form) {
 }
 
 // u = W e + b = W (e - center) + (b + W center): where u is small because the terms cancel for
-// every e, e is nearly the same everywhere, and near to it both terms are small. The center is that
-// of a text, so that no item's logits depend on another item.
-inline void find_center(const Head& h, const MultimodalState& s) {
-  const float* values = h.hidden == Hidden::text ? s.attended
-                        : h.needs[0][2]          ? s.qkv + 2 * h.width
-                                                 : nullptr;
+// every e, e is nearly the same everywhere, and near to it both terms are small. The center is what
+// the mean of the texts' values gives, as attention over them nearly does: no item's logits depend
+// on another item. `mean` [E] is scratch.
+inline void find_center(const Head& h, const MultimodalState& s, float* mean) {
+  std::memset(mean, 0, h.width * sizeof(float));
+  if (h.needs[0][2]) add_column_sums(h.texts, h.width, s.qkv + 2 * h.width, 3 * h.width, mean);
+  for (int64_t i = 0; i < h.width; ++i) mean[i] /= float(h.texts);
   for (int64_t i = 0; i < h.inner; ++i) {
-    float z = h.inner_bias[i];
-    if (values) z += dot(values, h.inner_weight + i * h.width, h.width);
+    float z = h.inner_bias[i] + dot(mean, h.inner_weight + i * h.width, h.width);
     float e = h.gelu ? gelu(broadcast(z)).value[0] : z;
     s.center[i] = std::isfinite(e) ? e : 0;
   }
@@ -193,7 +193,7 @@ struct ForwardArrays {
   PackedTexts packed;
   Pairs pairs;
   Separate separate;
-  float *activated, *e, *logits;
+  float *activated, *mean, *e, *logits;
   double* gram;
 
   ForwardArrays(Carver& c, const MultimodalForward& p)
@@ -204,6 +204,7 @@ struct ForwardArrays {
         pairs(c, h),
         separate(c, h),
         activated(c.take<float>(greatest(h.texts, h.items) * h.down_hidden)),
+        mean(c.take<float>(h.width)),
         e(c.take<float>(h.items * h.columns)),
         logits(c.take<float>(h.texts * ld)),
         gram(c.take<double>((h.columns + kGramRows) * gram_ld(h))) {}
@@ -222,7 +223,7 @@ inline void forward(const MultimodalForward& p, const MultimodalState& saved,
     a.packed.fill(h, threads, s.qkv);
     attend(h, a.packed, threads, s);
   }
-  find_center(h, s);
+  find_center(h, s, a.mean);
   center_last_layer(h, s);
   finish_images(h, s, threads, p, a.e);
   finish_texts(h, s, threads, a.gram);

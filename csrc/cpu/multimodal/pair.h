@@ -107,8 +107,7 @@ inline void mix_pairs(const Head& h, const Pairs& p, const MultimodalState& s, i
     for (int64_t head = 0; head < h.heads; ++head) {
       Vec x = read<Vec>(p.odds + (head * h.texts + c) * p.ld + item) * h.scale +
               (h.text_odds - s.lse[c * h.heads + head]);
-      Vec y = (x < 0 ? x : -x) * kLog2E;
-      Vec small = power_of_two(y < -126 ? broadcast(-126) : y), large = reciprocal(1.0f + small);
+      Vec small = exp(x < 0 ? x : -x), large = 1.0f / (1.0f + small);
       small *= large;
       store(t.image_weight + head * kTile + i * kLanes, x > 0 ? large : small);
       store(t.text_weight + head * kTile + i * kLanes, x > 0 ? small : large);
@@ -160,7 +159,7 @@ inline void finish_pairs(const Head& h, const MultimodalState& s, int64_t text, 
   }
   for (int64_t row = 0; row < r; row += kBlockRows) {
     int64_t rows = least(kBlockRows, r - row);
-    Vec f[kBlockRows][kTexts];
+    Vec f[kBlockRows][kTexts], square[kTexts] = {};
 #pragma GCC unroll 8
     for (int j = 0; j < kBlockRows; ++j)
 #pragma GCC unroll 8
@@ -172,18 +171,30 @@ inline void finish_pairs(const Head& h, const MultimodalState& s, int64_t text, 
       if (j >= rows) break;
 #pragma GCC unroll 8
       for (int i = 0; i < kTexts; ++i) {
-        out[i].square = f[j][i] * f[j][i] + out[i].square;
+        square[i] = f[j][i] * f[j][i] + square[i];
         if (backward) store(t.form + (row + j) * kTile + i * kLanes, f[j][i]);
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTexts; ++i) out[i].square += square[i];
   }
-  for (int64_t row = 0; row < r; ++row) {
-    Vec image_dot = read<Vec>(t.image_dots + row * kLanes);
+  // In chains no longer than those of a dot product in vectors.
+  constexpr int64_t chain = 8;
+  for (int64_t begin = 0; begin < r; begin += chain) {
+    Vec text_dot[kTexts] = {}, image_dot[kTexts] = {};
+    for (int64_t row = begin; row < least(begin + chain, r); ++row) {
+      Vec of_image = read<Vec>(t.image_dots + row * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTexts; ++i) {
+        Vec e = read<Vec>(t.e + row * kTile + i * kLanes);
+        text_dot[i] = e * text_dots[i][row] + text_dot[i];
+        image_dot[i] = e * of_image + image_dot[i];
+      }
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kTexts; ++i) {
-      Vec e = read<Vec>(t.e + row * kTile + i * kLanes);
-      out[i].text_dot = e * text_dots[i][row] + out[i].text_dot;
-      out[i].image_dot = e * image_dot + out[i].image_dot;
+      out[i].text_dot += text_dot[i];
+      out[i].image_dot += image_dot[i];
     }
   }
 }
