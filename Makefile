@@ -135,10 +135,8 @@ bench-full: setup ## All benchmarks and their table
 	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --full --benchmark-quiet --benchmark-json=build/bench-kept.json
 	python -m benches.report build/bench.json build/bench-kept.json
 
-bench-auto: setup ## Whether `auto` loses to eager anywhere: every workload of the ops with kernels, on one thread and on all
-	mkdir -p build
-	pytest benches/test_bottleneck.py benches/test_sequence_fusion.py --every --threads 1,$(shell nproc) --benchmark-quiet --benchmark-json=build/bench-auto.json
-	python -m benches.report --auto build/bench-auto.json
+bench-auto: setup ## Whether `auto` loses to eager anywhere: every op with kernels, on one thread and on all, in 15 minutes
+	python -m benches.auto
 
 ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX
 interop: setup build/clients.stamp ## Losses and times of the clients with and without `fastadapters.patch`, into docs/interop.md

@@ -30,7 +30,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(torch.get_num_threads()),
         help="numbers of CPU threads, comma-separated; by default PyTorch's",
     )
-    group.addoption("--every", action="store_true", help="every workload")
     group.addoption(
         "--full", action="store_true", help="every workload, and max-autotune among the baselines"
     )
@@ -48,9 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         dtypes = [name for name in dtypes if name in getattr(metafunc.module, "QUICK", dtypes)]
     if not getattr(metafunc.module, "AUTOCAST", False):
         dtypes = [name for name in dtypes if name != "autocast"]
-    every = option("--full") or option("--every")
     values: dict[str, list[Any]] = {
-        "workload": [w.on(option("--device")) for w in table if w.quick or every],
+        "workload": [w.on(option("--device")) for w in table if w.quick or option("--full")],
         "dtype": [name if name == "autocast" else getattr(torch, name) for name in dtypes],
         "direction": ["forward", "training"],
         "threads": [int(n) for n in option("--threads").split(",")],

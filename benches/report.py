@@ -1,7 +1,6 @@
 """Tables and plots from the JSON of `pytest benches/ --benchmark-json=FILE`.
 
 python -m benches.report FILE.json...            prints the tables
-python -m benches.report --auto FILE.json...     the choice of `auto` alone, against eager
 python -m benches.report --write FILE.json...    also puts the short one into README.md and all of
                                                  them into docs/measured.md, between the markers,
                                                  and draws docs/speed.svg and docs/bench.svg
@@ -20,7 +19,6 @@ from .plots import bars, speed
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-LOSES = 0.97  # of eager: what is below is no noise
 BASELINES = {
     "reference": ("reference",),
     "eager": ("eager",),
@@ -129,27 +127,6 @@ def other_table(rows: Sequence[Row]) -> str:
     return markdown(("workload", "direction", "dtype", "on", "ms", "", "right"), lines)
 
 
-def auto_table(rows: Sequence[Row]) -> str:
-    """The backend that `auto` chose, and how many times faster it is; in bold where it loses."""
-    places = sorted({place(row) for row in rows})
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    lost = cells = 0
-    for row in rows:
-        line = lines.setdefault((row.op, row.workload, row.direction, row.dtype), {})
-        eager = best(row, "eager")
-        if eager is None or row.match != "yes":
-            line[place(row)] = row.match
-            continue
-        value = eager / row.seconds["ours"]
-        cells += 1
-        lost += value < LOSES
-        text = f"**{value:.2f}**" if value < LOSES else f"{value:.2f}"
-        line[place(row)] = f"{row.backend}: {text} / {ratio(row, 'compiled')}"
-    head = ("op", "workload", "direction", "dtype", *(f"{p}: x eager / compiled" for p in places))
-    table = markdown(head, ([*k, *(v.get(p, "-") for p in places)] for k, v in lines.items()))
-    return f"{table}\n\n{lost} of {cells} below {LOSES} of eager."
-
-
 def has_roof(row: Row) -> bool:
     """Whether a row is of an op; those of other benches have candidates of their own."""
     return bool(row.roof)
@@ -211,11 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="update README.md and docs/")
-    parser.add_argument("--auto", action="store_true", help="whether `auto` loses to eager")
     args = parser.parse_args()
     rows, machine = load(args.files)
-    timed = [row for row in rows if has_roof(row) or row.match != "yes"]
-    text = f"{machine}\n\n{auto_table(timed) if args.auto else tables(rows)}"
+    text = f"{machine}\n\n{tables(rows)}"
     print(text)
     if args.write:
         write(ROOT / "README.md", f"{machine}, training steps:\n\n{short_table(rows)}")

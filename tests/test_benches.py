@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benches import (
     adaptformer,
+    auto,
     crossover,
     harness,
     noise,
@@ -26,7 +28,7 @@ from benches import (
     test_sequence_fusion,
     workloads,
 )
-from fastadapters import backends
+from fastadapters import backends, functional
 from fastadapters.crossover import LIMITS, Limit
 from fastadapters.modules import BottleneckAdapter
 
@@ -257,20 +259,44 @@ def test_table_shows_losses_both_mallocs_and_the_best_compiled() -> None:
     assert "reference on v: needs about 9 GiB" in text
 
 
+def test_auto_measures_until_it_is_settled() -> None:
+    assert not auto.settled([1.5, 1.4])
+    assert auto.settled([1.5, 1.4, 1.3]) and auto.settled([0.8, 0.7, 0.6])
+    assert not auto.settled([1.5, 1.4, 1.0])  # one round near: more are taken
+    assert not auto.settled([1.05] * 5) and auto.settled([1.05] * 6)
+    assert auto.settled([1.05] * 13 + [0.9] * 3)
+    assert not auto.settled([1.05, 0.9] * 20)
+
+
+def test_auto_compares_what_it_would_run_with_eager() -> None:
+    ran: list[str] = []
+
+    def call(name: str) -> Callable[..., torch.Tensor]:
+        def fn(**inputs: torch.Tensor) -> torch.Tensor:
+            ran.append(backends._selected)
+            return functional.bottleneck(**inputs)
+
+        return fn
+
+    inputs = {
+        "x": torch.randn(3, 8),
+        "down_weight": torch.randn(2, 8),
+        "up_weight": torch.randn(8, 2),
+    }
+    inputs = {n: t.requires_grad_() for n, t in inputs.items()}
+    case = harness.Case("bottleneck", "w", inputs, {"ours": call("ours")}, call("definition"))
+    found = list(auto.cells(case, "float32", [1], 0.01))
+    assert [c.direction for c in found] == ["forward", "training step"]
+    assert {"auto", "eager"} <= set(ran)
+
+
 def test_the_table_of_auto_marks_what_loses() -> None:
-    rows = [
-        row({"ours": 0.002, "eager": 0.003, "compiled eager": 0.001}),
-        row({"ours": 0.002, "eager": 0.0019}, threads=1),
-        row({"ours": 0.002, "eager": 0.00199}, threads=1, dtype="autocast", backend="eager"),
-        row({}, workload="v", match="output 0: an error"),
-    ]
-    lines = report.auto_table(rows).splitlines()
-    assert (
-        lines[2]
-        == "| bottleneck | w | forward | float32 | cpu: **0.95** / - | cpu: 1.50 / **0.50** |"
-    )
-    assert lines[3].endswith("| autocast | eager: 0.99 / - | - |")
-    assert "output 0: an error" in lines[4]
+    cell = auto.Cell("bottleneck", "w", "float32", "forward", 2, "cpu", 1.5, 3)
+    losing = cell._replace(threads=1, ratio=0.95)
+    other = cell._replace(workload="v", dtype="autocast", backend="eager", ratio=1.0, rounds=0)
+    lines = auto.table([cell, losing, other]).splitlines()
+    assert lines[2] == "| bottleneck | w | float32 | cpu | **0.95** | 1.50 |"
+    assert lines[3] == "| bottleneck | v | autocast | eager | - | 1.00 |"
     assert lines[-1] == "1 of 3 below 0.97 of eager."
 
 
