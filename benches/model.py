@@ -27,7 +27,7 @@ from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from .workloads import BOTTLENECK, Bottleneck
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
 PAGE = ROOT / "docs" / "performance.md"
 HEADING = "## GPU: predicted"
 TILE = 64

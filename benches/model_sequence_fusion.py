@@ -16,7 +16,8 @@ from .workloads import SEQUENCE_FUSION, SequenceFusion
 HEADING = "## GPU: predicted, sequence fusion"
 INTRODUCTION = """
 Not measured: written by `python -m benches.model sequence_fusion`; columns as in the section above.
-bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens, all gradients.
+bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens (none with raw widths), all
+gradients.
 What kernels hand to each other (P, z, dP, dz, partial sums) counts as memory, though most of it
 stays in the L2 cache. Backward's floor has x and dx, dy, and the parameters and their gradients.
 Memory binds the large workloads. The small ones take a few thousand instructions a processor:
@@ -34,15 +35,16 @@ def run(w: SequenceFusion, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
     modalities = range(len(w.lengths))
     few, device.MULTIPROCESSORS = device.MULTIPROCESSORS, gpu.processors
     with device.arena():
-        xs = [torch.zeros(w.batch, t, w.dim, dtype=torch.bfloat16) for t in w.lengths]
+        sizes = zip(w.lengths, w.dims, strict=True)
+        xs = [torch.zeros(w.batch, t, width, dtype=torch.bfloat16) for t, width in sizes]
         parameters = (
-            [torch.zeros(r, w.dim) for _ in modalities],
+            [torch.zeros(r, width) for width in w.dims],
             [torch.zeros(r) for _ in modalities],
             [torch.zeros(w.rank, t, w.out_len) for t in w.lengths],
             [torch.zeros(w.rank, r, w.dim) for _ in modalities],
             None,
         )
-        options = (ACTIVATION_CODES["gelu"], bf16, bf16, False, True)
+        options = (ACTIVATION_CODES["gelu"], bf16, bf16, False, not w.widths)
         with device.simulate(gpu.arch) as simulation:
             y, products, z = ops.sequence_fusion_forward(xs, None, *parameters, *options, True)
             forward = len(simulation.launches)

@@ -268,10 +268,9 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
       if (at.lane == 0) add(a.d_item_c + item_slab + item, c_sum);
     }
     __syncthreads();
-    sum_squares(p, at, e, scalars, dz, form, first);
+    sum_squares(p, at, e, scalars, dz, form, first);  // with a barrier at its end
   }
 
-  __syncthreads();
   const int64_t last = int64_t(p.rank) * p.padded;
   for (int r = threadIdx.x; r < p.padded; r += blockDim.x) {
     float sum = 0;
