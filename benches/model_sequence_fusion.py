@@ -16,12 +16,11 @@ from .workloads import SEQUENCE_FUSION, SequenceFusion
 HEADING = "## GPU: predicted, sequence fusion"
 INTRODUCTION = """
 Not measured: written by `python -m benches.model sequence_fusion`; columns as in the section above.
-bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens (none with raw widths), all
-gradients.
-What kernels hand to each other (P, z, dP, dz, partial sums) counts as memory, though most of it
-stays in the L2 cache. Backward's floor has x and dx, dy, and the parameters and their gradients.
-Memory binds the large workloads. The small ones take a few thousand instructions a processor:
-there the launches (1 and 3; of the large 2 and 4) are what takes the time.
+bf16 activations, fp32 parameters, CUDA backend, residual of the leading tokens (with raw widths
+none), all gradients. What kernels hand to each other (P, z, dP, dz, partial sums) counts as memory,
+though most of it stays in the L2 cache. Backward's floor has x and dx, dy, and the parameters and
+their gradients. Memory binds the large workloads. The small ones take a few thousand instructions a
+processor: there the launches (1 and 3; of the large 2 and 4) are what takes the time.
 """
 
 
