@@ -206,12 +206,12 @@ def launch_sequence_fusion(ops: Any) -> None:
 
 @functools.cache
 def launched(op: str, arch: int) -> dict[str, Report]:
-    """A launch of each kernel that has one in usual sizes, by its mangled name."""
+    """Of each kernel the launch that takes most shared memory in usual sizes, by mangled name."""
     precision, ops = torch.get_float32_matmul_precision(), cuda_backend.load()
     with device.simulate(arch) as run:
         (launch_multimodal if op == "multimodal" else launch_sequence_fusion)(ops)
     torch.set_float32_matmul_precision(precision)
-    return {report.name: report for report in run.launches}
+    return {r.name: r for r in sorted(run.launches, key=lambda r: r.shared_bytes)}
 
 
 @pytest.mark.parametrize("arch", TESTED)
@@ -219,7 +219,8 @@ def launched(op: str, arch: int) -> dict[str, Report]:
 def test_kernels_of_op_fit(op: str, arch: int) -> None:
     """Nothing spills; tensor cores multiply, but in the head and in fp32; the table is current.
 
-    Registers and shared memory let two blocks share a processor, if 100 KiB do not have to do.
+    Registers and shared memory let two blocks share a processor, if 100 KiB do not have to do, or
+    fp32 rows in the widest parts.
     """
     kernels = of_op(op, arch)
     assert len(kernels) == COUNTS[op]
@@ -228,7 +229,10 @@ def test_kernels_of_op_fit(op: str, arch: int) -> None:
         expected = bool(re.search("BFloat16|Float16|Float32ILb1E", r.name))
         assert bool(r.matrix.get("HMMA")) == expected, r.name
         if report := launched(op, arch).get(r.name):
-            least = 2 if PROCESSORS[arch].shared > 128 * 1024 else 1
+            tight = PROCESSORS[arch].shared < 128 * 1024 or re.search(
+                "inputs.*Float32.*64E", r.name
+            )
+            least = 1 if tight else 2
             assert fits(r, arch, report).blocks >= least, r.name
     text = TABLE.read_text()
     if compiler() in text:
