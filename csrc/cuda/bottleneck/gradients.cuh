@@ -176,17 +176,21 @@ struct Finish {
   BottleneckBackward op;
   Partial partials[2];
   float* d_scales;  // [D], where the scale is one number
+  int warps;        // that share a column of D: 1 or kFinishWarps
 };
 
-// Adds the partial sums in order. One block for each column of D: its row of dWu, its column of
-// dWd, its element of everything else. Each warp adds every eighth split.
+constexpr int kFinishWarps = 8;  // in a block
+
+// Adds the partial sums in order. One warp for each column of D: its row of dWu, its column of dWd,
+// its element of everything else. Where splits are many, a block: a warp adds every eighth.
 template <class E>
 __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ Finish p) {
-  constexpr int kWarps = 8;
-  __shared__ float scratch[kWarps][3][32];
+  __shared__ float scratch[kFinishWarps][3][32];
   const BottleneckBackward& op = p.op;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t d = blockIdx.x;
+  const int share = warp % p.warps;
+  const int64_t d = (int64_t(blockIdx.x) * kFinishWarps + warp) / p.warps;
+  if (d >= op.dim) return;
   const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
     return v.data ? load<E>({v.data, v.dtype, exact}, i) : otherwise;
   };
@@ -205,26 +209,28 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
       float total = 0;
       if (wanted && i < op.bottleneck) {
 #pragma unroll 4
-        for (int split = warp; split < partial.splits; split += kWarps) {
+        for (int split = share; split < partial.splits; split += p.warps) {
           total += from[split * stride + i];
         }
       }
       return total;
     };
     const Partial &below = p.partials[0], &above = p.partials[1];
-    scratch[warp][0][lane] =
-        add(down, below, below.products + d * below.width, op.dim * below.width);
-    scratch[warp][1][lane] = add(up, above, above.products + d * above.width, op.dim * above.width);
-    scratch[warp][2][lane] = add(biased, below, below.sums, below.width);
-    __syncthreads();
-    float product[2] = {0, 0}, bias = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      product[0] += scratch[w][0][lane];
-      product[1] += scratch[w][1][lane];
-      bias += scratch[w][2][lane];
+    float product[2] = {add(down, below, below.products + d * below.width, op.dim * below.width),
+                        add(up, above, above.products + d * above.width, op.dim * above.width)};
+    float bias = add(biased, below, below.sums, below.width);
+    if (p.warps > 1) {
+      float (&own)[3][32] = scratch[warp];
+      own[0][lane] = product[0], own[1][lane] = product[1], own[2][lane] = bias;
+      __syncthreads();
+      for (int w = 1; w < kFinishWarps && warp == 0; ++w) {
+        product[0] += scratch[w][0][lane];
+        product[1] += scratch[w][1][lane];
+        bias += scratch[w][2][lane];
+      }
+      __syncthreads();
     }
-    __syncthreads();
-    if (warp != 0 || i >= op.bottleneck) continue;
+    if (share != 0 || i >= op.bottleneck) continue;
     if (op.d_up_weight.data) store(op.d_up_weight, d * op.bottleneck + i, scale * product[1]);
     if (op.d_scale.data) {
       d_scale += product[1] * at(op.up_weight, d * op.bottleneck + i, 0);
@@ -239,7 +245,7 @@ __global__ void __launch_bounds__(256) finish_gradients(const __grid_constant__ 
     }
     if (op.d_down_bias.data && d == 0) store(op.d_down_bias, i, bias);
   }
-  if (warp != 0) return;
+  if (share != 0) return;
   float sum = 0;
   if (op.d_up_bias.data || (op.d_scale.data && op.up_bias.data)) {
     for (int split = lane; split < p.partials[1].splits; split += 32) {

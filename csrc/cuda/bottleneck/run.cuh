@@ -210,8 +210,9 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   }
   if (!(down || up)) return;
 
-  Finish f{op, {partials[0], partials[1]}, d_scales};
-  launch(finish_gradients<E>, int(op.dim), 256, 0, stream, f);
+  Finish f{op, {partials[0], partials[1]}, d_scales, blocks ? kFinishWarps : 1};
+  launch(finish_gradients<E>, int((op.dim * f.warps + kFinishWarps - 1) / kFinishWarps),
+         32 * kFinishWarps, 0, stream, f);
   if (!op.d_scale.data || op.channel_scale) return;
   finish_scale<<<1, 256, 0, stream>>>(d_scales, op.dim, op.d_scale);
   check(cudaGetLastError());
