@@ -142,7 +142,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
                                first_row + warp_row + group, p.rows);
     float z[2][kDownN][4] = {};
     if (kBackward && !norm) at.load(z, p.z);
-    for (int chunk = 0; chunk < p.chunks * p.x_passes; ++chunk) {
+    for (int chunk = 0; chunk < (kAccumulate ? 0 : p.chunks * p.x_passes); ++chunk) {
       begin_step();
       const char* const slot = shared + now.slot * L::kSlot;
       if (norm && part == 0) {
