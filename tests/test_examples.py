@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 SMALL: dict[str, dict[str, Any]] = {
     "adaptformer_vit": {"dim": 32, "layers": 1, "bottleneck": 8, "batch": 4},
     "clip_few_shot": {"classes": 7, "shots": 2, "dim": 32, "attn_dim": 16, "batch": 4},
+    "grouped_tasks": {"tasks": 3, "dim": 24, "bottleneck": 4, "items": 8, "tokens": 3},
     "wander_ragged": {"dim": 24, "bottleneck": 4, "items": 8, "batch": 4},
 }
 

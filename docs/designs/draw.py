@@ -126,6 +126,21 @@ PICTURES = {
         [("x", "vision"), ("x", "text"), ("vision", "first"), ("text", "second"),
          ("first", "y"), ("second", "y")],
     ),
+    "grouped": Picture(
+        (780, 265),
+        (190, 15, 430, 240, "one call: rows are taken adapter by adapter"),
+        {
+            "x": Box(10, 65, 90, "x\n[B, T, D]", True),
+            "index": Box(10, 145, 90, "index [B]", True),
+            "sort": Box(215, 105, 110, "items of\neach adapter"),
+            "first": Box(380, 35, 210, "bottleneck 1, its items"),
+            "second": Box(380, 105, 210, "bottleneck 2, its items"),
+            "last": Box(380, 175, 210, "bottleneck N, its items"),
+            "y": Box(680, 105, 90, "y\n[B, T, D]", True),
+        },
+        [("x", "sort"), ("index", "sort"), ("sort", "first"), ("sort", "second"),
+         ("sort", "last"), ("first", "y"), ("second", "y"), ("last", "y")],
+    ),
     "multimodal": Picture(
         (900, 250),
         (115, 15, 660, 220, "one call: no [B, C, D], no [B, C, R] in memory"),
