@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 
 from .checks import check_choice
 from .crossover import LIMITS, Limit
-from .cuda_limits import cuda_fits, fusion_refusal, head_refusal
+from .cuda_limits import attention_refusal, cuda_fits, fusion_refusal, head_refusal
 from .options import BackendName
 
 _P = ParamSpec("_P")
@@ -36,7 +36,7 @@ NAMES: tuple[str, ...] = get_args(BackendName)
 # The backends with a kernel for each op, fastest first.
 KERNELS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("cpu", "cuda", "triton"),
-    "cross_modal_attention": ("cpu", "triton"),
+    "cross_modal_attention": ("cpu", "cuda", "triton"),
     "multimodal": ("cpu", "cuda", "triton"),
     "sequence_fusion": ("cpu", "cuda", "triton"),
 }
@@ -206,6 +206,8 @@ def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]
         dtypes = (problem.compute, x.dtype, problem.out)
         if not cuda_fits(problem.r, *dtypes, capability):
             return f"r = {problem.r} is too large for the shared memory of this GPU"
+    elif op == "cross_modal_attention":
+        return attention_refusal(problem.r)
     elif op == "multimodal":
         return head_refusal(problem.sizes, capability)
     elif op == "sequence_fusion":

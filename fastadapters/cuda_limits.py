@@ -87,6 +87,14 @@ def head_refusal(sizes: Sequence[int], capability: tuple[int, int]) -> str | Non
     return None
 
 
+def attention_refusal(width: int) -> str | None:
+    """Why the CUDA kernels of cross-modal attention do not take heads of d ``width``; or None.
+
+    Up to 128 their tiles fit the shared memory of every GPU.
+    """
+    return f"heads of d = {width} are too wide for it: 128" if width > 128 else None
+
+
 def fusion_refusal(sizes: Sequence[int]) -> str | None:
     """Why the CUDA kernels of the sequence fusion do not take these sizes; None if they do.
 

@@ -22,7 +22,7 @@ def run(op: Op, tensors: Tensors, backend: str) -> Tensors:
         outs = op(leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
     gen = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(out.shape, generator=gen).to(out.dtype) for out in outs]
+    cotangents = [torch.randn(out.shape, generator=gen).to(out) for out in outs]
     gradients = torch.autograd.grad(
         outs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
     )

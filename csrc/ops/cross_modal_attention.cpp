@@ -9,15 +9,11 @@
 #include <tuple>
 
 #include "run.h"
-#if __has_include("../cpu/cross_modal_attention/cross_modal_attention.h") && \
-                  !defined(FASTADAPTERS_SIMULATION)
+#ifndef FASTADAPTERS_SIMULATION
 #include "../cpu/cross_modal_attention/cross_modal_attention.h"
-#define FASTADAPTERS_HAS_CPU
 #endif
-#if __has_include("../cuda/cross_modal_attention/cross_modal_attention.h") && \
-                  defined(FASTADAPTERS_CUDA)
+#ifdef FASTADAPTERS_CUDA
 #include "../cuda/cross_modal_attention/cross_modal_attention.h"
-#define FASTADAPTERS_HAS_CUDA
 #endif
 
 namespace {
@@ -98,10 +94,10 @@ class Arguments {
 
 int64_t state_of([[maybe_unused]] const CrossModalAttention& args,
                  [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image)) return cuda::cross_modal_attention_state(args);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   return cpu::cross_modal_attention_state(args);
 #endif
   return 0;
@@ -109,26 +105,26 @@ int64_t state_of([[maybe_unused]] const CrossModalAttention& args,
 
 void run([[maybe_unused]] const CrossModalAttentionForward& args,
          [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image))
     return run_cuda(args, image, args.dtype == Dtype::float32,
                     &cuda::cross_modal_attention_forward_workspace,
                     &cuda::cross_modal_attention_forward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::cross_modal_attention_forward(args, threads());
 #endif
 }
 
 void run([[maybe_unused]] const CrossModalAttentionBackward& args,
          [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_HAS_CUDA
+#ifdef FASTADAPTERS_CUDA
   if (on_cuda(image))
     return run_cuda(args, image, args.dtype == Dtype::float32,
                     &cuda::cross_modal_attention_backward_workspace,
                     &cuda::cross_modal_attention_backward);
 #endif
-#ifdef FASTADAPTERS_HAS_CPU
+#ifndef FASTADAPTERS_SIMULATION
   cpu::cross_modal_attention_backward(args, threads());
 #endif
 }
@@ -182,14 +178,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_modal_attention
 
 }  // namespace
 
-#if defined(FASTADAPTERS_HAS_CPU) || defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CPU, m) {
   m.impl("cross_modal_attention_forward", TORCH_BOX(&cross_modal_attention_forward));
   m.impl("cross_modal_attention_backward", TORCH_BOX(&cross_modal_attention_backward));
 }
-#endif
 
-#if defined(FASTADAPTERS_HAS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
+#if defined(FASTADAPTERS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
 STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CUDA, m) {
   m.impl("cross_modal_attention_forward", TORCH_BOX(&cross_modal_attention_forward));
   m.impl("cross_modal_attention_backward", TORCH_BOX(&cross_modal_attention_backward));

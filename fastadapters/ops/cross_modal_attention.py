@@ -44,8 +44,15 @@ def rows_of_state_by_modality(text_q: Tensor, image_q: Tensor, options: Sequence
     return (text_q.numel() + 2 * image_q.numel()) // width * (width + 2)
 
 
+def padded_rows_of_state(text_q: Tensor, image_q: Tensor, options: Sequence[Any]) -> int:
+    """Of each head of each token, the attention, padded for either modality, and two constants."""
+    rows = [t.numel() // t.shape[-1] for t in (text_q, image_q)]
+    return sum(-(-n * image_q.shape[-1] // 4) * 4 + 2 * n for n in rows)
+
+
 STATES: dict[tuple[str, str], State] = {
     ("fastadapters", "cpu"): rows_of_state_by_modality,
+    ("fastadapters", "cuda"): padded_rows_of_state,
     ("fastadapters_triton", "cuda"): rows_of_state,
     ("fastadapters_triton", "cpu"): rows_of_state,
 }

@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import sequence_fusion_cases as fusion
 import torch
+from against_reference import check_against_reference
+from against_reference import run as run_op
+from attention_cases import ADDITIVE, BIASES, SIZES, attention_tensors
 from bottleneck_cases import DTYPES, Case, check_backend, inputs, option_cases, run, shape_cases
 from torch import Tensor
 
 import fastadapters
 from fastadapters import backends, functional
+from fastadapters.reference.cross_modal_attention import Bias
 
 BACKENDS = [name for name in ("cuda", "triton") if backends.unavailable(name) is None]
 DEVICE = "cuda"
@@ -72,6 +76,33 @@ def test_sequence_fusion_gives_equal_bits(dtype: torch.dtype, backend: str) -> N
     first = fusion.run(case, tensors, backend)
     for _ in range(100):
         for name, t in fusion.run(case, tensors, backend).items():
+            assert torch.equal(first[name], t), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_cross_modal_attention_matches_reference(
+    sizes: tuple[int, ...], per_item: bool, bias: Bias, dtype: torch.dtype, backend: str
+) -> None:
+    tensors = {n: t.to(DEVICE) for n, t in attention_tensors(sizes, dtype, per_item).items()}
+    check_against_reference(
+        lambda t: functional.cross_modal_attention(**t, bias=bias), tensors, "attention", backend
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_modal_attention_gives_equal_bits(dtype: torch.dtype, backend: str) -> None:
+    tensors = attention_tensors((1000, 1, 64, 8, 64), dtype)
+    tensors = {name: t.to(DEVICE) for name, t in tensors.items()}
+
+    def op(t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return functional.cross_modal_attention(**t, bias=ADDITIVE)
+
+    first = run_op(op, tensors, backend)
+    for _ in range(100):
+        for name, t in run_op(op, tensors, backend).items():
             assert torch.equal(first[name], t), name
 
 
