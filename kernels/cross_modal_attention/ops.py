@@ -64,7 +64,9 @@ class Problem(NamedTuple):
         if "SUM_PRECISION" in kernel.arg_names:  # of sums over items, in fp32 whatever the dtype
             tf32 = self.dtype != torch.float32 and torch.version.hip is None
             meta["SUM_PRECISION"] = "tf32" if tf32 else precision()
-        kernel[grid](*args, num_warps=tile.warps, num_stages=tile.stages, **meta)
+        multiplies = "PRECISION" in kernel.arg_names
+        warps = tile.warps if multiplies else tiles.WARPS_WITHOUT_PRODUCTS
+        kernel[grid](*args, num_warps=warps, num_stages=tile.stages, **meta)
 
     def blocks(self, n: int) -> int:
         return triton.cdiv(n, tiles.tile(self.dtype, self.width).block_m)
