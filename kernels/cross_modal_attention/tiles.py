@@ -26,13 +26,12 @@ class Tile(NamedTuple):
 def tile(dtype: torch.dtype, width: int) -> Tile:
     """By the dtype of the products and the head width d.
 
-    Up to d = 128 no registers spill on sm_80 and sm_100, and 8 bytes of one kernel on sm_90: a
-    backward program holds two tiles of keys and their two gradients. docs/triton-resources.md lists
-    what each kernel takes.
+    Up to d = 128 no registers spill on sm_80, sm_90 and sm_100: a backward program holds two tiles
+    of keys and their two gradients. docs/triton-resources.md lists what each kernel takes.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
         return Tile(32, 32, block_d, 8, 2) if block_d <= 64 else Tile(16, 16, block_d, 8, 1)
     if block_d <= 64:
         return Tile(64, 32, block_d, 8, 2)
-    return Tile(32, 16, block_d, 4, 1) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
+    return Tile(32, 16, block_d, 4, 2) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
