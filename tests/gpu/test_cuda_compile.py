@@ -1,6 +1,6 @@
 """The CUDA kernels compiled for each architecture: nothing spills, all fits.
 
-python tests/gpu/test_cuda_compile.py    # writes docs/cuda-resources.md
+PYTHONPATH=tests python tests/gpu/test_cuda_compile.py    # writes docs/cuda-resources.md
 """
 
 from __future__ import annotations
