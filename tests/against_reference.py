@@ -70,10 +70,10 @@ def check_float64(op: Op, tensors: Tensors, name: str, backend: str = "eager") -
         assert error <= 1e-10 * size, f"{name} {key}: {error:.1e}"
 
 
-def check_compiled(op: Op, samples: Iterable[Tensors]) -> None:
+def check_compiled(op: Op, samples: Iterable[Tensors], backend: str = "inductor") -> None:
     """Outputs and gradients under torch.compile: the same, in one graph and two compilations."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(op, backend=counter, fullgraph=True)
     for tensors in samples:
         results = (run(fn, tensors, "auto") for fn in (compiled, op))

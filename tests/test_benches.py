@@ -122,7 +122,9 @@ def test_every_form_matches_under_autocast(workload: workloads.Bottleneck) -> No
 
 
 def test_rows_under_autocast_say_so() -> None:
+    compiled = ("compiled reference", "compiled eager")  # takes a minute
     case = harness.autocast(small_case(), "cpu", torch.bfloat16)
+    case = case._replace(untrainable=dict.fromkeys(compiled, "left out"))
     row, _ = harness.run(case, training=True, device="cpu", threads=1, budget=0.0, full=False)
     assert row.dtype == "autocast" and row.match == "yes"
     assert {"ours", "reference", "eager"} <= row.seconds.keys()
