@@ -69,6 +69,10 @@ def calls() -> list[tuple[Callable[..., Any], int, dict[str, Any], dict[str, Any
             F.multiway_bottleneck, 0, {"x": x, "residual": x},
             {"split": 2, "first": adapter(), "second": adapter()},
         ),
+        (
+            F.grouped_bottleneck, 0, {"x": x, "index": torch.tensor([1, 0, 1]), "residual": x},
+            {"down_weight": draw(2, R, D), "up_weight": draw(2, D, R), "scale": draw(2)},
+        ),
         (F.sequence_fusion, 0, {"inputs": sequences, "residual": draw(B, 4, D)}, fusion),
         (
             F.sequence_fusion, 0, {"inputs": sequences, "lengths": lengths},

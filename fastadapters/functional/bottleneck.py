@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +108,14 @@ class BottleneckParameters(NamedTuple):
     norm_bias: Tensor | None = None
 
 
+def cast_parameters(side: BottleneckParameters, x: Tensor, compute: torch.dtype) -> dict[str, Any]:
+    """What plain PyTorch takes: those of LayerNorm in the dtype of x, all others in ``compute``."""
+    return {
+        n: t.to(x.dtype if n.startswith("norm") else compute) if isinstance(t, Tensor) else t
+        for n, t in side._asdict().items()
+    }
+
+
 def plain_bottleneck(
     name: str,
     x: Tensor,
@@ -122,14 +130,10 @@ def plain_bottleneck(
     seed: Tensor | None,
 ) -> Tensor:
     """The bottleneck on backend ``name``, reference or eager; LayerNorm in the dtype of ``x``."""
-    cast = {
-        n: t.to(x.dtype if n.startswith("norm") else compute) if isinstance(t, Tensor) else t
-        for n, t in side._asdict().items()
-    }
     with without_autocast(x):
         y: Tensor = PLAIN[name].bottleneck(
-            x, **cast, activation=activation, residual=residual, norm_eps=norm_eps,
-            dropout=dropout, seed=seed, compute_dtype=compute,
+            x, **cast_parameters(side, x, compute), activation=activation, residual=residual,
+            norm_eps=norm_eps, dropout=dropout, seed=seed, compute_dtype=compute,
         )  # fmt: skip
     return y.to(out)
 

@@ -24,7 +24,7 @@ from .arguments import (
     saves,
     without_autocast,
 )
-from .bottleneck import BottleneckParameters, check_options, storage
+from .bottleneck import BottleneckParameters, cast_parameters, check_options, storage
 from .shards import on_shards
 
 
@@ -146,13 +146,15 @@ def grouped_bottleneck(
     """
     if isinstance(x, Proxy):
         return leaf(grouped_bottleneck, locals())
-    refusal = None
-    if type(x) not in backends.PLAIN_TYPES and isinstance(x, Tensor) and isinstance(index, Tensor):
-        rows = ("x", "index", "residual")
-        sharded = on_shards(grouped_bottleneck, locals(), rows, x.dim() - index.dim())
-        if not isinstance(sharded, str):
-            return sharded
-        refusal = sharded
+    sharded = (
+        on_shards(grouped_bottleneck, locals(), ("x", "index", "residual"), x.dim() - index.dim())
+        if type(x) not in backends.PLAIN_TYPES
+        and isinstance(x, Tensor)
+        and isinstance(index, Tensor)
+        else None
+    )
+    if sharded is not None and not isinstance(sharded, str):
+        return sharded
     stack = BottleneckParameters(
         down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
     )
@@ -162,20 +164,16 @@ def grouped_bottleneck(
     n, r, d = down_weight.shape
     index = _check_index(index, x, n)
     compute, out = compute_and_out_dtype(x, residual, scale)
-    if x.device.type != "cpu":
-        refusal = "it has no kernel for an adapter per item"
+    refusal = sharded if x.device.type == "cpu" else "it has no kernel for an adapter per item"
     problem = backends.Problem(d, r, compute, out, (residual, index, *stack), refusal)
     name = backends.resolve("bottleneck", x, problem)
     if name in PLAIN:
-        cast: dict[str, Any] = {
-            n: t.to(x.dtype if n.startswith("norm") else compute) if isinstance(t, Tensor) else t
-            for n, t in stack._asdict().items()
-        }
         seed, dropout = plain_dropout(x, dropout, training)
         with without_autocast(x):
             plain: Tensor = PLAIN[name].grouped_bottleneck(
-                x, index, **cast, residual=residual, compute_dtype=compute,
-                activation=activation, norm_eps=norm_eps, dropout=dropout, seed=seed,
+                x, index, **cast_parameters(stack, x, compute), residual=residual,
+                compute_dtype=compute, activation=activation, norm_eps=norm_eps, dropout=dropout,
+                seed=seed,
             )  # fmt: skip
         return plain.to(out)
     options: dict[str, Any] = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
