@@ -155,7 +155,7 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
         seed = torch.tensor([1, 2]) if w.dropout else None
         parameters = (down, biases[0], up, biases[1], *norm, None, seed)
         codes = ACTIVATION_CODES[w.activation], DTYPE_CODES[products], DTYPE_CODES[stored]
-        options = (w.scale, 1e-5, w.dropout, *codes, residual is None)
+        options = (w.scale, 1e-5, w.dropout, 0.0, *codes, residual is None)
         with device.simulate(arch) as simulation:
             _, z, stats = ops.bottleneck_forward(x, residual, *parameters, *options, True)
             forward = len(simulation.launches)

@@ -1,9 +1,11 @@
 // Arguments of the bottleneck op on raw pointers, shared by the CPU and the CUDA backend.
 //
-//     z = norm(x) Wd^T + bd               [M, r]
-//     h = dropout(activation(z))          [M, r]
-//     y = residual + s * (h Wu^T + bu)    [M, D]
+//     z = input_dropout(norm(x)) Wd^T + bd    [M, r]
+//     h = dropout(activation(z))              [M, r]
+//     y = residual + s * (h Wu^T + bu)        [M, D_out]
 #pragma once
+
+#include <array>
 
 #include "tensors.h"
 
@@ -18,22 +20,25 @@ struct Bottleneck {
   // a row's place among all M.
   const int64_t* order = nullptr;
   int64_t ordered = 0;
-  int64_t dim = 0;         // D
+  int64_t dim = 0;         // D_in: of x, dx, the norm and Wd
+  int64_t out_dim = 0;     // D_out: of residual, y, dy, Wu, bu and a scale per channel
   int64_t bottleneck = 0;  // r
   Rows x;                  // in backward absent where nothing asked for needs its values
-  Parameter down_weight;   // [r, D]
+  Parameter down_weight;   // [r, D_in]
   Parameter down_bias;     // [r]
-  Parameter up_weight;     // [D, r]
-  Parameter up_bias;       // [D]
-  Parameter norm_weight;   // [D]; LayerNorm in front iff present
-  Parameter norm_bias;     // [D]
-  Parameter scale;         // [1] or [D]; scale_value if absent
+  Parameter up_weight;     // [D_out, r]
+  Parameter up_bias;       // [D_out]
+  Parameter norm_weight;   // [D_in]; LayerNorm in front iff present
+  Parameter norm_bias;     // [D_in]
+  Parameter scale;         // [1] or [D_out]; scale_value if absent
   bool channel_scale = false;
   float scale_value = 1;
   float norm_eps = 1e-5f;
   Activation activation = Activation::relu;
-  const int64_t* seed = nullptr;  // [2]: key and offset of the Philox stream; dropout iff present
-  double dropout = 0;
+  // [2]: key and offset of the Philox stream, which is there if either probability is above 0. The
+  // mask of x is made of offset + 1, as that of h is: see philox.h.
+  const int64_t* seed = nullptr;
+  double dropout = 0, input_dropout = 0;
   void* z = nullptr;  // [M, r], contiguous
   // [M, 2] mean and reciprocal standard deviation of each row of x; in the CUDA kernels' with a
   // minus where all elements of a 16-bit row are equal
@@ -71,6 +76,30 @@ struct BottleneckBackward : Bottleneck {
     return d_down_weight.data || d_norm_weight.data || (norm_weight.data && dx.data);
   }
 };
+
+// The parameters in the order of the schemas, their gradients, and how many elements one adapter
+// has of each.
+struct ParameterKind {
+  Parameter Bottleneck::* parameter;
+  Parameter BottleneckBackward::* gradient;
+  const char *name, *gradient_name;
+  int64_t size;
+};
+
+inline std::array<ParameterKind, 7> parameter_kinds(const Bottleneck& p) {
+  using P = Bottleneck;
+  using B = BottleneckBackward;
+  int64_t d = p.dim, out = p.out_dim, r = p.bottleneck, scales = p.channel_scale ? out : 1;
+  return {{
+      {&P::down_weight, &B::d_down_weight, "down_weight", "d_down_weight", r * d},
+      {&P::down_bias, &B::d_down_bias, "down_bias", "d_down_bias", r},
+      {&P::up_weight, &B::d_up_weight, "up_weight", "d_up_weight", out * r},
+      {&P::up_bias, &B::d_up_bias, "up_bias", "d_up_bias", out},
+      {&P::norm_weight, &B::d_norm_weight, "norm_weight", "d_norm_weight", d},
+      {&P::norm_bias, &B::d_norm_bias, "norm_bias", "d_norm_bias", d},
+      {&P::scale, &B::d_scale, "scale", "d_scale", scales},
+  }};
+}
 
 // Rows that belong to one of N adapters each, whose parameters are stacked: [N, r, D] ...
 struct Groups {

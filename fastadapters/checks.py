@@ -166,9 +166,13 @@ def check_bias(name: str, bias: Any) -> tuple[tuple[float, ...], ...]:
     return numbers
 
 
-def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """``residual`` must be None, or shaped like ``x`` on its device."""
-    if residual is not None and residual is not x and not isinstance(x, Proxy):
+def check_residual(residual: Tensor | None, x: Tensor, width: int | None = None) -> None:
+    """``residual`` must be None, or shaped like ``x``, perhaps of another ``width``."""
+    if residual is None or isinstance(x, Proxy):
+        return
+    if width is not None and width != x.shape[-1]:
+        check_tensor("residual", residual, "[..., D_out]", (*x.shape[:-1], width), x.device)
+    elif residual is not x:
         check_tensor("residual", residual, "the shape of x", tuple(x.shape), x.device)
 
 

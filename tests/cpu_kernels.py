@@ -38,7 +38,7 @@ def call(
     parameters = [tensors.get(name) for name in PARAMETERS]
     codes = DTYPE_CODES[case.dtype], DTYPE_CODES[case.out_dtype]
     activation = ACTIVATION_CODES[case.activation]
-    options = (norm_eps, case.dropout, activation, *codes, case.residual == "x")
+    options = (norm_eps, case.dropout, 0.0, activation, *codes, case.residual == "x")
     scale_value = 0.6 if case.scale == "number" else 1.0
     x, residual = tensors["x"], tensors.get("residual")
     y, z, stats = kernels.bottleneck_forward(

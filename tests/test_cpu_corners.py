@@ -135,7 +135,7 @@ def test_activations_far_out(name: str, isa: str, kernels: Any) -> None:
     one = torch.ones(1, 1)
     parameters = [one if p in ("down_weight", "up_weight") else None for p in PARAMETERS]
     code = DTYPE_CODES[torch.float32]
-    options = (None, 1.0, 1e-5, 0.0, ACTIVATION_CODES[name], code, code, False)
+    options = (None, 1.0, 1e-5, 0.0, 0.0, ACTIVATION_CODES[name], code, code, False)
     y, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
     dx = kernels.bottleneck_backward(torch.ones_like(x), x, z, stats, *parameters, *options, 1)[0]
     gold_x = x.double().requires_grad_()

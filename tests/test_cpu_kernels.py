@@ -80,7 +80,7 @@ def test_outputs_in_slices(kernels: Any) -> None:
     expected = call(kernels, case, tensors)
     parameters = [tensors.get(name) for name in PARAMETERS]
     x, cotangent = tensors["x"], tensors["cotangent"]
-    options = (None, 1.0, 1e-5, 0.0, ACTIVATION_CODES[case.activation], 0, 0, True)
+    options = (None, 1.0, 1e-5, 0.0, 0.0, ACTIVATION_CODES[case.activation], 0, 0, True)
     wide = torch.full((5, 12, 72), 123.0)
     y, z, stats = wide[:, 2:9], torch.empty(35, 20), torch.empty(35, 2)
     kernels.bottleneck_forward_out(y, z, stats, x, None, *parameters, *options)
@@ -127,7 +127,7 @@ def test_activations_over_their_range(isa: str, kernels: Any) -> None:
         case = replace(case, down_bias=False, up_bias=False)
         tensors = {"x": x, "down_weight": one, "up_weight": one, "cotangent": torch.ones_like(x)}
         parameters = [tensors.get(p) for p in PARAMETERS]
-        options = (None, 0.6, 1e-5, 0.0, code, 0, 0, False)
+        options = (None, 0.6, 1e-5, 0.0, 0.0, code, 0, 0, False)
         y, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
         dx = kernels.bottleneck_backward(torch.ones_like(x), x, z, stats, *parameters, *options, 1)
         pair = reference_pair(case, tensors, needs={"x"}.__contains__)
@@ -143,7 +143,7 @@ def test_unwanted_results_are_empty(kernels: Any) -> None:
     case = Case()
     tensors = inputs(case)
     parameters = [tensors.get(name) for name in PARAMETERS]
-    options = (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
+    options = (None, 1.0, 1e-5, 0.0, 0.0, 1, 0, 0, True)
     y, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, False)
     assert y.shape == tensors["x"].shape and z.shape == stats.shape == (0,)
     _, z, stats = kernels.bottleneck_forward(tensors["x"], None, *parameters, *options, True)
@@ -162,7 +162,7 @@ def test_x_and_z_where_they_are_needed(norm: str, kernels: Any) -> None:
     tensors = inputs(case)
     expected = call(kernels, case, tensors)
     parameters = [tensors.get(name) for name in PARAMETERS]
-    options = (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
+    options = (None, 1.0, 1e-5, 0.0, 0.0, 1, 0, 0, True)
     x, dy = tensors["x"], tensors["cotangent"]
     _, z, stats = kernels.bottleneck_forward(x, None, *parameters, *options, True)
     through_norm = {"x"} if norm != "none" else set()
@@ -188,7 +188,7 @@ def test_x_and_z_where_they_are_needed(norm: str, kernels: Any) -> None:
 def test_memory_safety(kernels: Any) -> None:
     """What would read or write out of bounds is refused, whoever calls."""
     tensors = inputs(Case(rows=(6,), d=16, r=4))
-    x, options = tensors["x"], (None, 1.0, 1e-5, 0.0, 1, 0, 0, True)
+    x, options = tensors["x"], (None, 1.0, 1e-5, 0.0, 0.0, 1, 0, 0, True)
 
     def forward(x: Tensor = x, **changed: Tensor) -> None:
         parameters = [{**tensors, **changed}.get(name) for name in PARAMETERS]

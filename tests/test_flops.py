@@ -62,7 +62,7 @@ def test_as_many_as_plain_pytorch(needs: tuple[str, ...], split: int | None) -> 
 def test_out_forms_and_recomputation() -> None:
     x, wd, wu, y = torch.randn(6, 8), torch.randn(3, 8), torch.randn(8, 3), torch.randn(6, 8)
     product = 2 * 6 * 8 * 3
-    options = (*[None] * 4, 1.0, 1e-5, 0.0, 1, 0, 0, False)
+    options = (*[None] * 4, 1.0, 1e-5, 0.0, 0.0, 1, 0, 0, False)
     z, ops = torch.randn(6, 3), torch.ops.fastadapters
     with FlopCounterMode(display=False) as counter:
         ops.bottleneck_forward_out(y, z, None, x, None, wd, None, wu, None, *options)

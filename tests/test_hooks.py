@@ -76,7 +76,7 @@ def test_ops_are_a_copy_of_their_own():
     for name in ("bottleneck_forward", "bottleneck_backward_out"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
     x, down, up = torch.randn(5, 16), torch.randn(4, 16), torch.randn(16, 4)
-    options = (None,) * 3 + (1.0, 1e-5, 0.0, 1, 0, 0, True, True)
+    options = (None,) * 3 + (1.0, 1e-5, 0.0, 0.0, 1, 0, 0, True, True)
     y, z, _ = torch.ops.fastadapters_hooks.bottleneck_forward(
         x, None, down, None, up, None, None, *options
     )

@@ -41,6 +41,7 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
         0.6 if case.scale == "number" else 1.0,
         1e-5,
         case.dropout,
+        0.0,
         ACTIVATION_CODES[case.activation],
         DTYPE_CODES[case.dtype],
         DTYPE_CODES[case.out_dtype],

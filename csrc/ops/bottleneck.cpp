@@ -17,17 +17,22 @@ using namespace fastadapters::ops;
 
 struct Options {
   const OptionalTensor &down_bias, &up_bias, &norm_weight, &norm_bias, &scale, &seed;
-  double scale_value, norm_eps, dropout;
+  double scale_value, norm_eps, dropout, input_dropout;
   int64_t activation, compute_dtype, out_dtype;
+  bool add_x;
 };
 
-// `like` has the shape of x, which may be empty in backward. Parameters of `groups` are stacked.
+// `like` has the row dimensions of x, which may be empty in backward. Parameters of `groups` are
+// stacked.
 void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
-             const Tensor& down_weight, const Tensor& up_weight, const Options& o,
-             Groups* groups = nullptr) {
-  STD_TORCH_CHECK(like.dim() >= 1 && down_weight.dim() == (groups ? 3 : 2),
-                  "expected x [..., D], down_weight [r, D], or stacked [N, r, D]");
-  int64_t d = args.dim = like.size(-1), r = args.bottleneck = down_weight.size(-2);
+             const Tensor& down_weight, const Tensor& up_weight, const Options& o, Groups* groups) {
+  int64_t dims = groups ? 3 : 2;
+  STD_TORCH_CHECK(like.dim() >= 1 && down_weight.dim() == dims && up_weight.dim() == dims,
+                  "expected x [..., D_in], down_weight [r, D_in], up_weight [D_out, r], or stacked "
+                  "[N, r, D_in] and [N, D_out, r]");
+  args.dim = down_weight.size(-1);
+  args.out_dim = up_weight.size(-2);
+  args.bottleneck = down_weight.size(-2);
   int64_t n = groups ? groups->adapters = down_weight.size(0) : 1;
   args.dtype = dtype_of(o.compute_dtype);
   args.x_dtype = dtype_of(x);
@@ -36,38 +41,93 @@ void marshal(Marshal& m, Bottleneck& args, const Tensor& like, const Tensor& x,
     STD_TORCH_CHECK(stored == args.dtype || stored == Dtype::float32,
                     "expected x and y in the dtype of the products or in float32");
   bool absent = x.numel() == 0 && like.numel() != 0;
-  m.rows(args.x, absent ? OptionalTensor() : OptionalTensor(x), args.x_dtype, true, "x");
-  m.parameter(args.down_weight, down_weight, n * r * d, "down_weight");
-  m.parameter(args.down_bias, o.down_bias, n * r, "down_bias");
-  m.parameter(args.up_weight, up_weight, n * d * r, "up_weight");
-  m.parameter(args.up_bias, o.up_bias, n * d, "up_bias");
-  m.parameter(args.norm_weight, o.norm_weight, n * d, "norm_weight");
-  m.parameter(args.norm_bias, o.norm_bias, n * d, "norm_bias");
-  args.channel_scale = o.scale && (o.scale->numel() != n || d == 1);
-  m.parameter(args.scale, o.scale, n * (args.channel_scale ? d : 1), "scale");
+  m.rows(args.x, absent ? OptionalTensor() : OptionalTensor(x), args.dim, args.x_dtype, true, "x");
+  args.channel_scale = o.scale && (o.scale->numel() != n || args.out_dim == 1);
+  const OptionalTensor given[] = {down_weight,   o.down_bias, up_weight, o.up_bias,
+                                  o.norm_weight, o.norm_bias, o.scale};
+  const auto kinds = parameter_kinds(args);
+  for (size_t i = 0; i < kinds.size(); ++i)
+    m.parameter(args.*kinds[i].parameter, given[i], n * kinds[i].size, kinds[i].name);
   STD_TORCH_CHECK(o.activation >= 0 && o.activation <= 5, "activation: expected 0 to 5");
   args.activation = Activation(o.activation);
   args.scale_value = float(o.scale_value);
   args.norm_eps = float(o.norm_eps);
   args.dropout = o.dropout;
+  args.input_dropout = o.input_dropout;
   args.seed = m.seed(o.seed);
 }
 
-// The gradients of the parameters, of which there are `n`.
-void marshal_gradients(Marshal& m, BottleneckBackward& args, const OptionalTensor (&gradients)[7],
-                       int64_t n) {
-  int64_t d = args.dim, r = args.bottleneck, scale = args.channel_scale ? d : 1;
-  m.gradient(args.d_down_weight, gradients[0], n * r * d, "d_down_weight");
-  m.gradient(args.d_down_bias, gradients[1], n * r, "d_down_bias");
-  m.gradient(args.d_up_weight, gradients[2], n * d * r, "d_up_weight");
-  m.gradient(args.d_up_bias, gradients[3], n * d, "d_up_bias");
-  m.gradient(args.d_norm_weight, gradients[4], n * d, "d_norm_weight");
-  m.gradient(args.d_norm_bias, gradients[5], n * d, "d_norm_bias");
-  m.gradient(args.d_scale, gradients[6], n * scale, "d_scale");
+// What the forward fills; z and stats may be absent, or empty.
+struct Outputs {
+  const Tensor& y;
+  const OptionalTensor &z, &stats;
+};
+
+void marshal_forward(Marshal& m, BottleneckForward& args, const Outputs& outputs, const Tensor& x,
+                     const OptionalTensor& residual, const Tensor& down_weight,
+                     const Tensor& up_weight, const Options& o, Groups* groups = nullptr) {
+  marshal(m, args, x, x, down_weight, up_weight, o, groups);
+  m.rows(args.residual, o.add_x ? OptionalTensor(x) : residual, args.out_dim, args.out_dtype, true,
+         "residual");
+  m.rows(args.y, outputs.y, args.out_dim, args.out_dtype, false, "y");
+  m.finish();
+  args.z = m.saved(outputs.z, args.bottleneck, scalar_type(args.dtype), "z");
+  args.stats = (float*)m.saved(outputs.stats, 2, ScalarType::Float, "stats");
 }
 
-// What backward has to be given, as it was saved.
-void check_saved(const BottleneckBackward& args, const Tensor& x) {
+// y, z and stats; what the gradient does not read is empty.
+std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& x, const Tensor& down_weight,
+                                            const Tensor& up_weight, const Options& o, bool save_z,
+                                            bool save_stats) {
+  STD_TORCH_CHECK(x.dim() >= 1 && down_weight.dim() >= 2 && up_weight.dim() >= 2,
+                  "expected x [..., D_in], down_weight [r, D_in], up_weight [D_out, r]");
+  ScalarType type = scalar_type(dtype_of(o.compute_dtype));
+  int64_t d = x.size(-1), m = d ? x.numel() / d : 0;
+  auto saved = [&](bool wanted, int64_t columns, ScalarType dtype) {
+    return wanted ? empty(x, {m, columns}, dtype) : empty(x, {0}, dtype);
+  };
+  return {fresh_output(x, up_weight.size(-2), scalar_type(dtype_of(o.out_dtype))),
+          saved(save_z, down_weight.size(-2), type),
+          saved(save_stats && o.norm_weight, 2, ScalarType::Float)};
+}
+
+// What backward fills: the gradients that are wanted, shaped like what they are of.
+struct Gradients {
+  OptionalTensor dx, parameters[7];  // in the order of parameter_kinds
+};
+
+// Of what is there and has its bit in `needs`.
+Gradients allocate(const Tensor& dy, const Tensor& x, const Tensor& down_weight,
+                   const Tensor& up_weight, const Options& o, int64_t needs) {
+  const OptionalTensor like[] = {down_weight,   o.down_bias, up_weight, o.up_bias,
+                                 o.norm_weight, o.norm_bias, o.scale};
+  Gradients gradients;
+  if (needs & 1) gradients.dx = fresh_output(dy, down_weight.size(-1), x.scalar_type());
+  for (int i = 0; i < 7; ++i)
+    if (like[i] && needs >> (i + 1) & 1)
+      gradients.parameters[i] = fresh_output(*like[i], like[i]->scalar_type());
+  return gradients;
+}
+
+void marshal_backward(Marshal& m, BottleneckBackward& args, const Gradients& gradients,
+                      const Tensor& dy, const Tensor& x, const OptionalTensor& z,
+                      const OptionalTensor& stats, const Tensor& down_weight,
+                      const Tensor& up_weight, const Options& o, Groups* groups = nullptr) {
+  marshal(m, args, dy, x, down_weight, up_weight, o, groups);
+  m.rows(args.dy, dy, args.out_dim, args.out_dtype, true, "dy");
+  m.rows(args.dx, gradients.dx, args.dim, args.x_dtype, false, "dx");
+  m.finish();
+  STD_TORCH_CHECK(!o.add_x || (args.x_dtype == args.out_dtype && args.dim == args.out_dim),
+                  "add_x: expected x and dy of one dtype and shape");
+  args.add_dy = o.add_x;
+  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
+  args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
+  int64_t n = groups ? groups->adapters : 1;
+  const auto kinds = parameter_kinds(args);
+  for (size_t i = 0; i < kinds.size(); ++i)
+    m.gradient(args.*kinds[i].gradient, gradients.parameters[i], n * kinds[i].size,
+               kinds[i].gradient_name);
+  // What backward has to be given, as it was saved.
   bool none = !args.count();
   STD_TORCH_CHECK(none || args.x.data || !args.needs_x(), "x: expected its values");
   STD_TORCH_CHECK(none || args.z || (on_cuda(x) && args.norm_weight.data) || !args.needs_z(),
@@ -76,20 +136,32 @@ void check_saved(const BottleneckBackward& args, const Tensor& x) {
                   "stats: expected [M, 2], as saved by the forward");
 }
 
-// What a gradient is written to: shaped like what it is of, where it is wanted.
-OptionalTensor gradient_of(const Tensor& x, bool wanted, const OptionalTensor& like) {
-  if (!like || !wanted) return {};
-  return empty(x, like->sizes().data(), like->dim(), like->scalar_type());
+using AllGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Empty in place of what is absent.
+AllGradients results(const Gradients& gradients, const Tensor& x) {
+  auto result = [&](const OptionalTensor& t) { return t ? *t : empty(x, {0}, x.scalar_type()); };
+  const auto& g = gradients.parameters;
+  return {result(gradients.dx), result(g[0]), result(g[1]), result(g[2]),
+          result(g[3]),         result(g[4]), result(g[5]), result(g[6])};
+}
+
+// What kernels take that know no others.
+void check_square(const Bottleneck& args) {
+  STD_TORCH_CHECK(args.dim == args.out_dim && args.input_dropout == 0,
+                  "expected D_in = D_out and no input_dropout");
 }
 
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
+    check_square(args);
     return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_forward_workspace,
                     &cuda::bottleneck_forward);
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
+  check_square(args);
   cpu::bottleneck_forward(args, threads());
 #endif
 }
@@ -97,6 +169,7 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
+    check_square(args);
     STD_TORCH_CHECK(args.x.data || !args.norm_weight.data || !args.needs_z() || !args.count(),
                     "x: expected values, of which z is made anew");
     return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_backward_workspace,
@@ -104,6 +177,7 @@ void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
+  check_square(args);
   cpu::bottleneck_backward(args, threads());
 #endif
 }
@@ -112,18 +186,14 @@ void bottleneck_forward_out(Tensor y, OptionalTensor z, OptionalTensor stats, Te
                             OptionalTensor residual, Tensor down_weight, OptionalTensor down_bias,
                             Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight,
                             OptionalTensor norm_bias, OptionalTensor scale, OptionalTensor seed,
-                            double scale_value, double norm_eps, double dropout, int64_t activation,
-                            int64_t compute_dtype, int64_t out_dtype, bool add_x) {
+                            double scale_value, double norm_eps, double dropout,
+                            double input_dropout, int64_t activation, int64_t compute_dtype,
+                            int64_t out_dtype, bool add_x) {
   BottleneckForward args;
   Marshal m(x, args.rows);
-  marshal(m, args, x, x, down_weight, up_weight,
-          {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation, compute_dtype, out_dtype});
-  m.rows(args.residual, add_x ? OptionalTensor(x) : residual, args.out_dtype, true, "residual");
-  m.rows(args.y, y, args.out_dtype, false, "y");
-  m.finish();
-  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
-  args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
+  marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight,
+                  {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps,
+                   dropout, input_dropout, activation, compute_dtype, out_dtype, add_x});
   run(args, x);
 }
 
@@ -131,16 +201,16 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
     Tensor x, OptionalTensor residual, Tensor down_weight, OptionalTensor down_bias,
     Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
     OptionalTensor scale, OptionalTensor seed, double scale_value, double norm_eps, double dropout,
-    int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x, bool save) {
-  ScalarType type = scalar_type(dtype_of(compute_dtype));
-  int64_t d = x.size(-1), m = d ? x.numel() / d : 0, r = down_weight.size(0);
-  Tensor y = fresh_output(x, scalar_type(dtype_of(out_dtype)));
-  Tensor z = save && !(on_cuda(x) && norm_weight) ? empty(x, {m, r}, type) : empty(x, {0}, type);
-  Tensor stats =
-      save && norm_weight ? empty(x, {m, 2}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
-  bottleneck_forward_out(y, z, stats, x, residual, down_weight, down_bias, up_weight, up_bias,
-                         norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-                         activation, compute_dtype, out_dtype, add_x);
+    double input_dropout, int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x,
+    bool save) {
+  Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
+            norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
+  bool save_z = save && !(on_cuda(x) && norm_weight);
+  auto [y, z, stats] = allocate(x, down_weight, up_weight, o, save_z, save);
+  BottleneckForward args;
+  Marshal m(x, args.rows);
+  marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o);
+  run(args, x);
   return {y, z, stats};
 }
 
@@ -152,49 +222,36 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
                              OptionalTensor down_bias, Tensor up_weight, OptionalTensor up_bias,
                              OptionalTensor norm_weight, OptionalTensor norm_bias,
                              OptionalTensor scale, OptionalTensor seed, double scale_value,
-                             double norm_eps, double dropout, int64_t activation,
-                             int64_t compute_dtype, int64_t out_dtype, bool add_x) {
+                             double norm_eps, double dropout, double input_dropout,
+                             int64_t activation, int64_t compute_dtype, int64_t out_dtype,
+                             bool add_x) {
   BottleneckBackward args;
   Marshal m(dy, args.rows);
-  marshal(m, args, dy, x, down_weight, up_weight,
-          {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation, compute_dtype, out_dtype});
-  m.rows(args.dy, dy, args.out_dtype, true, "dy");
-  m.rows(args.dx, dx, args.x_dtype, false, "dx");
-  m.finish();
-  STD_TORCH_CHECK(!add_x || args.x_dtype == args.out_dtype,
-                  "add_x: expected x and dy of one dtype");
-  args.add_dy = add_x;
-  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
-  args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
-  marshal_gradients(
+  marshal_backward(
       m, args,
-      {d_down_weight, d_down_bias, d_up_weight, d_up_bias, d_norm_weight, d_norm_bias, d_scale}, 1);
-  check_saved(args, x);
+      {dx,
+       {d_down_weight, d_down_bias, d_up_weight, d_up_bias, d_norm_weight, d_norm_bias, d_scale}},
+      dy, x, z, stats, down_weight, up_weight,
+      {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
+       input_dropout, activation, compute_dtype, out_dtype, add_x});
   run(args, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
-    Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight, OptionalTensor down_bias,
-    Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
-    OptionalTensor scale, OptionalTensor seed, double scale_value, double norm_eps, double dropout,
-    int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x, int64_t needs) {
-  auto wanted = [&](int bit, const OptionalTensor& like) {
-    return gradient_of(x, needs >> bit & 1, like);
-  };
-  OptionalTensor dx;
-  if (needs & 1) dx = fresh_output(dy, x.scalar_type());
-  OptionalTensor d_down_weight = wanted(1, down_weight), d_down_bias = wanted(2, down_bias);
-  OptionalTensor d_up_weight = wanted(3, up_weight), d_up_bias = wanted(4, up_bias);
-  OptionalTensor d_norm_weight = wanted(5, norm_weight), d_norm_bias = wanted(6, norm_bias);
-  OptionalTensor d_scale = wanted(7, scale);
-  bottleneck_backward_out(dx, d_down_weight, d_down_bias, d_up_weight, d_up_bias, d_norm_weight,
-                          d_norm_bias, d_scale, dy, x, z, stats, down_weight, down_bias, up_weight,
-                          up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps,
-                          dropout, activation, compute_dtype, out_dtype, add_x);
-  auto result = [&](const OptionalTensor& t) { return t ? *t : empty(x, {0}, x.scalar_type()); };
-  return {result(dx),        result(d_down_weight), result(d_down_bias), result(d_up_weight),
-          result(d_up_bias), result(d_norm_weight), result(d_norm_bias), result(d_scale)};
+AllGradients bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight,
+                                 OptionalTensor down_bias, Tensor up_weight, OptionalTensor up_bias,
+                                 OptionalTensor norm_weight, OptionalTensor norm_bias,
+                                 OptionalTensor scale, OptionalTensor seed, double scale_value,
+                                 double norm_eps, double dropout, double input_dropout,
+                                 int64_t activation, int64_t compute_dtype, int64_t out_dtype,
+                                 bool add_x, int64_t needs) {
+  Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
+            norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
+  Gradients gradients = allocate(dy, x, down_weight, up_weight, o, needs);
+  BottleneckBackward args;
+  Marshal m(dy, args.rows);
+  marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o);
+  run(args, x);
+  return results(gradients, x);
 }
 
 #ifndef FASTADAPTERS_SIMULATION
@@ -212,67 +269,39 @@ std::tuple<Tensor, Tensor, Tensor> grouped_forward(
     Tensor x, OptionalTensor residual, Tensor down_weight, OptionalTensor down_bias,
     Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
     OptionalTensor scale, OptionalTensor seed, Tensor index, double scale_value, double norm_eps,
-    double dropout, int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x,
-    bool save) {
+    double dropout, double input_dropout, int64_t activation, int64_t compute_dtype,
+    int64_t out_dtype, bool add_x, bool save) {
+  Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
+            norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
+  auto [y, z, stats] = allocate(x, down_weight, up_weight, o, save, save);
   BottleneckForward args;
   Groups groups;
   Marshal m(x, args.rows);
-  marshal(m, args, x, x, down_weight, up_weight,
-          {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation, compute_dtype, out_dtype},
-          &groups);
-  m.rows(args.residual, add_x ? OptionalTensor(x) : residual, args.out_dtype, true, "residual");
-  Tensor y = fresh_output(x, scalar_type(args.out_dtype));
-  m.rows(args.y, y, args.out_dtype, false, "y");
-  m.finish();
-  int64_t rows = args.all_rows();
-  auto saved = [&](bool wanted, int64_t columns, ScalarType type) {
-    return wanted ? empty(x, {rows, columns}, type) : empty(x, {0}, type);
-  };
-  Tensor z = saved(save, args.bottleneck, scalar_type(args.dtype));
-  Tensor stats = saved(save && norm_weight, 2, ScalarType::Float);
-  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
-  args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
+  marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o, &groups);
   marshal_index(groups, index, args);
+  check_square(args);
   cpu::grouped_forward(args, groups, threads());
   return {y, z, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grouped_backward(
-    Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight, OptionalTensor down_bias,
-    Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight, OptionalTensor norm_bias,
-    OptionalTensor scale, OptionalTensor seed, Tensor index, double scale_value, double norm_eps,
-    double dropout, int64_t activation, int64_t compute_dtype, int64_t out_dtype, bool add_x,
-    int64_t needs) {
+AllGradients grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight,
+                              OptionalTensor down_bias, Tensor up_weight, OptionalTensor up_bias,
+                              OptionalTensor norm_weight, OptionalTensor norm_bias,
+                              OptionalTensor scale, OptionalTensor seed, Tensor index,
+                              double scale_value, double norm_eps, double dropout,
+                              double input_dropout, int64_t activation, int64_t compute_dtype,
+                              int64_t out_dtype, bool add_x, int64_t needs) {
+  Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
+            norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
+  Gradients gradients = allocate(dy, x, down_weight, up_weight, o, needs);
   BottleneckBackward args;
   Groups groups;
   Marshal m(dy, args.rows);
-  marshal(m, args, dy, x, down_weight, up_weight,
-          {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
-           activation, compute_dtype, out_dtype},
-          &groups);
-  OptionalTensor dx;
-  if (needs & 1) dx = fresh_output(dy, x.scalar_type());
-  m.rows(args.dy, dy, args.out_dtype, true, "dy");
-  m.rows(args.dx, dx, args.x_dtype, false, "dx");
-  m.finish();
-  STD_TORCH_CHECK(!add_x || args.x_dtype == args.out_dtype,
-                  "add_x: expected x and dy of one dtype");
-  args.add_dy = add_x;
-  args.z = m.saved(z, args.bottleneck, scalar_type(args.dtype), "z");
-  args.stats = (float*)m.saved(stats, 2, ScalarType::Float, "stats");
-  const OptionalTensor like[] = {down_weight, down_bias, up_weight, up_bias,
-                                 norm_weight, norm_bias, scale};
-  OptionalTensor gradients[7];
-  for (int i = 0; i < 7; ++i) gradients[i] = gradient_of(x, needs >> (i + 1) & 1, like[i]);
-  marshal_gradients(m, args, gradients, groups.adapters);
-  check_saved(args, x);
+  marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o, &groups);
   marshal_index(groups, index, args);
+  check_square(args);
   cpu::grouped_backward(args, groups, threads());
-  auto result = [&](const OptionalTensor& t) { return t ? *t : empty(x, {0}, x.scalar_type()); };
-  const auto& g = gradients;
-  return {result(dx),   result(g[0]), result(g[1]), result(g[2]),
-          result(g[3]), result(g[4]), result(g[5]), result(g[6])};
+  return results(gradients, x);
 }
 #endif
 

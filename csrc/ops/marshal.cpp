@@ -58,6 +58,13 @@ Tensor fresh_output(const Tensor& like, ScalarType type) {
   return empty(like, like.sizes().data(), like.dim(), type);
 }
 
+Tensor fresh_output(const Tensor& like, int64_t columns, ScalarType type) {
+  auto shape = like.sizes();
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.back() = columns;
+  return empty(like, sizes.data(), like.dim(), type);
+}
+
 void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
   if (!t) return;
   Tensor c = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
@@ -79,7 +86,8 @@ const int64_t* Marshal::seed(const OptionalTensor& t) {
   return (const int64_t*)t->const_data_ptr();
 }
 
-void Marshal::rows(Rows& rows, const OptionalTensor& t, Dtype dtype, bool input, const char* name) {
+void Marshal::rows(Rows& rows, const OptionalTensor& t, int64_t columns, Dtype dtype, bool input,
+                   const char* name) {
   if (!t) return;
   Tensor view = *t;
   STD_TORCH_CHECK(same_device(view, like_) && view.scalar_type() == scalar_type(dtype), name,
@@ -88,7 +96,7 @@ void Marshal::rows(Rows& rows, const OptionalTensor& t, Dtype dtype, bool input,
     STD_TORCH_CHECK(input, name, ": expected a tensor whose last dimension has stride 1");
     view = torch::stable::contiguous(view);
   }
-  views_.push_back({&rows, view, input, name});
+  views_.push_back({&rows, view, columns, input, name});
 }
 
 void Marshal::finish() {
@@ -96,8 +104,9 @@ void Marshal::finish() {
   for (View& v : views_) {
     auto sizes = v.tensor.sizes();
     bool same = sizes.size() == shape.size();
-    for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
-    STD_TORCH_CHECK(same, v.name, ": expected the shape of x");
+    for (size_t i = 0; same && i + 1 < shape.size(); ++i) same = sizes[i] == shape[i];
+    STD_TORCH_CHECK(same && sizes.back() == v.columns, v.name, ": expected the row dimensions of ",
+                    "x and ", v.columns, " columns");
   }
   if (!merge())
     for (View& v : views_)

@@ -26,8 +26,9 @@ bool same_device(const Tensor& a, const Tensor& b);
 Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
 
-// An uninitialised result of the shape of `like`.
+// An uninitialised result of the shape of `like`, or with another number of columns.
 Tensor fresh_output(const Tensor& like, ScalarType type);
+Tensor fresh_output(const Tensor& like, int64_t columns, ScalarType type);
 
 // The arguments of one call as the kernels want them. Copies made on the way live as long as this
 // does.
@@ -44,9 +45,10 @@ class Marshal {
   // [2]: the key and the offset of the Philox stream, or null.
   const int64_t* seed(const OptionalTensor& t);
 
-  // Tensors of the shape of `like`. `input` ones are copied if the kernels cannot read them in
-  // place.
-  void rows(Rows& rows, const OptionalTensor& t, Dtype dtype, bool input, const char* name);
+  // Tensors of the row dimensions of `like`. `input` ones are copied if the kernels cannot read
+  // them in place.
+  void rows(Rows& rows, const OptionalTensor& t, int64_t columns, Dtype dtype, bool input,
+            const char* name);
 
   // Merges the row dimensions that are one in every tensor.
   void finish();
@@ -58,6 +60,7 @@ class Marshal {
   struct View {
     Rows* rows;
     Tensor tensor;
+    int64_t columns;
     bool input;
     const char* name;
   };

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..options import Activation
 from ..reference.bottleneck import ACTIVATIONS
-from ..reference.philox import dropout_multiplier
+from ..reference.philox import drop, input_stream
 
 
 def up_project(
@@ -18,7 +18,7 @@ def up_project(
     scale: float | Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    """residual + scale * (h Wu^T + bu) for h [M, r], residual [M, D]; one fresh tensor [M, D].
+    """residual + scale * (h Wu^T + bu) for h [M, r], residual [M, D_out]; one fresh tensor.
 
     The scale moves into the small factors. On the CPU in 16 bit the bias becomes one more column
     of h, which leaves the GEMM's own accumulation into a copy of the residual; in float32 its width
@@ -51,23 +51,26 @@ def bottleneck(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
+    input_dropout: float = 0.0,
     seed: Tensor | None = None,
-    mask: Tensor | None = None,
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Same arguments and result as `fastadapters.reference.bottleneck`.
 
-    mask: what h [M, r] is multiplied with, where the caller has drawn it.
+    masks: what norm(x) [..., D_in] and h [M, r] are multiplied with, where the caller has drawn it;
+        then there is no ``seed``, and no probability.
     """
-    d, r = x.shape[-1], down_weight.shape[0]
-    normed = x if norm_weight is None else F.layer_norm(x, (d,), norm_weight, norm_bias, norm_eps)
-    normed = normed if compute_dtype is None else normed.to(compute_dtype)
-    h = ACTIVATIONS[activation](F.linear(normed, down_weight, down_bias)).reshape(-1, r)
-    if mask is not None:
-        h = h * mask
-    elif seed is not None:
-        h = h * dropout_multiplier(seed, h.shape[0], r, dropout, h.dtype)
-    elif dropout > 0.0:
-        h = F.dropout(h, dropout)
-    residual = None if residual is None else residual.reshape(-1, d)
-    return up_project(h, up_weight, up_bias, scale, residual).reshape(x.shape)
+    (r, d_in), d_out = down_weight.shape, up_weight.shape[0]
+    x_in = x
+    if norm_weight is not None:
+        x_in = F.layer_norm(x, (d_in,), norm_weight, norm_bias, norm_eps)
+    x_in = drop(x_in, input_dropout, None if seed is None else input_stream(seed))
+    x_in = x_in if masks[0] is None else x_in * masks[0]
+    x_in = x_in if compute_dtype is None else x_in.to(compute_dtype)
+    h = ACTIVATIONS[activation](F.linear(x_in, down_weight, down_bias)).reshape(-1, r)
+    h = drop(h, dropout, seed)
+    h = h if masks[1] is None else h * masks[1]
+    residual = None if residual is None else residual.reshape(-1, d_out)
+    y = up_project(h, up_weight, up_bias, scale, residual)
+    return y.reshape(*x.shape[:-1], d_out)

@@ -93,22 +93,24 @@ def dropout_stream(number: int) -> Iterator[None]:
         _stream = previous
 
 
-def draw_seed(x: Tensor, dropout: float, training: bool) -> Tensor | None:
-    """(key, offset) of the dropout stream, from PyTorch's generator on the device of x."""
-    if not training or dropout <= 0.0:
+def draw_seed(x: Tensor, *probabilities: float) -> Tensor | None:
+    """(key, offset) of the dropout stream, from PyTorch's generator on the device of x.
+
+    None where no element has a probability to be dropped.
+    """
+    if max(probabilities) <= 0.0:
         return None
     seed = torch.randint(2**62, (2,), device=x.device)
     return seed + _stream if _stream else seed
 
 
-def plain_dropout(x: Tensor, dropout: float, training: bool) -> tuple[Tensor | None, float]:
-    """(seed, probability) for a backend in plain PyTorch.
+def plain_seed(x: Tensor, *probabilities: float) -> Tensor | None:
+    """The seed for a backend in plain PyTorch.
 
     Random numbers in tensor ops are the definition, but slow, and no subclass of Tensor knows them:
     where nobody asked for the definition, PyTorch draws the mask.
     """
-    seed = draw_seed(x, dropout, training) if backends.chosen_by_name() else None
-    return seed, dropout if training else 0.0
+    return draw_seed(x, *probabilities) if backends.chosen_by_name() else None
 
 
 def saves(tensors: Iterable[Tensor | None]) -> bool:

@@ -28,7 +28,7 @@ from .arguments import (
     draw_seed,
     leaf,
     parameter,
-    plain_dropout,
+    plain_seed,
     readable,
     saves,
     without_autocast,
@@ -46,48 +46,64 @@ def check_bottleneck(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     residual: Tensor | None,
+    square: bool = False,
 ) -> float | Tensor:
-    """x, a residual and the `BottleneckParameters` must fit; the scale, a number as a float."""
-    check_floats("x", x, "[..., D]")
+    """x, a residual and the `BottleneckParameters` must fit; the scale, a number as a float.
+
+    ``square``: D_in and D_out must be one D.
+    """
+    d_in, d_out = ("D", "D") if square else ("D_in", "D_out")
+    check_floats("x", x, f"[..., {d_in}]")
     shape, device = x.shape, x.device
     if not shape or shape[-1] == 0:
-        raise ValueError(f"x: expected [..., D] with D >= 1, got {list(shape)}")
-    d = shape[-1]
-    check_floats("down_weight", down_weight, "[r, D]")
+        raise ValueError(f"x: expected [..., {d_in}] with {d_in} >= 1, got {list(shape)}")
+    d = out = shape[-1]
+    check_floats("down_weight", down_weight, f"[r, {d_in}]")
     shape = down_weight.shape
     if len(shape) != 2 or shape[0] == 0:
-        raise ValueError(f"down_weight: expected [r, D] with r >= 1, got {list(shape)}")
+        raise ValueError(f"down_weight: expected [r, {d_in}] with r >= 1, got {list(shape)}")
     r = shape[0]
-    check_tensor("down_weight", down_weight, "[r, D]", (r, d), device)
-    check_tensor("up_weight", up_weight, "[D, r]", (d, r), device)
+    check_tensor("down_weight", down_weight, f"[r, {d_in}]", (r, d), device)
+    check_floats("up_weight", up_weight, f"[{d_out}, r]")
+    shape = up_weight.shape
+    if not square and len(shape) == 2 and shape[0] > 0:
+        out = shape[0]
+    check_tensor("up_weight", up_weight, f"[{d_out}, r]", (out, r), device)
     if down_bias is not None:
         check_tensor("down_bias", down_bias, "[r]", (r,), device)
     if up_bias is not None:
-        check_tensor("up_bias", up_bias, "[D]", (d,), device)
+        check_tensor("up_bias", up_bias, f"[{d_out}]", (out,), device)
     if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, "[D]", (d,), device)
+        check_tensor("norm_weight", norm_weight, f"[{d_in}]", (d,), device)
     if norm_bias is not None:
         if norm_weight is None:
             raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
-        check_tensor("norm_bias", norm_bias, "[D]", (d,), device)
-    check_residual(residual, x)
+        check_tensor("norm_bias", norm_bias, f"[{d_in}]", (d,), device)
+    check_residual(residual, x, out)
     if not isinstance(scale, Tensor) or (scale.dim() == 0 and not scale.is_floating_point()):
         return check_number("scale", scale, " or a tensor")
     if scale.dim() == 0:
         check_tensor("scale", scale, "[]", (), device)
     else:
         one = scale.dim() == 1 and scale.numel() == 1
-        check_tensor("scale", scale, "[1] or [D]", (1,) if one else (d,), device)
+        check_tensor("scale", scale, f"[1] or [{d_out}]", (1,) if one else (out,), device)
     return scale
 
 
 def check_options(
-    activation: Activation, norm_eps: float, dropout: float, training: bool
-) -> tuple[float, float]:
-    """The options must be what they are named; eps and dropout as floats."""
+    activation: Activation,
+    norm_eps: float,
+    training: bool,
+    dropout: float,
+    input_dropout: float = 0.0,
+) -> tuple[float, float, float]:
+    """The options must be what they are named; eps and the probabilities, 0 if not training."""
     check_choice("activation", activation, ACTIVATION_CODES)
     check_flag("training", training)
-    return check_eps("norm_eps", norm_eps), check_probability("dropout", dropout)
+    norm_eps = check_eps("norm_eps", norm_eps)
+    dropout = check_probability("dropout", dropout)
+    input_dropout = check_probability("input_dropout", input_dropout)
+    return (norm_eps, dropout, input_dropout) if training else (norm_eps, 0.0, 0.0)
 
 
 class BottleneckParameters(NamedTuple):
@@ -123,17 +139,13 @@ def plain_bottleneck(
     residual: Tensor | None,
     compute: torch.dtype,
     out: torch.dtype,
-    *,
-    activation: Activation,
-    norm_eps: float,
-    dropout: float,
-    seed: Tensor | None,
+    **options: Any,
 ) -> Tensor:
     """The bottleneck on backend ``name``, reference or eager; LayerNorm in the dtype of ``x``."""
     with without_autocast(x):
         y: Tensor = PLAIN[name].bottleneck(
-            x, **cast_parameters(side, x, compute), activation=activation, residual=residual,
-            norm_eps=norm_eps, dropout=dropout, seed=seed, compute_dtype=compute,
+            x, **cast_parameters(side, x, compute), residual=residual, compute_dtype=compute,
+            **options,
         )  # fmt: skip
     return y.to(out)
 
@@ -156,7 +168,7 @@ def storage(
 
 
 def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
-    """A scale as the kernels take it: [1], [D] or None, and what to use without one."""
+    """A scale as the kernels take it: [1], [D_out] or None, and what to use without one."""
     if not isinstance(scale, Tensor):
         return None, scale
     return scale if scale.dim() else scale.reshape(1), 1.0
@@ -176,33 +188,36 @@ def bottleneck(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
+    input_dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """The adapter bottleneck of AdaptFormer, MultiWay-Adapter, Houlsby and Pfeiffer.
+    """The adapter bottleneck of AdaptFormer, MultiWay-Adapter, Houlsby and Pfeiffer, and LoRA.
 
-        z = norm(x) Wd^T + bd                  [M, r]
+        z = input_dropout(norm(x)) Wd^T + bd   [M, r]
         h = dropout(activation(z))             [M, r]
-        y = residual + scale * (h Wu^T + bu)   [M, D]
+        y = residual + scale * (h Wu^T + bu)   [M, D_out]
 
-    With the identity activation and residual = a frozen layer's output it is LoRA.
+    With the identity activation and residual = a frozen layer's output it is LoRA, whose dropout
+    is ``input_dropout``.
 
     Args:
-        x: [..., D], any strides; float32, bfloat16 or float16 (float64 runs eagerly). M is the
+        x: [..., D_in], any strides; float32, bfloat16 or float16 (float64 runs eagerly). M is the
             product of the leading dimensions, 0 included.
-        down_weight: Wd [r, D]; any r >= 1.
-        up_weight: Wu [D, r].
+        down_weight: Wd [r, D_in]; any r >= 1.
+        up_weight: Wu [D_out, r]; D_out may be another width than D_in.
         down_bias: bd [r] or None.
-        up_bias: bu [D] or None.
+        up_bias: bu [D_out] or None.
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "quick_gelu" or "identity".
-        scale: a number, or a learnable tensor [], [1] or [D] (one per channel).
-        residual: a tensor shaped like x, x itself (known by identity, free of cost), or None; of
-            any floating dtype.
-        norm_weight: [D]; LayerNorm precedes the down-projection iff it is given.
-        norm_bias: [D] or None.
+        scale: a number, or a learnable tensor [], [1] or [D_out] (one per channel).
+        residual: a tensor [..., D_out], x itself where it has that shape (known by identity, free
+            of cost), or None; of any floating dtype.
+        norm_weight: [D_in]; LayerNorm precedes the down-projection iff it is given.
+        norm_bias: [D_in] or None.
         norm_eps: added to the variance; finite, not negative.
         dropout: probability of dropping an element of h, where ``training``; the mask follows
             from a seed drawn from PyTorch's generator, or is PyTorch's own where ``auto`` runs in
             plain PyTorch.
+        input_dropout: the same of what the down-projection is given, behind LayerNorm.
         training: whether dropout is active.
 
     Products are in the compute dtype: that of autocast where it is on, else that of x. An fp32 x
@@ -210,7 +225,7 @@ def bottleneck(
     addition of the residual are in fp32. Each gradient has the dtype of what it is of.
 
     Returns:
-        y: contiguous, with the shape of x, in the wider dtype of residual and products (and, under
+        y: contiguous, [..., D_out], in the wider dtype of residual and products (and, under
             autocast, of a tensor as scale), as PyTorch gives for the sum.
 
     Raises:
@@ -221,6 +236,13 @@ def bottleneck(
         >>> x = torch.randn(2, 197, 768)
         >>> down, up = torch.randn(64, 768), torch.zeros(768, 64)
         >>> torch.equal(bottleneck(x, down, up, residual=x), x)
+        True
+        >>> frozen, wide = torch.randn(2, 197, 3072), torch.zeros(3072, 64)
+        >>> y = bottleneck(
+        ...     x, down, wide, activation="identity", scale=2.0, residual=frozen,
+        ...     input_dropout=0.05, training=True,
+        ... )
+        >>> torch.equal(y, frozen)
         True
     """
     if isinstance(x, Proxy):
@@ -235,23 +257,29 @@ def bottleneck(
     scale = check_bottleneck(
         x, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias, residual
     )
-    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
+    norm_eps, dropout, input_dropout = check_options(
+        activation, norm_eps, training, dropout, input_dropout
+    )
     dtype, out = compute_and_out_dtype(x, residual, scale)
     others = (
         residual, down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias,
     )  # fmt: skip
-    r, d = down_weight.shape
-    name = backends.resolve("bottleneck", x, backends.Problem(d, r, dtype, out, others, sharded))
+    (r, d_in), d_out = down_weight.shape, up_weight.shape[0]
+    problem = backends.Problem(
+        max(d_in, d_out), r, dtype, out, others, sharded,
+        square=d_in == d_out and input_dropout == 0.0,
+    )  # fmt: skip
+    name = backends.resolve("bottleneck", x, problem)
     if name in PLAIN:
-        seed, dropout = plain_dropout(x, dropout, training)
         side = BottleneckParameters(
             down_weight, up_weight, down_bias, up_bias, scale, norm_weight, norm_bias
         )
         return plain_bottleneck(
             name, x, side, residual, dtype, out,
-            activation=activation, norm_eps=norm_eps, dropout=dropout, seed=seed,
+            activation=activation, norm_eps=norm_eps, dropout=dropout,
+            input_dropout=input_dropout, seed=plain_seed(x, dropout, input_dropout),
         )  # fmt: skip
-    seed = draw_seed(x, dropout, training)
+    seed = draw_seed(x, dropout, input_dropout)
     x, residual, add_x = storage(x, residual, dtype, out)
     learnable, scale_value = split_scale(scale)
     tensors = (
@@ -262,7 +290,7 @@ def bottleneck(
     )  # fmt: skip
     y: Tensor = autograd.call(
         NAMESPACES[name].bottleneck_forward.default, tensors,
-        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[dtype],
-         DTYPE_CODES[out], add_x, saves(tensors)),
+        (scale_value, norm_eps, dropout, input_dropout, ACTIVATION_CODES[activation],
+         DTYPE_CODES[dtype], DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip
     return y

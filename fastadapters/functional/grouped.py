@@ -19,7 +19,7 @@ from .arguments import (
     draw_seed,
     leaf,
     parameter,
-    plain_dropout,
+    plain_seed,
     readable,
     saves,
     without_autocast,
@@ -32,33 +32,35 @@ def _check_parameters(
     x: Tensor, stack: BottleneckParameters, residual: Tensor | None
 ) -> float | Tensor:
     """x, a residual and stacked parameters must fit; the scale, a number as a float."""
-    check_floats("x", x, "[B, ..., D]")
+    check_floats("x", x, "[B, ..., D_in]")
     if x.dim() < 2 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected [B, ..., D] with D >= 1, got {list(x.shape)}")
+        raise ValueError(f"x: expected [B, ..., D_in] with D_in >= 1, got {list(x.shape)}")
     weight = stack.down_weight
-    check_ndim("down_weight", weight, "[N, r, D]", 3)
+    check_ndim("down_weight", weight, "[N, r, D_in]", 3)
     n, r, d, device = *weight.shape[:2], x.shape[-1], x.device
-    check_tensor("down_weight", weight, "[N, r, D]", (n, r, d), device)
-    check_tensor("up_weight", stack.up_weight, "[N, D, r]", (n, d, r), device)
+    check_tensor("down_weight", weight, "[N, r, D_in]", (n, r, d), device)
+    check_ndim("up_weight", stack.up_weight, "[N, D_out, r]", 3)
+    out = stack.up_weight.shape[1]
+    check_tensor("up_weight", stack.up_weight, "[N, D_out, r]", (n, out, r), device)
     if stack.norm_bias is not None and stack.norm_weight is None:
         raise ValueError("norm_bias: expected None without norm_weight, got a tensor")
     for name, symbols, shape in (
         ("down_bias", "[N, r]", (n, r)),
-        ("up_bias", "[N, D]", (n, d)),
-        ("norm_weight", "[N, D]", (n, d)),
-        ("norm_bias", "[N, D]", (n, d)),
+        ("up_bias", "[N, D_out]", (n, out)),
+        ("norm_weight", "[N, D_in]", (n, d)),
+        ("norm_bias", "[N, D_in]", (n, d)),
     ):
         t = getattr(stack, name)
         if t is not None:
             check_tensor(name, t, symbols, shape, device)
-    check_residual(residual, x)
+    check_residual(residual, x, out)
     scale = stack.scale
     if not isinstance(scale, Tensor):
         return check_number("scale", scale, " or a tensor")
     if scale.dim() == 1:
         check_tensor("scale", scale, "[N]", (n,), device)
     else:
-        check_tensor("scale", scale, "[N] or [N, D]", (n, d), device)
+        check_tensor("scale", scale, "[N] or [N, D_out]", (n, out), device)
     return scale
 
 
@@ -109,6 +111,7 @@ def grouped_bottleneck(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
+    input_dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
     """N adapters in one batch: each item, or each token, goes through the one that it names.
@@ -116,15 +119,15 @@ def grouped_bottleneck(
         y[b] = bottleneck(x[b], the parameters of adapter index[b])
 
     Args:
-        x: [B, ..., D], any strides; dtypes as in `bottleneck`.
+        x: [B, ..., D_in], any strides; dtypes as in `bottleneck`.
         index: int64 or int32, in [0, N): the adapter of each item [B], of each token [B, T], or of
             whatever the leading dimensions of x are that it has.
-        down_weight, up_weight: [N, r, D] and [N, D, r].
-        down_bias, up_bias: [N, r] and [N, D], or None.
-        scale: a number, or a learnable tensor [N] (one per adapter) or [N, D] (one per channel).
-        norm_weight, norm_bias: [N, D], or None.
-        activation, residual, norm_eps, dropout, training: as in `bottleneck`; the mask of dropout
-            depends on the place of a row in x, not on its adapter.
+        down_weight, up_weight: [N, r, D_in] and [N, D_out, r].
+        down_bias, up_bias: [N, r] and [N, D_out], or None.
+        scale: a number, or a learnable tensor [N] (one per adapter) or [N, D_out] (per channel).
+        norm_weight, norm_bias: [N, D_in], or None.
+        activation, residual, norm_eps, dropout, input_dropout, training: as in `bottleneck`; the
+            masks of dropout depend on the place of a row in x, not on its adapter.
 
     Only adapters that occur are worked on; the gradients of all others are exact zeros.
 
@@ -160,24 +163,31 @@ def grouped_bottleneck(
     )
     scale = _check_parameters(x, stack, residual)
     stack = stack._replace(scale=scale)
-    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
-    n, r, d = down_weight.shape
+    norm_eps, dropout, input_dropout = check_options(
+        activation, norm_eps, training, dropout, input_dropout
+    )
+    (n, r, d_in), d_out = down_weight.shape, up_weight.shape[1]
     index = _check_index(index, x, n)
     compute, out = compute_and_out_dtype(x, residual, scale)
     refusal = sharded if x.device.type == "cpu" else "it has no kernel for an adapter per item"
-    problem = backends.Problem(d, r, compute, out, (residual, index, *stack), refusal)
+    problem = backends.Problem(
+        max(d_in, d_out), r, compute, out, (residual, index, *stack), refusal,
+        square=d_in == d_out and input_dropout == 0.0,
+    )  # fmt: skip
     name = backends.resolve("bottleneck", x, problem)
+    options: dict[str, Any] = {
+        "activation": activation, "norm_eps": norm_eps, "dropout": dropout,
+        "input_dropout": input_dropout,
+    }  # fmt: skip
     if name in PLAIN:
-        seed, dropout = plain_dropout(x, dropout, training)
+        seed = plain_seed(x, dropout, input_dropout)
         with without_autocast(x):
             plain: Tensor = PLAIN[name].grouped_bottleneck(
                 x, index, **cast_parameters(stack, x, compute), residual=residual,
-                compute_dtype=compute, activation=activation, norm_eps=norm_eps, dropout=dropout,
-                seed=seed,
+                compute_dtype=compute, seed=seed, **options,
             )  # fmt: skip
         return plain.to(out)
-    options: dict[str, Any] = {"activation": activation, "norm_eps": norm_eps, "dropout": dropout}
-    return fused(name, x, index, stack, residual, compute, out, training, **options)
+    return fused(name, x, index, stack, residual, compute, out, **options)
 
 
 def fused(
@@ -188,14 +198,14 @@ def fused(
     residual: Tensor | None,
     compute: torch.dtype,
     out: torch.dtype,
-    training: bool,
     *,
     activation: Activation,
     norm_eps: float,
     dropout: float,
+    input_dropout: float = 0.0,
 ) -> Tensor:
     """`grouped_bottleneck` on fused backend ``name``, of arguments that have been checked."""
-    seed = draw_seed(x, dropout, training)
+    seed = draw_seed(x, dropout, input_dropout)
     x, residual, add_x = storage(x, residual, compute, out)
     learnable = stack.scale if isinstance(stack.scale, Tensor) else None
     scale_value = 1.0 if isinstance(stack.scale, Tensor) else stack.scale
@@ -209,7 +219,7 @@ def fused(
     )  # fmt: skip
     y: Tensor = autograd.call(
         NAMESPACES[name].grouped_forward.default, tensors,
-        (scale_value, norm_eps, dropout, ACTIVATION_CODES[activation], DTYPE_CODES[compute],
-         DTYPE_CODES[out], add_x, saves(tensors)),
+        (scale_value, norm_eps, dropout, input_dropout, ACTIVATION_CODES[activation],
+         DTYPE_CODES[compute], DTYPE_CODES[out], add_x, saves(tensors)),
     )  # fmt: skip
     return y

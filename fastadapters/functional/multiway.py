@@ -22,7 +22,7 @@ from .arguments import (
     draw_seed,
     leaf,
     parameter,
-    plain_dropout,
+    plain_seed,
     readable,
     saves,
 )
@@ -119,9 +119,11 @@ def multiway_bottleneck(
     if len(parts) < 2:
         only = parts[0][0] if parts else second
         return bottleneck(x, **only._asdict(), residual=residual, **options)
-    sides = [side._replace(scale=check_bottleneck(x, *side, residual)) for side, _ in parts]
+    sides = [
+        side._replace(scale=check_bottleneck(x, *side, residual, square=True)) for side, _ in parts
+    ]
     tokens_of = [part for _, part in parts]
-    norm_eps, dropout = check_options(activation, norm_eps, dropout, training)
+    norm_eps, dropout, _ = check_options(activation, norm_eps, training, dropout)
     options |= {"norm_eps": norm_eps, "dropout": dropout}
     norms = {side.norm_weight is not None for side in sides}
     if len(parts) > 2 and (x.device.type != "cpu" or len(norms) > 1):
@@ -141,7 +143,7 @@ def multiway_bottleneck(
         ys = []
         for side, part in zip(sides, tokens_of, strict=True):
             other = None if residual is None else residual[..., part, :]
-            seed, options["dropout"] = plain_dropout(x, dropout, training)
+            seed = plain_seed(x, dropout)
             ys.append(
                 plain_bottleneck(
                     name, x[..., part, :], side, other, dtype, out, seed=seed, **options
@@ -153,7 +155,7 @@ def multiway_bottleneck(
         index = torch.bucketize(torch.arange(x.shape[-2]), boundaries, right=True)
         index = index.expand(x.shape[:-1]).contiguous()
         stack = _stacked(sides, r)
-        return grouped.fused(name, x, index, stack, residual, dtype, out, training, **options)
+        return grouped.fused(name, x, index, stack, residual, dtype, out, **options)
     x, residual, add_x = storage(x, residual, dtype, out)
     tensors: list[Any] = [readable(x), None if residual is None else readable(residual)]
     scale_values = []
@@ -164,7 +166,7 @@ def multiway_bottleneck(
             side.norm_bias, learnable,
         )  # fmt: skip
         tensors += (parameter(t, dtype) for t in parameters)
-        tensors.append(draw_seed(x, dropout, training))
+        tensors.append(draw_seed(x, dropout))
         scale_values.append(scale_value)
     y: Tensor = autograd.call(
         NAMESPACES[name].multiway_forward.default, tensors,

@@ -84,7 +84,7 @@ def on_shards(
         return "it reads plain tensors, not a subclass"
     of_rows = {name: values[name] for name in rows}
     shared = {name: value for name, value in values.items() if name not in of_rows}
-    random = bool(values.get("training") and values.get("dropout"))
+    random = bool(values.get("training") and (values.get("dropout") or values.get("input_dropout")))
     refusal = _why_not(x, of_rows, shared, x.dim() - behind, random)
     if refusal is not None:
         return f"it runs on shards of rows, and {refusal}"

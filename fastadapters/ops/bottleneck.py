@@ -39,9 +39,8 @@ def declare(suffix: str = "") -> str:
 
 
 # x has the dtype of the products, compute_dtype, or is in fp32; so has y, of out_dtype.
-OPTIONS = (
-    "float norm_eps, float dropout, int activation, int compute_dtype, int out_dtype, bool add_x"
-)
+CODES = "int activation, int compute_dtype, int out_dtype, bool add_x"
+OPTIONS = f"float norm_eps, float dropout, float input_dropout, {CODES}"
 _INPUTS = f"{declare()}, float scale_value, {OPTIONS}"
 _GRADIENTS = ("dx", *(f"d_{name}" for name in PARAMETERS))
 _GRADIENTS_OUT = ", ".join(f"Tensor({chr(97 + i)}!)? {n}" for i, n in enumerate(_GRADIENTS))
@@ -56,6 +55,11 @@ SCHEMAS = {
     "bottleneck_backward_out": f"({_GRADIENTS_OUT}, Tensor dy, Tensor x, Tensor? z,"
     f" Tensor? stats, {_INPUTS}) -> ()",
 }
+
+
+def allocate_result(x: Tensor, up_weight: Tensor, out_dtype: int) -> Tensor:
+    """y, with the rows of x and as many columns as the up-projections have."""
+    return x.new_empty((*x.shape[:-1], up_weight.shape[-2]), dtype=DTYPES[out_dtype])
 
 
 def allocate_saved(
@@ -77,9 +81,12 @@ def allocate_gradients(
 ) -> tuple[Tensor, ...]:
     """dx and a gradient for each parameter whose bit is set in ``needs``; empty tensors else.
 
-    dx is shaped like dy: x is empty where no gradient needs its values.
+    dx has the rows of dy and the columns of Wd: x is empty where no gradient needs its values.
     """
-    dx = x.new_empty(dy.shape if needs & 1 else (0,))
+    down_weight = parameters[0]
+    dx = x.new_empty(0)
+    if needs & 1 and down_weight is not None:
+        dx = x.new_empty((*dy.shape[:-1], down_weight.shape[-1]))
 
     def allocate(i: int, like: Tensor | None) -> Tensor:
         if like is not None and needs >> i & 1:
@@ -139,9 +146,9 @@ def _reads(
 def _fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm_weight = rest[3]
+    up_weight, norm_weight = rest[1], rest[3]
     compute_dtype, out_dtype, _, save = rest[-4:]
-    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    y = allocate_result(x, up_weight, out_dtype)
     return y, *allocate_saved(x, down_weight, norm_weight, compute_dtype, save)
 
 
@@ -163,7 +170,8 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     """What a program exported elsewhere runs where there is no kernel; inference only."""
     n = len(PARAMETERS)
     tensors = dict(zip(PARAMETERS, rest[:n], strict=True))
-    seed, scale_value, norm_eps, dropout, activation, compute, out, add_x, save = rest[n:]
+    seed, scale_value, norm_eps, dropout, input_dropout, *codes, add_x, save = rest[n:]
+    activation, compute, out = codes
     if save:
         raise RuntimeError(
             "fastadapters::bottleneck_forward has no kernel here that can train: "
@@ -184,6 +192,7 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
         compute_dtype=dtype,
         norm_eps=norm_eps,
         dropout=0.0 if seed is None else dropout,
+        input_dropout=0.0 if seed is None else input_dropout,
         seed=seed,
     )
     empty = x.new_empty(0, dtype=dtype)
@@ -197,37 +206,45 @@ def _any_of(needs: int, *names: str) -> bool:
     return any(needs & _BITS[name] for name in names)
 
 
-def flops_of_gradients(rows: int, d: int, r: int, needs: int, has_z: bool) -> int:
+def flops_of_gradients(rows: int, d_in: int, d_out: int, r: int, needs: int, has_z: bool) -> int:
     """FLOPs of the gradients whose bits are set in ``needs``, of one adapter on ``rows`` rows."""
-    products = (
+    down = (
         not has_z and needs & ~_BITS["up_bias"] != 0,  # z again
-        needs & ~(_BITS["up_weight"] | _BITS["up_bias"]) != 0,  # dy Wu
-        _any_of(needs, "up_weight"),
         _any_of(needs, "down_weight"),
         _any_of(needs, "x", "norm_weight", "norm_bias"),  # dz Wd
     )
-    return 2 * rows * d * r * sum(products)
+    up = (
+        needs & ~(_BITS["up_weight"] | _BITS["up_bias"]) != 0,  # dy Wu
+        _any_of(needs, "up_weight"),
+    )
+    return 2 * rows * r * (d_in * sum(down) + d_out * sum(up))
 
 
-def _bottleneck_forward(a: Mapping[str, Any]) -> int:
-    r, d = a["down_weight"].shape
-    return 4 * int(math.prod(a["x"].shape[:-1])) * int(d * r)
+def widths(a: Mapping[str, Any], suffix: str = "") -> tuple[int, int, int]:
+    """(D_in, D_out, r) of a call's adapter, or of its stacked adapters."""
+    r, d_in = a[f"down_weight{suffix}"].shape[-2:]
+    return int(d_in), int(a[f"up_weight{suffix}"].shape[-2]), int(r)
+
+
+def flops_of_forward(a: Mapping[str, Any]) -> int:
+    """FLOPs of the forward of each row of x through an adapter."""
+    d_in, d_out, r = widths(a)
+    return 2 * int(math.prod(a["x"].shape[:-1])) * r * (d_in + d_out)
 
 
 def _bottleneck_backward(a: Mapping[str, Any]) -> int:
-    r, d = a["down_weight"].shape
     if "needs" in a:
         needs = a["needs"]
     else:
         given = {"x": a["dx"]} | {name: a[f"d_{name}"] for name in PARAMETERS}
         needs = sum(_BITS[name] for name, t in given.items() if t is not None)
     has_z = a["z"] is not None and a["z"].dim() == 2
-    return flops_of_gradients(math.prod(a["dy"].shape[:-1]), d, r, needs, has_z)
+    return flops_of_gradients(math.prod(a["dy"].shape[:-1]), *widths(a), needs, has_z)
 
 
 FLOPS: dict[str, Formula] = {
-    "bottleneck_forward": _bottleneck_forward,
-    "bottleneck_forward_out": _bottleneck_forward,
+    "bottleneck_forward": flops_of_forward,
+    "bottleneck_forward_out": flops_of_forward,
     "bottleneck_backward": _bottleneck_backward,
     "bottleneck_backward_out": _bottleneck_backward,
 }

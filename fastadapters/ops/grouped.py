@@ -14,9 +14,12 @@ from .bottleneck import (
     OPTIONS,
     PARAMETERS,
     allocate_gradients,
+    allocate_result,
     declare,
+    flops_of_forward,
     flops_of_gradients,
     reads_of_adapter,
+    widths,
 )
 from .codes import DTYPES
 from .flops import Formula
@@ -43,9 +46,10 @@ def _reads(
 def _fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm_weight, (compute_dtype, out_dtype, _, save) = rest[3], rest[-4:]
+    up_weight, norm_weight = rest[1], rest[3]
+    compute_dtype, out_dtype, _, save = rest[-4:]
     m, r = math.prod(x.shape[:-1]), down_weight.shape[1]
-    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    y = allocate_result(x, up_weight, out_dtype)
     z = x.new_empty((m, r) if save else (0,), dtype=DTYPES[compute_dtype])
     stats = (m, 2) if save and norm_weight is not None else (0,)
     return y, z, x.new_empty(stats, dtype=torch.float32)
@@ -63,18 +67,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _forward_flops(a: Mapping[str, Any]) -> int:
-    _, r, d = a["down_weight"].shape
-    return 4 * int(math.prod(a["x"].shape[:-1])) * int(d * r)
-
-
 def _backward_flops(a: Mapping[str, Any]) -> int:
-    _, r, d = a["down_weight"].shape
-    return flops_of_gradients(math.prod(a["dy"].shape[:-1]), d, r, a["needs"], True)
+    return flops_of_gradients(math.prod(a["dy"].shape[:-1]), *widths(a), a["needs"], True)
 
 
 FLOPS: dict[str, Formula] = {
-    "grouped_forward": _forward_flops,
+    "grouped_forward": flops_of_forward,
     "grouped_backward": _backward_flops,
 }
 

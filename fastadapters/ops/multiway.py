@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import autograd, schemas
 from .bottleneck import (
-    OPTIONS,
+    CODES,
     PARAMETERS,
     allocate_gradients,
     allocate_saved,
@@ -23,6 +23,7 @@ from .bottleneck import (
     declare,
     flops_of_gradients,
     reads_of_adapter,
+    widths,
 )
 from .codes import DTYPES
 from .flops import Formula
@@ -31,7 +32,8 @@ _N = len(PARAMETERS)
 _SIDES = ("_first", "_second")
 _SIDE = _N + 1  # parameters, seed
 _TENSORS = ", ".join(map(declare, _SIDES))
-_OPTIONS = f"SymInt split, {', '.join(f'float scale_value{side}' for side in _SIDES)}, {OPTIONS}"
+_SCALES = ", ".join(f"float scale_value{side}" for side in _SIDES)
+_OPTIONS = f"SymInt split, {_SCALES}, float norm_eps, float dropout, {CODES}"
 _SAVED = ", ".join(f"Tensor z{side}, Tensor stats{side}" for side in _SIDES)
 _GRADIENTS = ", ".join(f"Tensor d_{name}{side}" for side in _SIDES for name in PARAMETERS)
 
@@ -55,7 +57,8 @@ def _sides(rest: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
 def _inputs_of_sides(rest: Sequence[Any]) -> tuple[int, list[list[Any]]]:
     """``split``, and what the bottleneck op takes behind its residual, for each adapter."""
     split, *scale_values = rest[2 * _SIDE : 2 * _SIDE + 3]
-    options = rest[2 * _SIDE + 3 : -1]
+    norm_eps, dropout, *codes = rest[2 * _SIDE + 3 : -1]
+    options = (norm_eps, dropout, 0.0, *codes)  # no dropout in front
     sides = zip(_sides(rest), scale_values, strict=True)
     return split, [[*side, scale_value, *options] for side, scale_value in sides]
 
@@ -96,26 +99,26 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _multiway_sides(a: Mapping[str, Any], shape: Sequence[int]) -> list[tuple[int, int, int, str]]:
-    """(rows, D, r, suffix of the names) of both adapters on x or dy of ``shape``."""
+def _multiway_sides(
+    a: Mapping[str, Any], shape: Sequence[int]
+) -> list[tuple[int, tuple[int, int, int], str]]:
+    """(rows, widths, suffix of the names) of both adapters on x or dy of ``shape``."""
     items, tokens = math.prod(shape[:-2]), shape[-2]
     rows = items * a["split"], items * (tokens - a["split"])
-    return [
-        (n, *reversed(a[f"down_weight{suffix}"].shape), suffix)
-        for n, suffix in zip(rows, ("_first", "_second"), strict=True)
-    ]
+    return [(n, widths(a, suffix), suffix) for n, suffix in zip(rows, _SIDES, strict=True)]
 
 
 def _multiway_forward(a: Mapping[str, Any]) -> int:
-    return sum(4 * rows * d * r for rows, d, r, _ in _multiway_sides(a, a["x"].shape))
+    sides = _multiway_sides(a, a["x"].shape)
+    return sum(2 * rows * r * (d_in + d_out) for rows, (d_in, d_out, r), _ in sides)
 
 
 def _multiway_backward(a: Mapping[str, Any]) -> int:
     total, needs = 0, a["needs"]
-    for i, (rows, d, r, suffix) in enumerate(_multiway_sides(a, a["dy"].shape)):
+    for i, (rows, sizes, suffix) in enumerate(_multiway_sides(a, a["dy"].shape)):
         of_side = needs >> len(PARAMETERS) * i & ~1 | needs & 1
         of_side &= (2 << len(PARAMETERS)) - 1
-        total += flops_of_gradients(rows, d, r, of_side, a[f"z{suffix}"].dim() == 2)
+        total += flops_of_gradients(rows, *sizes, of_side, a[f"z{suffix}"].dim() == 2)
     return total
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..options import Activation
-from .philox import dropout_multiplier
+from .philox import drop, input_stream
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
@@ -35,23 +35,20 @@ def bottleneck(
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
+    input_dropout: float = 0.0,
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = residual + scale * (dropout(act(norm(x) Wd^T + bd)) Wu^T + bu), shapes as `functional`.
+    """y = residual + scale * (dropout(act(x_in Wd^T + bd)) Wu^T + bu), x_in = dropout(norm(x)).
 
-    x and the norm's parameters have one dtype, all other parameters that of the products,
-    ``compute_dtype`` (None: that of x); the residual is added as PyTorch promotes. The mask of
-    dropout follows from ``seed``, or is PyTorch's own where there is none.
+    Shapes as in `functional`. x and the norm's parameters have one dtype, all other parameters that
+    of the products, ``compute_dtype`` (None: that of x); the residual is added as PyTorch promotes.
+    The masks of dropout follow from ``seed``, or are PyTorch's own where there is none.
     """
     if norm_weight is not None:
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = drop(x, input_dropout, None if seed is None else input_stream(seed))
     x = x if compute_dtype is None else x.to(compute_dtype)
     h = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
-    if seed is not None:
-        rows, r = h.numel() // h.shape[-1], h.shape[-1]
-        h = h * dropout_multiplier(seed, rows, r, dropout, h.dtype).reshape(h.shape)
-    elif dropout > 0.0:
-        h = F.dropout(h, dropout)
-    y = scale * F.linear(h, up_weight, up_bias)
+    y = scale * F.linear(drop(h, dropout, seed), up_weight, up_bias)
     return y if residual is None else residual + y

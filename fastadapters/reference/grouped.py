@@ -20,9 +20,10 @@ def grouped_bottleneck(
     activation: Activation = "relu",
     norm_eps: float = 1e-5,
     dropout: float = 0.0,
+    input_dropout: float = 0.0,
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    **stacks: Tensor | None,
+    **stacks: Any,
 ) -> Tensor:
     """y = residual + what adapter index[i...] makes of x[i...], shapes as in `functional`.
 
@@ -33,14 +34,15 @@ def grouped_bottleneck(
         "activation": activation,
         "norm_eps": norm_eps,
         "dropout": dropout,
+        "input_dropout": input_dropout,
         "seed": seed,
         "compute_dtype": compute_dtype,
     }
     index = index.reshape(*index.shape, *[1] * (x.dim() - index.dim()))
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    y = torch.full_like(x, torch.nan, dtype=compute_dtype)
-    first = stacks["down_weight"]
-    for n in range(0 if first is None else first.shape[0]):
+    adapters, d_out, _ = stacks["up_weight"].shape
+    y = x.new_full((*x.shape[:-1], d_out), torch.nan, dtype=compute_dtype)
+    for n in range(adapters):
         own = index == n
         parameters: dict[str, Any] = {
             name: None if t is None else t[n] for name, t in stacks.items()

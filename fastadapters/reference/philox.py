@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -51,7 +54,22 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
+def input_stream(seed: Tensor) -> Tensor:
+    """The seed of the mask of a bottleneck's input, beside ``seed`` of that of its h."""
+    return seed + torch.arange(2, device=seed.device)
+
+
 def dropout_multiplier(seed: Tensor, rows: int, cols: int, p: float, dtype: torch.dtype) -> Tensor:
     """0 for dropped elements, 1 / (1 - p) for kept ones: [rows, cols] in ``dtype``."""
     kept = random_bits(seed, rows, cols) >= dropout_threshold(p)
     return kept.to(dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def drop(t: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of the rows of t [..., C]: the mask is PyTorch's own where there is no ``seed``."""
+    if p == 0.0:
+        return t
+    if seed is None:
+        return F.dropout(t, p)
+    rows, columns = math.prod(t.shape[:-1]), t.shape[-1]
+    return t * dropout_multiplier(seed, rows, columns, p, t.dtype).reshape(t.shape)

@@ -246,7 +246,7 @@ def test_traffic(
     down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
     biases = torch.zeros(r, dtype=BF16), torch.zeros(d, dtype=BF16)
     dtypes = DTYPE_CODES[BF16], DTYPE_CODES[y_dtype]
-    weights = (down, biases[0], up, biases[1], *[None] * 4, 0.5, 1e-5, 0.0, 1, *dtypes, add_x)
+    weights = (down, biases[0], up, biases[1], *[None] * 4, 0.5, 1e-5, 0.0, 0.0, 1, *dtypes, add_x)
     with device.simulate(arch) as run:
         y, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)
@@ -281,7 +281,20 @@ def test_traffic_where_the_data_pass_accumulates(add_x: bool, arch: int, simulat
     x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
     down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
     codes = DTYPE_CODES[BF16], DTYPE_CODES[BF16]
-    weights = (down, None, up, up[:, 0].contiguous(), *[None] * 4, 0.5, 1e-5, 0.0, 1, *codes, add_x)
+    weights = (
+        down,
+        None,
+        up,
+        up[:, 0].contiguous(),
+        *[None] * 4,
+        0.5,
+        1e-5,
+        0.0,
+        0.0,
+        1,
+        *codes,
+        add_x,
+    )
     with device.simulate(arch) as run:
         _, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b11111)

@@ -130,7 +130,7 @@ def shared(arch: int, dim: int) -> dict[Kernel, int]:
             x, y = (torch.zeros(rows, dim, dtype=dtype) for dtype in dtypes[1:])
             down, up = x.new_zeros(r, dim), x.new_zeros(dim, r)
             codes = DTYPE_CODES[dtypes[0]], DTYPE_CODES[dtypes[2]], x.dtype == y.dtype
-            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 1, *codes)
+            rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 0.0, 1, *codes)
             z, stats = x.new_zeros(rows, r, dtype=dtypes[0]), x.new_zeros(0, dtype=torch.float32)
             with device.simulate(arch) as run:
                 if rows == 64:

@@ -43,7 +43,7 @@ def _bottleneck(x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool) 
         parameters[4:] = [None] * 3
     seed = torch.empty(2, dtype=torch.int64) if full else None
     codes = DTYPE_CODES[compute], DTYPE_CODES[x_dtype]
-    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 2, *codes, True)
+    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 0.0, 2, *codes, True)
     _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
     kernels.bottleneck_backward(dy, x, z, stats, *rest, 255)
 

@@ -34,32 +34,18 @@ struct Sorted {
   }
 };
 
-// f(a parameter, how many elements an adapter has of it) for all that are stacked.
-template <class F>
-void parameters(Bottleneck& p, const F& f) {
-  int64_t d = p.dim, r = p.bottleneck;
-  f(p.down_weight, r * d);
-  f(p.down_bias, r);
-  f(p.up_weight, d * r);
-  f(p.up_bias, d);
-  f(p.norm_weight, d);
-  f(p.norm_bias, d);
-  f(p.scale, p.channel_scale ? d : 1);
+inline int64_t bytes(const Parameter& p, int64_t elements) {
+  return elements * (p.dtype == Dtype::float32 ? 4 : 2);
 }
 
+// f(a gradient, how many bytes an adapter has of it)
 template <class F>
 void gradients(BottleneckForward&, const F&) {}
 
 template <class F>
 void gradients(BottleneckBackward& p, const F& f) {
-  int64_t d = p.dim, r = p.bottleneck;
-  f(p.d_down_weight, r * d);
-  f(p.d_down_bias, r);
-  f(p.d_up_weight, d * r);
-  f(p.d_up_bias, d);
-  f(p.d_norm_weight, d);
-  f(p.d_norm_bias, d);
-  f(p.d_scale, p.channel_scale ? d : 1);
+  for (const ParameterKind& kind : parameter_kinds(p))
+    f(p.*kind.gradient, bytes(p.*kind.gradient, kind.size));
 }
 
 // What each adapter has to do, on all threads where it has more than a thread's share of the rows,
@@ -70,11 +56,11 @@ void each_adapter(const Args& p, const Groups& groups, const Threads& threads,
   const Sorted sorted(groups, p.all_rows());
   auto of_adapter = [&](int64_t n) {
     Args args = p;
-    auto shift = [n](Parameter& stack, int64_t size) {
-      int64_t bytes = size * (stack.dtype == Dtype::float32 ? 4 : 2);
+    auto shift = [n](Parameter& stack, int64_t bytes) {
       if (stack.data) stack.data = (char*)stack.data + n * bytes;
     };
-    parameters(args, shift);
+    for (const ParameterKind& kind : parameter_kinds(args))
+      shift(args.*kind.parameter, bytes(args.*kind.parameter, kind.size));
     gradients(args, shift);
     args.order = sorted.rows.data() + sorted.begin[n];
     args.ordered = sorted.begin[n + 1] - sorted.begin[n];
@@ -88,8 +74,8 @@ void each_adapter(const Args& p, const Groups& groups, const Threads& threads,
     else if (args.ordered)
       small.push_back(n);
     else
-      gradients(args, [](const Parameter& stack, int64_t size) {
-        if (stack.data) std::memset(stack.data, 0, size * (stack.dtype == Dtype::float32 ? 4 : 2));
+      gradients(args, [](const Parameter& stack, int64_t bytes) {
+        if (stack.data) std::memset(stack.data, 0, bytes);
       });
   }
   parallel(threads, int64_t(small.size()),
