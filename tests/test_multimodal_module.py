@@ -18,6 +18,7 @@ from module_cases import (
     assert_exact,
     inputs,
     randn,
+    randomize,
     sample,
 )
 from torch import Tensor
@@ -89,6 +90,33 @@ def test_logits(adapt: str, mask: Any, backend: str) -> None:
         image = 0.3 * unit(new_image) + 0.7 * image
     assert got.shape == (3, 6)
     assert_exact(got, 50 * (unit(image)[:, None] * text).sum(-1))
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "without biases": {"bias": False},
+    "biases on keys": {"add_bias_kv": True},
+    "a key of zeros": {"add_zero_attn": True},
+    "dropout": {"dropout": 0.5},
+    "other heads": {"num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_another_attention_is_what_runs(name: str) -> None:
+    """Whatever somebody puts in the place of ``mha``, in its own mode of training."""
+    module = sample("multimodal", torch.float64, mask="additive").eval()
+    module.mha = torch.nn.MultiheadAttention(
+        16, **{"num_heads": 4, **ATTENTIONS[name]}, dtype=torch.float64
+    )
+    randomize(module.mha)
+    text, image = inputs("multimodal", torch.float64)
+    tokens = torch.cat([text[:, None].expand(-1, 3, -1), image[None]])
+    torch.manual_seed(3)
+    expected = published(module, tokens, ((0.0, 1.0), (1.0, 0.0)))
+    torch.manual_seed(3)
+    assert_exact(module(tokens), expected)
+    (decision,) = fastadapters.explain(module, tokens)
+    assert (decision.backend == "layers") == (name != "other heads")
 
 
 def test_logits_adapt_both_by_default() -> None:

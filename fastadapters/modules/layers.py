@@ -66,6 +66,21 @@ def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -
     return f"{name} {reason}: its own forward is called"
 
 
+def why_attention_called(name: str, mha: Any) -> str | None:
+    """Why ``mha``, a layer of self-attention, must be called, as `why_called`."""
+    reason = why_called(name, mha, nn.MultiheadAttention) or why_called(
+        f"{name}.out_proj", mha.out_proj, NonDynamicallyQuantizableLinear
+    )
+    if reason is None and mha.dropout > 0.0 and mha.training:
+        reason = f"{name} has dropout: its own forward is called"
+    biases = (mha.in_proj_weight, mha.in_proj_bias, mha.out_proj.bias)
+    if reason is None and (
+        mha.bias_k is not None or mha.add_zero_attn or any(t is None for t in biases)
+    ):
+        reason = f"{name} has other options than the published: its own forward is called"
+    return reason
+
+
 def why_all_called(**tensors: object) -> str | None:
     """Why no layer may be passed over, whatever it is; ``tensors`` are what they would work on."""
     if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backends, functional
 from ..checks import (
@@ -29,6 +28,7 @@ from .layers import (
     keep_initial_values,
     like_an_op,
     why_all_called,
+    why_attention_called,
     why_called,
 )
 
@@ -152,17 +152,12 @@ class MultiModalAdapter(nn.Module):
 
     def _why_called(self, text: Tensor, image: Tensor) -> str | None:
         """Why the layers must be called; None where the op does all that they do."""
-        mha = self.mha
-        reason = (
+        return (
             why_all_called(text=text, image=image)
             or _why_sampler_called("downsampler", self.downsampler, _DOWNSAMPLERS)
-            or why_called("mha", mha, nn.MultiheadAttention)
-            or why_called("mha.out_proj", mha.out_proj, NonDynamicallyQuantizableLinear)
+            or why_attention_called("mha", self.mha)
             or _why_sampler_called("upsampler", self.upsampler, _UPSAMPLERS)
         )
-        if reason is None and self.training and mha.dropout > 0.0:
-            reason = "mha has dropout: it is called"
-        return reason
 
     def _arguments(self) -> dict[str, Any]:
         mha = self.mha
@@ -171,7 +166,7 @@ class MultiModalAdapter(nn.Module):
             "in_proj": (mha.in_proj_weight, mha.in_proj_bias),
             "out_proj": (mha.out_proj.weight, mha.out_proj.bias),
             "up": _parameters(self.upsampler),
-            "num_heads": self.num_heads,
+            "num_heads": mha.num_heads,
             "bias": self.bias,
             "down_activation": "gelu" if len(_stack(self.downsampler)) == 3 else "identity",
         }
@@ -194,7 +189,8 @@ class MultiModalAdapter(nn.Module):
                 mask = torch.where(sees, mask, 0.0)
             out = self.mha(x, x, x, attn_mask=mask, need_weights=False)[0]
             if blind:
-                out = torch.where(sees[:, None], out, self.mha.out_proj.bias)
+                constant = self.mha.out_proj.bias
+                out = torch.where(sees[:, None], out, 0.0 if constant is None else constant)
             y: Tensor = self.upsampler(out)
             return y
 
