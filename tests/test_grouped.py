@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_the_reference_is_a_bottleneck_for_each_item() -> None:
         for b, n in enumerate(index.tolist()):
             own = {name: t[n] for name, t in tensors.items()}
             torch.testing.assert_close(y[b], bottleneck(x[b], **own, residual=residual[b]))
+
+
+@every_backend
+def test_layernorm_without_eps(backend: str) -> None:
+    """Rows of other adapters have no part in an adapter's gradients, not even as NaN."""
+    case = Case(rows=(6, 17), d=100, r=33, norm="both")
+
+    def op(*args: Tensor, **options: Any) -> Tensor:
+        return grouped_bottleneck(*args, **options | {"norm_eps": 0.0})
+
+    results = [run(case, inputs(case), index_of(case), b, op=op) for b in ("reference", backend)]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

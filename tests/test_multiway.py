@@ -138,7 +138,9 @@ def run_many(tensors: list[Tensor], kind: str, residual: str, name: str, op: boo
                     branch = bottleneck(part, **side._asdict(), activation="gelu")
                 else:
                     own = mask.reshape(B, T, 8)[:, begin:end].reshape(-1, 8)
-                    branch = eager.bottleneck(part, **side._asdict(), activation="gelu", mask=own)
+                    branch = eager.bottleneck(
+                        part, **side._asdict(), activation="gelu", masks=(None, own)
+                    )
                 parts.append(branch)
             y = torch.cat(parts, dim=1)
             y = {"x": y + x, "other": y + other, "none": y}[residual]
@@ -153,8 +155,6 @@ def run_many(tensors: list[Tensor], kind: str, residual: str, name: str, op: boo
 @pytest.mark.parametrize("kind", MANY)
 def test_any_number_of_modalities(kind: str, residual: str, name: str) -> None:
     tensors = list(sample(torch.float32, MANY[kind][1]))
-    if kind == "dropout" and name == "eager":
-        pytest.skip("a mask for each modality")
     out = run_many(tensors, kind, residual, name, op=True)
 
     def pair(draw: int) -> list[dict[str, Tensor]]:
@@ -205,3 +205,37 @@ def test_bad_split(split: int) -> None:
         multiway_bottleneck(x[0, 0], 0, *sides)
     with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
         multiway_bottleneck(None, 0, *sides)  # type: ignore[arg-type]
+
+
+def three_modalities() -> tuple[Tensor, list[BottleneckParameters]]:
+    gen = torch.Generator().manual_seed(0)
+    x, *weights = (
+        torch.randn(*shape, generator=gen) for shape in ((2, 9, 8), *[(5, 8), (8, 5)] * 3)
+    )
+    scales = (1.0, torch.full((1,), 0.5), 2.0)
+    pairs = zip(weights[::2], weights[1::2], scales, strict=True)
+    return x, [BottleneckParameters(down, up, scale=scale) for down, up, scale in pairs]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_same_mask_for_three_modalities(name: str) -> None:
+    x, (first, second, third) = three_modalities()
+    ys = []
+    for backend in ("reference", name):
+        torch.manual_seed(0)
+        with fastadapters.backend(backend):
+            y = multiway_bottleneck(
+                x, (2, 5), first, second, others=[third], dropout=0.5, training=True
+            )
+        ys.append(y)
+    torch.testing.assert_close(*ys)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_three_modalities_on_another_device_than_the_default(name: str) -> None:
+    x, (first, second, third) = three_modalities()
+    ys = []
+    for default in ("cpu", "meta"):
+        with fastadapters.backend(name), torch.device(default):
+            ys.append(multiway_bottleneck(x, (2, 5), first, second, others=[third]))
+    assert torch.equal(*ys)

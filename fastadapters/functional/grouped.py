@@ -179,18 +179,10 @@ def grouped_bottleneck(
         "activation": activation, "norm_eps": norm_eps, "dropout": dropout,
         "input_dropout": input_dropout,
     }  # fmt: skip
-    if name in PLAIN:
-        seed = plain_seed(x, dropout, input_dropout)
-        with without_autocast(x):
-            plain: Tensor = PLAIN[name].grouped_bottleneck(
-                x, index, **cast_parameters(stack, x, compute), residual=residual,
-                compute_dtype=compute, seed=seed, **options,
-            )  # fmt: skip
-        return plain.to(out)
-    return fused(name, x, index, stack, residual, compute, out, **options)
+    return run(name, x, index, stack, residual, compute, out, **options)
 
 
-def fused(
+def run(
     name: str,
     x: Tensor,
     index: Tensor,
@@ -204,7 +196,16 @@ def fused(
     dropout: float,
     input_dropout: float = 0.0,
 ) -> Tensor:
-    """`grouped_bottleneck` on fused backend ``name``, of arguments that have been checked."""
+    """`grouped_bottleneck` on backend ``name``, of arguments that have been checked."""
+    if name in PLAIN:
+        with without_autocast(x):
+            plain: Tensor = PLAIN[name].grouped_bottleneck(
+                x, index, **cast_parameters(stack, x, compute), residual=residual,
+                compute_dtype=compute, seed=plain_seed(x, dropout, input_dropout),
+                activation=activation, norm_eps=norm_eps, dropout=dropout,
+                input_dropout=input_dropout,
+            )  # fmt: skip
+        return plain.to(out)
     seed = draw_seed(x, dropout, input_dropout)
     x, residual, add_x = storage(x, residual, compute, out)
     learnable = stack.scale if isinstance(stack.scale, Tensor) else None

@@ -139,6 +139,14 @@ def multiway_bottleneck(
     problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *everything), sharded)
     name = backends.resolve("bottleneck", x, problem)
     del options["training"]
+    same_mask = dropout > 0.0 and backends.chosen_by_name()
+    if len(parts) > 2 and (name not in PLAIN or same_mask):
+        boundaries = torch.tensor([part.start for part in tokens_of[1:]], device=x.device)
+        places = torch.arange(tokens, device=x.device)
+        index = torch.bucketize(places, boundaries, right=True)
+        index = index.expand(x.shape[:-1]).contiguous()
+        stack = _stacked(sides, r)
+        return grouped.run(name, x, index, stack, residual, dtype, out, **options)
     if name in PLAIN:
         ys = []
         for side, part in zip(sides, tokens_of, strict=True):
@@ -150,12 +158,6 @@ def multiway_bottleneck(
                 )
             )
         return torch.cat(ys, dim=-2)
-    if len(parts) > 2:
-        boundaries = torch.tensor([part.start for part in tokens_of[1:]])
-        index = torch.bucketize(torch.arange(x.shape[-2]), boundaries, right=True)
-        index = index.expand(x.shape[:-1]).contiguous()
-        stack = _stacked(sides, r)
-        return grouped.fused(name, x, index, stack, residual, dtype, out, **options)
     x, residual, add_x = storage(x, residual, dtype, out)
     tensors: list[Any] = [readable(x), None if residual is None else readable(residual)]
     scale_values = []
@@ -190,7 +192,8 @@ def _stacked(sides: Sequence[BottleneckParameters], r: int) -> BottleneckParamet
     scales = [side.scale for side in sides]
     scale = scales[0]
     if any(isinstance(s, Tensor) or s != scale for s in scales):
-        vectors = [torch.as_tensor(s).reshape(-1) for s in scales]
+        device = sides[0].down_weight.device
+        vectors = [torch.as_tensor(s, device=device).reshape(-1) for s in scales]
         width = max(v.numel() for v in vectors)
         scale = torch.stack([v.expand(width) for v in vectors]).squeeze(1)
     return BottleneckParameters(

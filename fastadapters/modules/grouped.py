@@ -183,7 +183,8 @@ class GroupedAdapter(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The names, as the bytes of a JSON list."""
-        return torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)
+        names = list(json.dumps(self.names).encode())
+        return torch.tensor(names, dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: which names a state dict has is looked at before it is loaded."""

@@ -27,8 +27,9 @@ def grouped_bottleneck(
 ) -> Tensor:
     """y = residual + what adapter index[i...] makes of x[i...], shapes as in `functional`.
 
-    Every adapter works on all rows, zeros in place of those that are not its own. Rows whose index
-    names none become NaN. Dtypes as in `bottleneck`.
+    Every adapter works on all rows, -1 to 1 in place of those that are not its own: a row that
+    even LayerNorm with an eps of 0 takes. Rows whose index names none become NaN. Dtypes as in
+    `bottleneck`.
     """
     options: dict[str, Any] = {
         "activation": activation,
@@ -39,7 +40,7 @@ def grouped_bottleneck(
         "compute_dtype": compute_dtype,
     }
     index = index.reshape(*index.shape, *[1] * (x.dim() - index.dim()))
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    filler = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
     adapters, d_out, _ = stacks["up_weight"].shape
     y = x.new_full((*x.shape[:-1], d_out), torch.nan, dtype=compute_dtype)
     for n in range(adapters):
@@ -48,6 +49,6 @@ def grouped_bottleneck(
             name: None if t is None else t[n] for name, t in stacks.items()
         }
         one: Any = scale[n] if isinstance(scale, Tensor) else scale
-        branch = bottleneck(torch.where(own, x, zero), scale=one, **parameters, **options)
+        branch = bottleneck(torch.where(own, x, filler), scale=one, **parameters, **options)
         y = torch.where(own, branch, y)
     return y if residual is None else residual + y
