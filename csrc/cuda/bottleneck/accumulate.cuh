@@ -19,7 +19,7 @@ struct UpGradient {
 
   __device__ __forceinline__ UpGradient(char* place, const DataPass& p)
       : products(reinterpret_cast<float4*>(place)),
-        sums(reinterpret_cast<float*>(place) + p.chunks * kChunk * p.units),
+        sums(reinterpret_cast<float*>(place) + p.out_chunks * kChunk * p.units),
         units(p.units) {}
 
   static __device__ __forceinline__ int column(int chunk) {
@@ -53,19 +53,19 @@ struct UpGradient {
   }
 
   __device__ __forceinline__ void store(const DataPass& p) const {
-    for (int i = 0; i < p.chunks * units / 8; ++i) {
+    for (int i = 0; i < p.out_chunks * units / 8; ++i) {
       const float4 v = products[i * kThreads + threadIdx.x];
       const int d = column(i / (units / 8));
-      float* const to = p.up_products + (int64_t(blockIdx.x) * p.dim + d) * units +
+      float* const to = p.up_products + (int64_t(blockIdx.x) * p.out_dim + d) * units +
                         i % (units / 8) * 8 + threadIdx.x % 4 * 2;
-      if (d < p.dim) *reinterpret_cast<float2*>(to) = {v.x, v.y};
-      if (d + 8 < p.dim) *reinterpret_cast<float2*>(to + 8 * units) = {v.z, v.w};
+      if (d < p.out_dim) *reinterpret_cast<float2*>(to) = {v.x, v.y};
+      if (d + 8 < p.out_dim) *reinterpret_cast<float2*>(to + 8 * units) = {v.z, v.w};
     }
     if (threadIdx.x % 4 != 0) return;
-    for (int i = 0; i < p.chunks; ++i) {
-      float* const to = p.up_sums + int64_t(blockIdx.x) * p.dim;
-      if (column(i) < p.dim) to[column(i)] = sums[column(i)];
-      if (column(i) + 8 < p.dim) to[column(i) + 8] = sums[column(i) + 8];
+    for (int i = 0; i < p.out_chunks; ++i) {
+      float* const to = p.up_sums + int64_t(blockIdx.x) * p.out_dim;
+      if (column(i) < p.out_dim) to[column(i)] = sums[column(i)];
+      if (column(i) + 8 < p.out_dim) to[column(i) + 8] = sums[column(i) + 8];
     }
   }
 };

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <stdexcept>
 
 #include "../launch.cuh"
@@ -33,7 +34,8 @@ int64_t workspace_of(const Op& op) {
 
 template <class Op>
 void run_in(const Op& op, bool tf32, void* workspace, void* stream) {
-  if (op.count() > INT32_MAX - kRows || op.dim > INT32_MAX / 8 || op.bottleneck > INT32_MAX / 16) {
+  if (op.count() > INT32_MAX - kRows || std::max(op.dim, op.out_dim) > INT32_MAX / 8 ||
+      op.bottleneck > INT32_MAX / 16) {
     throw std::runtime_error("fastadapters: too many rows or columns for the CUDA kernels");
   }
   Arena arena{static_cast<char*>(workspace), false};

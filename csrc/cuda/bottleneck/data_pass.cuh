@@ -5,33 +5,11 @@
 #include "../activation.cuh"
 #include "../product.cuh"
 #include "accumulate.cuh"
+#include "half_rows.cuh"
 #include "hidden.cuh"
 #include "walk.cuh"
 
 namespace fastadapters::cuda {
-
-// Two threads share a row. Over this one's half of the first `columns` elements of row
-// threadIdx.x / 2: the sum of x less `about`, and of its square.
-template <class E, class S>
-__device__ __forceinline__ float2 sum_half_row(const char* panels, int columns, float about) {
-  constexpr int kElements = 16 / sizeof(typename S::T);
-  float2 sums = {0, 0};
-#pragma unroll
-  for (int i = 0; i < kPanels<E, S> * kSegments / 2; ++i) {
-    const int segment = 2 * i + threadIdx.x % 2;
-    float v[kElements];
-    load_segment<S>(panels + segment / kSegments * kPanel +
-                        segment_offset(threadIdx.x / 2, segment % kSegments),
-                    v);
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const float difference = segment * kElements + e < columns ? v[e] - about : 0;
-      sums.x += difference;
-      sums.y += difference * difference;
-    }
-  }
-  return sums;
-}
 
 template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y>
 __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* shared) {
@@ -41,7 +19,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   constexpr int kSize = L::kSize, kChunk = L::kChunk;
   constexpr int kDownN = kWidth / 16, kUpN = kChunk / 16;
 
-  const bool norm = !kAccumulate && p.down_sums != nullptr;
+  const bool norm = !kAccumulate && p.norm, folded = norm && p.down_sums != nullptr;
   const bool expand = p.out.data != nullptr;
   const L layout(p, kBackward && norm && expand);
   char* const weights = shared + p.ring * L::kSlot;
@@ -53,17 +31,20 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   const int group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
   const int first_row = tile * kRows, rows = min(p.rows - first_row, kRows);
-  const int passes_per_part = p.x_passes + p.tail_passes, passes = p.parts * passes_per_part;
+  const int back_chunks = kBackward ? p.chunks : p.out_chunks;
+  const int back_dim = kBackward ? p.dim : p.out_dim;
+  // LayerNorm that is not folded has the sums over a row of dx made on a way of their own.
+  const int summed_chunks = kBackward && norm && !folded && expand ? back_chunks : 0;
 
   if (threadIdx.x < kRows) {
     const int i = threadIdx.x, row = first_row + i;
     tables.x[i] = i < rows ? row_offset(p, p.x, row) : 0;
     tables.tail[i] = i < rows ? row_offset(p, p.tail, row) : 0;
     tables.out[i] = i < rows ? row_offset(p, p.out, row) : 0;
-    if (kBackward) {
+    if (kBackward || (norm && !folded)) {
       tables.stats[i] = i < rows && norm ? p.stats[row] : float2{0, 0};
-      tables.row_sums[0][i] = tables.row_sums[1][i] = {0, 0};
     }
+    if (kBackward) tables.row_sums[0][i] = tables.row_sums[1][i] = {0, 0};
   }
   __syncthreads();
 
@@ -77,7 +58,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
 #pragma unroll
       for (int i = 0; i < L::kHiddenPanels; ++i) {
         load_panel<T, kChunk, L::kHiddenLine>(
-            panels + i * L::kUp, p.dim - chunk * kChunk,
+            panels + i * L::kUp, p.out_dim - chunk * kChunk,
             (p.bottleneck - part * kWidth) * kSize - i * kLine, true,
             [&](int row) { return data + i * kLine + row * p.up.stride; });
       }
@@ -89,30 +70,28 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   };
 
   // Each call brings what one step needs, `lookahead` steps ahead of it.
-  Walk next;
+  Walk next(p);
   const auto load_next = [&] {
-    const bool down = next.pass < passes;
-    if (down || (expand && next.chunk < p.chunks)) {
-      const bool second = !down || next.pass % passes_per_part >= p.x_passes;
-      const int part = down ? next.pass / passes_per_part : next.part;
-      const int chunk = !down && p.keep_tail ? p.chunks - 1 - next.chunk : next.chunk;
-      if (down || (p.add_tail && part == 0 && (!p.keep_tail || next.chunk >= p.ring))) {
-        char* const slot = shared + next.slot * L::kSlot;
-        if (!second) {
-          load_x(slot, chunk);
-        } else {
-          load_chunk<E, Y>(slot, rows, chunk, p.dim, p.tail.aligned,
-                           [&](int i) { return p.tail.data + tables.tail[i]; });
-        }
+    const bool back = next.way == Way::back;
+    const int step = back ? next.chunk - summed_chunks : 0;  // before 0 only sums are made
+    if (!back || (expand && step < back_chunks)) {
+      int chunk = next.chunk;
+      if (back) chunk = p.keep_tail ? back_chunks - 1 - step : step < 0 ? chunk : step;
+      char* const slot = shared + next.slot * L::kSlot;
+      if (next.way == Way::x) {
+        load_x(slot, chunk);
+      } else if (!back || (p.add_tail && next.part == 0 && step >= (p.keep_tail ? p.ring : 0))) {
+        load_chunk<E, Y>(slot, rows, chunk, p.out_dim, p.tail.aligned,
+                         [&](int i) { return p.tail.data + tables.tail[i]; });
       }
-      if (kBackward && norm && !down && part == 0) {
+      if (kBackward && norm && back && next.part == 0) {
         load_x(extra + next.chunk % (p.lookahead + 1) * L::kX, chunk);
       }
-      load_weights(weights + next.weights * L::kWeights, kBackward ? down && second : !down, part,
-                   chunk);
+      load_weights(weights + next.weights * L::kWeights,
+                   next.way == (kBackward ? Way::tail : Way::back), next.part, chunk);
     }
     copy_commit();
-    next.advance(p, passes);
+    next.advance(p);
   };
   // After it this step's data is there, and the place of the step before may be overwritten.
   const auto begin_step = [&] {
@@ -136,16 +115,38 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   float about = 0;
   const float scale = p.channel_scale ? 1 : p.scale.data ? load<E>(p.scale, 0) : p.scale_value;
 
-  Walk now;
+  // The four lanes of a row add up what they have for LayerNorm.
+  const auto add_to_row = [&](int i, float2 row_sums) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      row_sums.x += __shfl_xor_sync(0xffffffff, row_sums.x, step);
+      row_sums.y += __shfl_xor_sync(0xffffffff, row_sums.y, step);
+    }
+    if (pair == 0) {
+      float2& total = tables.row_sums[warp_column][warp_row + 8 * i + group];
+      total = {total.x + row_sums.x, total.y + row_sums.y};
+    }
+  };
+
+  Walk now(p);
   for (int part = 0; part < p.parts; ++part) {
     const Hidden<E, kDownN> at(p.bottleneck, part * kWidth + warp_column * (kWidth / 2) + 2 * pair,
                                first_row + warp_row + group, p.rows);
     float z[2][kDownN][4] = {};
     if (kBackward && !norm) at.load(z, p.z);
-    for (int chunk = 0; chunk < (kAccumulate ? 0 : p.chunks * p.x_passes); ++chunk) {
+    for (int chunk = 0; !kAccumulate && p.read_x && chunk < p.chunks; ++chunk) {
       begin_step();
-      const char* const slot = shared + now.slot * L::kSlot;
-      if (norm && part == 0) {
+      char* const slot = shared + now.slot * L::kSlot;
+      if (p.input_dropout.seed) {
+        const int row = threadIdx.x / 2;
+        change_half_row<E, X>(slot, [&](auto& v, int at) {
+          at += chunk * kChunk;
+          if (norm) normalise<E>(p, v, tables.stats[row], at);
+          p.input_dropout.apply(v, first_row + row, at, p.dim);
+        });
+        __syncthreads();
+      }
+      if (folded && part == 0) {
         if constexpr (!kBackward) {
           const int columns = p.dim - chunk * kChunk;
           if (chunk == 0) {
@@ -171,10 +172,10 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
       multiply<E, 4, false, false, X>(
           z, {slot, kPanel, warp_row},
           {weights + now.weights * L::kWeights, 0, warp_column * (kWidth / 2)}, shift);
-      now.advance(p, passes);
+      now.advance(p);
     }
 
-    if (!kBackward && norm && part == 0) {
+    if (!kBackward && folded && part == 0) {
       sums.x += __shfl_xor_sync(0xffffffff, sums.x, 1);
       sums.y += __shfl_xor_sync(0xffffffff, sums.y, 1);
       const float mean = sums.x / p.dim, variance = fmaxf(sums.y / p.dim - mean * mean, 0);
@@ -190,7 +191,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
 
     float bias[kDownN][2], down_sums[kDownN][2];
     load_columns<E>(bias, p.down_bias, at.column, p.bottleneck);
-    if (norm) {
+    if (folded) {
       load_columns<E>(down_sums, {p.down_sums, Dtype::float32, true}, at.column, p.bottleneck);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -210,7 +211,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     }
     if (!kBackward && p.z) at.store(p.z, z);
 
-    const uint32_t kept = p.seed ? at.kept(p.seed, p.threshold) : 0;
+    const uint32_t kept = p.dropout.seed ? at.kept(p.dropout) : 0;
     char* const panels = hidden + part * L::kHiddenPanels * kPanel;
     const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
     constexpr int kFirst = L::kBeside ? kWidth : 0;  // column of h where dWu is accumulated
@@ -219,7 +220,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     if (!kBackward || kAccumulate || p.hidden) {
       float h[2][kDownN][4];
       activate<false>(p.activation, z, h, h);
-      at.mask(h, p.seed, kept, p.keep);
+      at.mask(h, p.dropout, kept);
 #pragma unroll
       for (int i = 0; i < 4 * kDownN; ++i) {
         const int n = i % kDownN;
@@ -233,10 +234,10 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
         }
       }
     }
-    if (!kBackward || p.tail_passes == 0) continue;
+    if (!kBackward || !p.read_tail) continue;
 
     float gradient[2][kDownN][4] = {}, unused[2][kDownN][4];
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    for (int chunk = 0; chunk < p.out_chunks; ++chunk) {
       begin_step();
       const char* const slot = shared + now.slot * L::kSlot;
       multiply<E, 4, false, true, Y>(
@@ -245,10 +246,10 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
       if constexpr (kAccumulate) {
         UpGradient<E, Y>(shared + layout.accumulators, p).add(slot, h_panel, kFirst, chunk);
       }
-      now.advance(p, passes);
+      now.advance(p);
     }
     activate<true>(p.activation, z, unused, gradient);
-    at.mask(gradient, p.seed, kept, p.keep);
+    at.mask(gradient, p.dropout, kept);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float2 row_sums = {0, 0};
@@ -259,7 +260,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           dz[e] = E::round(gradient[i / 2][n][i % 2 * 2 + e] * scale);
-          if (norm) {
+          if (folded) {
             row_sums.x += dz[e] * down_sums[n][e];
             row_sums.y += dz[e] * (z[i / 2][n][i % 2 * 2 + e] - bias[n][e]);
           }
@@ -267,31 +268,21 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
         store_pair<E>(panels + place(i, n), dz[0], dz[1]);
         if (p.d_hidden) at.store_padded(p.d_hidden, p.width, i, n, dz[0], dz[1]);
       }
-      if (norm) {
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-          row_sums.x += __shfl_xor_sync(0xffffffff, row_sums.x, step);
-          row_sums.y += __shfl_xor_sync(0xffffffff, row_sums.y, step);
-        }
-        if (pair == 0) {
-          float2& total = tables.row_sums[warp_column][warp_row + 8 * i + group];
-          total = {total.x + row_sums.x, total.y + row_sums.y};
-        }
-      }
+      if (folded) add_to_row(i, row_sums);
     }
   }
   if (!expand) return;
 
   const Fragment<Out> place(warp_row, warp_column * (kChunk / 2), kPanel);
-  for (int step = 0; step < p.chunks; ++step) {
-    const int chunk = p.keep_tail ? p.chunks - 1 - step : step;
+  for (int step = -summed_chunks; step < back_chunks; ++step) {
+    const int chunk = p.keep_tail ? back_chunks - 1 - step : step < 0 ? step + summed_chunks : step;
     const int column = chunk * kChunk + warp_column * (kChunk / 2) + 2 * pair;
     float out[2][kUpN][4] = {};
     float bias[kUpN][2], scales[kUpN][2];
     if constexpr (!kBackward) {
-      load_columns<E>(bias, p.up_bias, column, p.dim);
+      load_columns<E>(bias, p.up_bias, column, p.out_dim);
       if (p.channel_scale) {
-        load_columns<E>(scales, p.scale, column, p.dim);
+        load_columns<E>(scales, p.scale, column, p.out_dim);
       } else {
 #pragma unroll
         for (int i = 0; i < 2 * kUpN; ++i) scales[i / 2][i % 2] = scale;
@@ -309,26 +300,49 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
           out, {hidden + part * L::kHiddenPanels * kPanel, kPanel, warp_row},
           {weights + now.weights * L::kWeights, kBackward ? 0 : L::kUp, warp_column * (kChunk / 2)},
           no_shift);
-      now.advance(p, passes);
+      now.advance(p);
     }
 
+    if (kBackward && p.input_dropout.seed) {
+      drop_gradients(p.input_dropout, out, first_row + warp_row,
+                     chunk * kChunk + warp_column * (kChunk / 2), p.dim);
+    }
     if (kBackward && norm) {
-      const char* const x = extra + step % (p.lookahead + 1) * L::kX;
+      const char* const x = extra + (step + summed_chunks) % (p.lookahead + 1) * L::kX;
+      if (!folded) {
+        float gamma[kUpN][2];
+        load_columns<E>(gamma, p.norm_weight, column, p.dim);
+#pragma unroll
+        for (int i = 0; i < 8 * kUpN; ++i) {
+          out[i / (4 * kUpN)][i / 4 % kUpN][i % 4] *= gamma[i / 4 % kUpN][i % 2];
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = warp_row + 8 * i + group;
         const float2 stats = tables.stats[row];
-        const float2 a = tables.row_sums[0][row], b = tables.row_sums[1][row];
-        const float2 means = {(a.x + b.x) / p.dim, (a.y + b.y) / p.dim};
+        const float rstd = fabsf(stats.y);
+        float2 means = {0, 0}, row_sums = {0, 0};
+        if (step >= 0) {
+          const float2 a = tables.row_sums[0][row], b = tables.row_sums[1][row];
+          means = {(a.x + b.x) / p.dim, (a.y + b.y) / p.dim};
+        }
 #pragma unroll
         for (int n = 0; n < kUpN; ++n) {
           const float2 at = load_pair<X>(x + place(i, n));
           float* const value = out[i / 2][n] + i % 2 * 2;
-          const float rstd = fabsf(stats.y);
-          value[0] = rstd * (value[0] - means.x - (at.x - stats.x) * rstd * means.y);
-          value[1] = rstd * (value[1] - means.x - (at.y - stats.x) * rstd * means.y);
+          const float2 normal = {(at.x - stats.x) * rstd, (at.y - stats.x) * rstd};
+          if (step < 0) {
+            row_sums.x += value[0] + value[1];
+            row_sums.y += value[0] * normal.x + value[1] * normal.y;
+          } else {
+            value[0] = rstd * (value[0] - means.x - normal.x * means.y);
+            value[1] = rstd * (value[1] - means.x - normal.y * means.y);
+          }
         }
+        if (step < 0) add_to_row(i, row_sums);
       }
+      if (step < 0) continue;
     }
     const auto finish = [&](auto add_tail) {
 #pragma unroll
@@ -351,7 +365,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
       finish(std::false_type{});
     }
     __syncthreads();
-    store_chunk<E, Out>(slot, rows, chunk, p.dim, p.out.aligned,
+    store_chunk<E, Out>(slot, rows, chunk, back_dim, p.out.aligned,
                         [&](int i) { return p.out.data + tables.out[i]; });
   }
 }
@@ -363,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, kAccumulate ? 1 : 2)
   extern __shared__ __align__(128) char shared[];
   if constexpr (kAccumulate) {
     UpGradient<E, Y> up(shared + Layout<E, kWidth, X, Y>(p, false).accumulators, p);
-    up.clear(p.chunks);
+    up.clear(p.out_chunks);
     for (int tile = blockIdx.x; tile * kRows < p.rows; tile += gridDim.x) {
       pass_tile<E, kWidth, kBackward, true, X, Y>(p, tile, shared);
       __syncthreads();

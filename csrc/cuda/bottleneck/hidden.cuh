@@ -1,8 +1,7 @@
 // z, h and their gradients [M, r] as a thread of the data pass has them.
 #pragma once
 
-#include "../../philox.h"
-#include "../tensors.cuh"
+#include "problem.cuh"
 
 namespace fastadapters::cuda {
 
@@ -64,29 +63,26 @@ struct Hidden {
   }
 
   // Which elements dropout keeps, as bits in the order i, n, column.
-  __device__ __forceinline__ uint32_t kept(const int64_t* seed, uint32_t threshold) const {
+  __device__ __forceinline__ uint32_t kept(const Dropout& dropout) const {
     uint32_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < 4 * kN; ++i) {
-      const int64_t m = row + i / kN * 8;
       const int at = column + i % kN * 8;
-      const PhiloxBlock block = philox4x32(seed[0], m * ((bottleneck + 3) / 4) + at / 4, seed[1]);
-      const bool second = at % 4 != 0;
-      bits |= uint32_t((second ? block.lane[2] : block.lane[0]) >= threshold) << 2 * i;
-      bits |= uint32_t((second ? block.lane[3] : block.lane[1]) >= threshold) << (2 * i + 1);
+      const uint32_t four = dropout.kept(row + i / kN * 8, at & ~3, bottleneck);
+      bits |= (four >> at % 4 & 3) << 2 * i;
     }
     return bits;
   }
 
   // Dropout, and zeros beyond r, where an infinite x or dy has met zeros.
-  __device__ __forceinline__ void mask(float (&values)[2][kN][4], bool dropout, uint32_t bits,
-                                       float keep) const {
+  __device__ __forceinline__ void mask(float (&values)[2][kN][4], const Dropout& dropout,
+                                       uint32_t bits) const {
 #pragma unroll
     for (int i = 0; i < 8 * kN; ++i) {
       const int n = i / 2 % kN;
       float& value = values[i / (4 * kN)][n][i / (2 * kN) % 2 * 2 + i % 2];
       if (column + 8 * n + i % 2 >= bottleneck) value = 0;
-      if (dropout) value *= bits >> i & 1 ? keep : 0;
+      if (dropout.seed) value *= bits >> i & 1 ? dropout.keep : 0;
     }
   }
 };

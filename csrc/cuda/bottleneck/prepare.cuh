@@ -1,8 +1,7 @@
 // The kernel that prepares the weights.
 #pragma once
 
-#include "../../bottleneck.h"
-#include "../tensors.cuh"
+#include "problem.cuh"
 
 namespace fastadapters::cuda {
 
@@ -17,15 +16,31 @@ struct Preparation {
   bool fold_scale = false;
 };
 
+// Mean and reciprocal standard deviation of the rows of x, a warp a row, where they are needed
+// before the data pass.
+template <class S>
+__global__ void __launch_bounds__(256) row_stats(const __grid_constant__ Problem p) {
+  const int row = int(blockIdx.x) * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= p.rows) return;
+  const auto* const x = reinterpret_cast<const typename S::T*>(p.x.data + row_offset(p, p.x, row));
+  const float first = float(x[0]);  // of equal elements it is the mean exactly
+  float sum = 0, squares = 0;
+  for (int d = lane; d < p.dim; d += 32) sum += float(x[d]) - first;
+  const float mean = first + warp_sum(sum) / p.dim;
+  for (int d = lane; d < p.dim; d += 32) {
+    const float difference = float(x[d]) - mean;
+    squares += difference * difference;
+  }
+  squares = warp_sum(squares);
+  if (lane == 0) p.stats[row] = {mean, rsqrtf(squares / p.dim + p.norm_eps)};
+}
+
 constexpr int kUpRows = 16;  // rows of Wu a block prepares
 
 template <class E>
 __global__ void __launch_bounds__(256, 4) prepare_weights(const __grid_constant__ Preparation p) {
   using T = typename E::T;
   const Bottleneck& op = p.op;
-  const auto at = [&](const Parameter& v, int64_t i, float otherwise, bool exact = false) {
-    return v.data ? load<E>({v.data, v.dtype, exact}, i) : otherwise;
-  };
   const bool exact_norm = op.x_dtype != op.dtype;  // the norm computes in x's dtype
   int block = blockIdx.x;
   if (p.down) {
@@ -33,18 +48,18 @@ __global__ void __launch_bounds__(256, 4) prepare_weights(const __grid_constant_
       T* const to = reinterpret_cast<T*>(p.down + block * p.down_stride);
       float sum = 0, bias = 0;
       for (int64_t d = threadIdx.x; d < op.dim; d += 256) {
-        const float weight = at(op.down_weight, block * op.dim + d, 0);
-        const float folded = E::round(weight * at(op.norm_weight, d, 1, exact_norm));
+        const float weight = element<E>(op.down_weight, block * op.dim + d, 0);
+        const float folded = E::round(weight * element<E>(op.norm_weight, d, 1, exact_norm));
         to[d] = T(folded);
         sum += folded;
-        bias += weight * at(op.norm_bias, d, 0, exact_norm);
+        bias += weight * element<E>(op.norm_bias, d, 0, exact_norm);
       }
       if (op.norm_weight.data) {
         sum = block_sum(sum);
         bias = block_sum(bias);
         if (threadIdx.x == 0) {
           p.down_sums[block] = sum;
-          p.down_bias[block] = bias + at(op.down_bias, block, 0);
+          p.down_bias[block] = bias + element<E>(op.down_bias, block, 0);
         }
       }
       return;
@@ -54,9 +69,9 @@ __global__ void __launch_bounds__(256, 4) prepare_weights(const __grid_constant_
   const int width = int(op.bottleneck);
   for (int i = threadIdx.x; i < kUpRows * width; i += 256) {
     const int64_t row = int64_t(block) * kUpRows + i / width, column = i % width;
-    if (row >= op.dim) break;
-    const float weight = at(op.up_weight, row * op.bottleneck + column, 0);
-    const float scale = p.fold_scale ? at(op.scale, row, 1) : 1;
+    if (row >= op.out_dim) break;
+    const float weight = element<E>(op.up_weight, row * op.bottleneck + column, 0);
+    const float scale = p.fold_scale ? element<E>(op.scale, row, 1) : 1;
     reinterpret_cast<T*>(p.up + row * p.up_stride)[column] = T(weight * scale);
   }
 }

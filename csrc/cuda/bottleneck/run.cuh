@@ -7,10 +7,16 @@
 
 #include "../launch.cuh"
 #include "data_pass.cuh"
-#include "gradients.cuh"
+#include "finish.cuh"
 #include "prepare.cuh"
 
 namespace fastadapters::cuda {
+
+inline Dropout dropout(const int64_t* seed, int stream, double probability) {
+  if (!seed || probability <= 0) return {};
+  return {seed, stream, dropout_threshold(probability),
+          probability < 1 ? float(1 / (1 - probability)) : 0};
+}
 
 // Fills in what forward and backward share, and prepares the weights.
 template <class E, int kWidth>
@@ -20,8 +26,10 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   p->middle = int(op.rows[1]);
   p->inner = int(op.rows[2]);
   p->dim = int(op.dim);
+  p->out_dim = int(op.out_dim);
   p->bottleneck = int(op.bottleneck);
   p->chunks = int((op.dim * kSize + kLine - 1) / kLine);
+  p->out_chunks = int((op.out_dim * kSize + kLine - 1) / kLine);
   p->parts = int((op.bottleneck + kWidth - 1) / kWidth);
   p->width = int(round_up(op.bottleneck, 16));
   p->x = activations(op.rows, op.x_dtype, op.x);
@@ -31,35 +39,39 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   p->scale_value = op.scale_value;
   p->norm_eps = op.norm_eps;
   p->activation = op.activation;
-  p->seed = op.seed;
-  p->threshold = dropout_threshold(op.dropout);
-  p->keep = op.seed == nullptr ? 1 : op.dropout < 1 ? float(1 / (1 - op.dropout)) : 0;
+  p->input_dropout = dropout(op.seed, 1, op.input_dropout);
+  p->dropout = dropout(op.seed, 0, op.dropout);
   p->stats = reinterpret_cast<float2*>(op.stats);
 
-  const bool norm = op.norm_weight.data != nullptr;
+  p->norm = op.norm_weight.data != nullptr;
+  const bool folded = p->norm && !p->input_dropout.seed;
   const auto usable = [&](const Parameter& v, int64_t columns) {
     return v.dtype == op.dtype && columns * kSize % 16 == 0 && on_16_bytes(v.data);
   };
   Preparation work;
   work.op = op;
+  if (!folded) work.op.norm_weight = work.op.norm_bias = {};
   work.fold_scale = fold_scale;
   work.down_stride = round_up(op.dim * kSize, 16);
   work.up_stride = round_up(op.bottleneck * kSize, 16);
-  const bool down = norm || !usable(op.down_weight, op.dim);
+  const bool down = folded || !usable(op.down_weight, op.dim);
   const bool up = fold_scale || !usable(op.up_weight, op.bottleneck);
   if (down) work.down = arena->take<char>(op.bottleneck * work.down_stride);
-  if (up) work.up = arena->take<char>(op.dim * work.up_stride);
-  if (norm) {
+  if (up) work.up = arena->take<char>(op.out_dim * work.up_stride);
+  if (folded) {
     work.down_sums = arena->take<float>(op.bottleneck * 4);
     work.down_bias = arena->take<float>(op.bottleneck * 4);
   }
   if (arena->counting) return;
   p->down = {down ? work.down : static_cast<const char*>(op.down_weight.data), work.down_stride};
   p->up = {up ? work.up : static_cast<const char*>(op.up_weight.data), work.up_stride};
-  p->down_sums = norm ? work.down_sums : nullptr;
-  p->down_bias = norm ? Vector{work.down_bias, Dtype::float32, true} : vector(op.down_bias);
+  p->down_sums = folded ? work.down_sums : nullptr;
+  p->down_bias = folded ? Vector{work.down_bias, Dtype::float32, true} : vector(op.down_bias);
+  const bool exact = op.x_dtype != op.dtype;  // the norm computes in x's dtype
+  p->norm_weight = {op.norm_weight.data, op.norm_weight.dtype, exact};
+  p->norm_bias = {op.norm_bias.data, op.norm_bias.dtype, exact};
   if (!(down || up) || p->rows == 0) return;
-  const int blocks = (down ? p->bottleneck : 0) + (up ? (p->dim + kUpRows - 1) / kUpRows : 0);
+  const int blocks = (down ? p->bottleneck : 0) + (up ? (p->out_dim + kUpRows - 1) / kUpRows : 0);
   launch(prepare_weights<E>, blocks, 256, 0, stream, work);
 }
 
@@ -69,7 +81,7 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
 template <class E, int kWidth, bool kBackward, class X, class Y>
 bool arrange(DataPass& p, const Device& device) {
   using L = Layout<E, kWidth, X, Y>;
-  const bool extra_x = kBackward && p.down_sums && p.out.data;
+  const bool extra_x = kBackward && p.norm && p.out.data;
   for (int blocks = p.units ? 1 : 2; blocks > 0; --blocks) {
     const int budget =
         std::min(device.shared_per_block, device.shared_per_processor / blocks - 1024);
@@ -108,25 +120,35 @@ template <class E, int kWidth, class X, class Y>
 void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
   DataPass p;
   set_up<E, kWidth>(op, false, arena, stream, &p);
+  const bool needs_stats = p.norm && p.input_dropout.seed;
+  if (needs_stats && !p.stats) p.stats = arena->take<float2>(p.rows * int64_t(sizeof(float2)));
   if (arena->counting || p.rows == 0) return;
+  if (needs_stats) {
+    launch(row_stats<X>, (p.rows + 7) / 8, 256, 0, stream, static_cast<const Problem&>(p));
+  }
   p.tail = activations(op.rows, op.out_dtype, op.residual);
   p.out = activations(op.rows, op.out_dtype, op.y);
   p.z = static_cast<char*>(op.z);
   p.add_tail = op.residual.data != nullptr;
-  p.keep_tail = op.residual.data == op.x.data && op.x_dtype == op.out_dtype &&
+  p.keep_tail = op.residual.data == op.x.data && op.dim == op.out_dim &&
+                op.x_dtype == op.out_dtype && !p.input_dropout.seed &&
                 std::equal(op.x.strides, op.x.strides + 3, op.residual.strides);
   run_data_pass<E, kWidth, false, X, Y>(p, current_device(), stream);
 }
 
 template <class E, int kWidth, class S>
-void run_weight_pass(const WeightPass& p, int splits, int jobs, cudaStream_t stream) {
+void run_weight_pass(WeightPass p, int splits, bool down, bool up, cudaStream_t stream) {
   using Stage = Stages<E, kWidth, S>;
-  launch(weight_pass<E, kWidth, S>, dim3(p.chunks * p.parts, splits, jobs), kThreads,
-         Stage::kCount * Stage::kBytes, stream, p);
+  p.down_blocks = down ? p.chunks * p.parts : 0;
+  p.mask_blocks = down && p.partials[kMasks].splits ? p.chunks * p.parts : 0;
+  const int blocks = p.down_blocks + p.mask_blocks + (up ? p.out_chunks * p.parts : 0);
+  if (blocks == 0) return;
+  launch(weight_pass<E, kWidth, S>, dim3(blocks, splits), kThreads, Stage::kCount * Stage::kBytes,
+         stream, p);
 }
 
 // In how many blocks the data pass accumulates dWu, or 0: it does where shared memory has room for
-// [D, r] and the partial sums are fewer bytes than the dy that a pass of its own would read.
+// [D_out, r] and the partial sums are fewer bytes than the dy that a pass of its own would read.
 template <class E, int kWidth, class X, class Y>
 int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& device) {
   constexpr bool kThere = kAccumulates<E, kWidth, X, Y>;
@@ -157,34 +179,39 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   if (down) p.d_hidden = arena->take<char>(hidden_bytes);
 
   // The rows are split so that two blocks on each processor share the work.
-  const int tiles = (p.rows + kRows - 1) / kRows, jobs = int(down) + int(up && !blocks);
-  const int columns = std::max(p.chunks * p.parts * jobs, 1);
+  const int tiles = (p.rows + kRows - 1) / kRows;
+  const bool masks =
+      p.input_dropout.seed && (op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data));
+  const int chunks =
+      (down ? p.chunks : 0) + (masks ? p.chunks : 0) + (up && !blocks ? p.out_chunks : 0);
+  const int columns = std::max(chunks * p.parts, 1);
   const int wanted = std::max(2 * device.processors / columns, 1);
   const int tiles_per_split = std::max((tiles + wanted - 1) / wanted, 1);
   const int splits = (tiles + tiles_per_split - 1) / tiles_per_split;
-  Partial partials[2];
-  if (down) partials[0] = {splits, p.width};
-  if (up) partials[1] = {blocks ? blocks : splits, p.width};
-  for (int job = 0; job < 2; ++job) {
-    Partial& partial = partials[job];
-    partial.products = arena->take<float>(partial.splits * op.dim * partial.width * 4);
-    partial.sums = arena->take<float>(partial.splits * (job == 0 ? p.width : op.dim) * 4);
-  }
-  float* const d_scales = arena->take<float>(op.dim * 4);
+  Partial partials[kJobs];
+  const auto take = [&](Job job, int count, int64_t dim, int64_t sums) {
+    partials[job] = {count, p.width, arena->take<float>(count * dim * p.width * 4),
+                     arena->take<float>(count * sums * 4)};
+  };
+  if (down) take(kDown, splits, op.dim, p.width);
+  if (masks) take(kMasks, splits, op.dim, 0);
+  if (up) take(kUp, blocks ? blocks : splits, op.out_dim, op.out_dim);
+  float* const d_scales = arena->take<float>(op.out_dim * 4);
   if (arena->counting) return;
 
   if (p.rows > 0) {
     p.tail = activations(op.rows, op.out_dtype, op.dy);
     p.out = activations(op.rows, op.x_dtype, op.dx);
-    p.add_tail = p.keep_tail = op.add_dy;
+    p.add_tail = op.add_dy;
+    p.keep_tail = op.add_dy && !(p.norm && p.input_dropout.seed);
     p.z = static_cast<char*>(op.z);
-    p.x_passes = p.down_sums ? 1 : 0;
-    p.tail_passes = op.needs_dz() ? 1 : 0;
+    p.read_x = p.norm;
+    p.read_tail = op.needs_dz();
     if constexpr (kAccumulates<E, kWidth, X, Y>) {
       if (blocks) {
         p.units = p.width;
-        p.up_products = partials[1].products;
-        p.up_sums = partials[1].sums;
+        p.up_products = partials[kUp].products;
+        p.up_sums = partials[kUp].sums;
         arrange<E, kWidth, true, X, Y>(p, device);
         launch(data_pass<E, kWidth, true, true, X, Y>, blocks, kThreads, p.shared, stream, p);
       }
@@ -197,24 +224,24 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     w.dy = p.tail;
     w.hidden = p.hidden;
     w.d_hidden = p.d_hidden;
-    w.first_job = down ? 0 : 1;
     w.rows_per_split = tiles_per_split * kRows;
-    std::copy(partials, partials + 2, w.partials);
+    std::copy(partials, partials + kJobs, w.partials);
     if (std::is_same_v<X, Y> || !up || blocks) {
-      if (jobs) run_weight_pass<E, kWidth, X>(w, splits, jobs, stream);
+      run_weight_pass<E, kWidth, X>(w, splits, down, up && !blocks, stream);
     } else {
-      if (down) run_weight_pass<E, kWidth, X>(w, splits, 1, stream);
-      w.first_job = 1;
-      run_weight_pass<E, kWidth, Y>(w, splits, 1, stream);
+      run_weight_pass<E, kWidth, X>(w, splits, down, false, stream);
+      run_weight_pass<E, kWidth, Y>(w, splits, false, true, stream);
     }
   }
   if (!(down || up)) return;
 
-  Finish f{op, {partials[0], partials[1]}, d_scales, blocks ? kFinishWarps : 1};
-  launch(finish_gradients<E>, int((op.dim * f.warps + kFinishWarps - 1) / kFinishWarps),
-         32 * kFinishWarps, 0, stream, f);
+  Finish f{op, {}, d_scales, 0, blocks ? kFinishWarps : 1};
+  std::copy(partials, partials + kJobs, f.partials);
+  f.down_blocks = down ? (p.dim + kFinishWarps - 1) / kFinishWarps : 0;
+  const int up_blocks = up ? (p.out_dim * f.warps + kFinishWarps - 1) / kFinishWarps : 0;
+  launch(finish_gradients<E>, f.down_blocks + up_blocks, 32 * kFinishWarps, 0, stream, f);
   if (!op.d_scale.data || op.channel_scale) return;
-  finish_scale<<<1, 256, 0, stream>>>(d_scales, op.dim, op.d_scale);
+  finish_scale<<<1, 256, 0, stream>>>(d_scales, op.out_dim, op.d_scale);
   check(cudaGetLastError());
 }
 

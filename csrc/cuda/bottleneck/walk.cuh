@@ -1,10 +1,11 @@
 // How the data pass goes over its rows, and what it keeps in shared memory on the way.
 //
-// One block takes 64 rows through the whole op. It walks over the columns of D in chunks of 128
-// bytes (of the compute dtype): first to project down (z stays in registers, h in shared memory),
-// then back to project up. Chunks of activations land in a ring; the walk back finds the youngest
-// of them still there and re-reads the others, which are in the L2 cache. Backward is the same walk
-// with dy for x: only LayerNorm, whose gradient reads x, makes it project x down once more.
+// One block takes 64 rows through the whole op. It walks over the columns of D_in in chunks of 128
+// bytes (of the compute dtype) to project down (z stays in registers, h in shared memory), then
+// back over those of D_out to project up. Chunks of activations land in a ring; where x is the
+// residual, the walk back finds the youngest of them still there and re-reads the others, which are
+// in the L2 cache. Backward is the same walk with dy for x, over D_out and back over D_in: only
+// LayerNorm, whose gradient reads x, makes it project x down once more.
 #pragma once
 
 #include <algorithm>
@@ -20,38 +21,56 @@ struct DataPass : Problem {
   Activations out;         // y or dx
   bool keep_tail = false;  // the tail is what the last pass down has left in the ring
   bool add_tail = false;
-  int x_passes = 1, tail_passes = 0;  // 0 or 1: what the passes down read
+  bool read_x = true, read_tail = false;  // by the passes down
   int ring = 0, lookahead = 0, shared = 0;
   char* z = nullptr;       // [M, r]: forward may store it, backward without norm loads it
   char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, width]
   char* d_hidden = nullptr;
-  // backward: columns of dWu that a block accumulates, or 0; what it makes, [blocks, D, units] and
-  // [blocks, D]
+  // backward: columns of dWu that a block accumulates, or 0; what it makes, [blocks, D_out, units]
+  // and [blocks, D_out]
   int units = 0;
   float* up_products = nullptr;
   float* up_sums = nullptr;
 };
 
-// Where the walk is: `pass` counts the passes down; when they are over, `part` of `chunk` of the
-// way back. `slot` and `weights` are places in the rings of activations and of weights.
-struct Walk {
-  int pass = 0, chunk = 0, part = 0, slot = 0, weights = 0;
+// Where the walk is: for each part of r it goes down over x and over the tail, as far as they are
+// read; then back, with all parts of a chunk. `slot` and `weights` are places in the rings of
+// activations and of weights.
+enum class Way { x, tail, back };
 
-  __device__ __forceinline__ void advance(const DataPass& p, int passes) {
+struct Walk {
+  Way way;
+  int chunk = 0, part = 0, slot = 0, weights = 0;
+
+  __device__ __forceinline__ explicit Walk(const DataPass& p) : way(first(p)) {}
+
+  static __device__ __forceinline__ Way first(const DataPass& p) {
+    return p.read_x ? Way::x : p.read_tail ? Way::tail : Way::back;
+  }
+
+  __device__ __forceinline__ void advance(const DataPass& p) {
     weights = weights == p.lookahead ? 0 : weights + 1;
-    const bool down = pass < passes;
-    if (!down && ++part < p.parts) return;
-    part = 0;
-    ++chunk;
-    if (down && chunk == p.chunks) {
+    if (way == Way::back) {
+      if (++part < p.parts) return;
+      part = 0;
+      ++chunk;
+      if (p.keep_tail) {
+        slot = slot == 0 ? p.ring - 1 : slot - 1;
+        return;
+      }
+    } else if (++chunk == (way == Way::x ? p.chunks : p.out_chunks)) {
       chunk = 0;
-      if (++pass == passes && p.keep_tail) return;  // the way back begins where the way down ended
+      if (way == Way::x && p.read_tail) {
+        way = Way::tail;
+      } else if (++part < p.parts) {
+        way = first(p);
+      } else {
+        part = 0;
+        way = Way::back;
+        if (p.keep_tail) return;  // the way back begins where the way down ended
+      }
     }
-    if (!down && p.keep_tail) {
-      slot = slot == 0 ? p.ring - 1 : slot - 1;
-    } else {
-      slot = slot == p.ring - 1 ? 0 : slot + 1;
-    }
+    slot = slot == p.ring - 1 ? 0 : slot + 1;
   }
 };
 
@@ -91,7 +110,8 @@ struct Layout : Sizes<E, kWidth> {
     extra = hidden + (p.parts * kHiddenPanels + (p.units && !kBeside)) * kPanel;
     tables = extra + (extra_x ? (p.lookahead + 1) * kX : 0);
     accumulators = tables + int(sizeof(Tables));
-    bytes = accumulators + (p.units ? p.chunks * Sizes<E, kWidth>::kChunk * (p.units + 1) * 4 : 0);
+    bytes =
+        accumulators + (p.units ? p.out_chunks * Sizes<E, kWidth>::kChunk * (p.units + 1) * 4 : 0);
   }
 };
 
