@@ -28,7 +28,7 @@ struct Arena {
 };
 
 struct Device {
-  int processors = 1, shared_per_block = 0, shared_per_processor = 0;
+  int processors = 1, shared_per_block = 0, shared_per_processor = 0, l2 = 0;  // bytes
 };
 
 inline void check(cudaError_t error) {
@@ -45,7 +45,7 @@ inline Device current_device() {
     return value;
   };
   return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+          get(cudaDevAttrMaxSharedMemoryPerMultiprocessor), get(cudaDevAttrL2CacheSize)};
 }
 
 template <class P>

@@ -122,7 +122,7 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   else if (attribute == 16)
     *value = multiprocessors;
   else if (attribute == 38)
-    *value = arch == 80 ? 40 << 20 : 50 << 20;  // L2 bytes
+    *value = (arch == 80 ? 370 : arch < 90 ? 562 : 378) * 1000 * multiprocessors;  // L2 bytes
   else if (attribute == 39)
     *value = arch == 80 || arch == 90 || arch == 100 ? 2048 : 1536;
   else if (attribute == 75)

@@ -36,6 +36,29 @@ struct Stages {
   static constexpr int kSummed = std::max(Sizes<E, kWidth>::kHiddenPanels, kPanels<E, S>);
 };
 
+// What the warps of a block have of a product: of `chunk` of `dim` columns and `part` of r.
+template <class E, int kWidth, int kM, int kN>
+__device__ __forceinline__ void store_products(const WeightPass& p, const Partial& partial,
+                                               const float (&acc)[kM][kN][4], int split, int chunk,
+                                               int part, int dim) {
+  constexpr int kChunk = Sizes<E, kWidth>::kChunk;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+  float* const to =
+      partial.products + (int64_t(split) * dim + chunk * kChunk) * p.width + part * kWidth;
+#pragma unroll
+  for (int i = 0; i < 2 * kM; ++i) {
+    const int row = warp / 2 * (kChunk / 2) + 8 * i + group;
+    if (chunk * kChunk + row >= dim) continue;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int column = warp % 2 * (kWidth / 2) + n * 8 + 2 * pair;
+      if (part * kWidth + column >= p.width) break;
+      *reinterpret_cast<float2*>(to + int64_t(row) * p.width + column) = {
+          acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]};
+    }
+  }
+}
+
 // Block (job, chunk and part; split) takes a chunk of D_in or D_out, a part of r and a share of the
 // rows.
 template <class E, int kWidth, class S>
@@ -49,7 +72,6 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   extern __shared__ __align__(128) char shared[];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int group = lane / 4, pair = lane % 4;
   const int split = blockIdx.y;
   int block = blockIdx.x, job = kDown;
   if (block >= p.down_blocks) block -= p.down_blocks, job = kMasks;
@@ -158,21 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
     }
   }
 
-  float* const to =
-      p.partials[job].products + (int64_t(split) * dim + chunk * kChunk) * width + part * kWidth;
-#pragma unroll
-  for (int i = 0; i < 2 * kM; ++i) {
-    const int row = warp / 2 * (kChunk / 2) + 8 * i + group;
-    if (chunk * kChunk + row >= dim) continue;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int column = warp % 2 * (kWidth / 2) + n * 8 + 2 * pair;
-      if (part * kWidth + column >= width) break;
-      *reinterpret_cast<float2*>(to + int64_t(row) * width + column) = {
-          acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]};
-    }
-  }
-
+  store_products<E, kWidth>(p, p.partials[job], acc, split, chunk, part, dim);
   if (sum) {
     __syncthreads();  // the stages are free
     float2* const scratch = reinterpret_cast<float2*>(shared);

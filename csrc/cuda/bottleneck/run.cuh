@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../launch.cuh"
+#include "columns.cuh"
 #include "data_pass.cuh"
 #include "finish.cuh"
 #include "prepare.cuh"
@@ -164,6 +165,20 @@ int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& 
   return int(blocks);
 }
 
+// Whether there is a kernel that makes dx beside the gradients of the parameters, and whether it is
+// worth while: see columns.cuh.
+template <class E, class X, class Y>
+constexpr bool kHasColumns =
+    sizeof(typename E::T) == 2 && std::is_same_v<X, E> && std::is_same_v<Y, E>;
+
+template <class E, class X, class Y>
+bool by_columns(const BottleneckBackward& op, const DataPass& p, const Device& device) {
+  const int64_t under_way = 2 * int64_t(device.processors) * kRows * op.dim * 2;
+  return kHasColumns<E, X, Y> && op.add_dy && op.dx.data && op.d_down_weight.data &&
+         (op.d_up_weight.data || op.d_scale.data) && p.parts == 1 && !p.norm &&
+         !p.input_dropout.seed && under_way > device.l2;
+}
+
 template <class E, int kWidth, class X, class Y>
 void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   DataPass p;
@@ -174,6 +189,7 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
       op.d_down_weight.data || op.d_down_bias.data || op.d_norm_weight.data || op.d_norm_bias.data;
   const bool up = op.d_up_weight.data || op.d_up_bias.data || op.d_scale.data;
   const int blocks = accumulating_blocks<E, kWidth, X, Y>(op, p, device);
+  const bool columns = !blocks && by_columns<E, X, Y>(op, p, device);
   const int64_t hidden_bytes = int64_t(p.rows) * p.width * int64_t(sizeof(typename E::T));
   if (up && !blocks) p.hidden = arena->take<char>(hidden_bytes);
   if (down) p.d_hidden = arena->take<char>(hidden_bytes);
@@ -182,10 +198,9 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   const int tiles = (p.rows + kRows - 1) / kRows;
   const bool masks =
       p.input_dropout.seed && (op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data));
-  const int chunks =
-      (down ? p.chunks : 0) + (masks ? p.chunks : 0) + (up && !blocks ? p.out_chunks : 0);
-  const int columns = std::max(chunks * p.parts, 1);
-  const int wanted = std::max(2 * device.processors / columns, 1);
+  const int chunks = (down ? p.chunks : 0) + (masks ? p.chunks : 0) +
+                     (up && !blocks && !columns ? p.out_chunks : 0);
+  const int wanted = std::max(2 * device.processors / std::max(chunks * p.parts, 1), 1);
   const int tiles_per_split = std::max((tiles + wanted - 1) / wanted, 1);
   const int splits = (tiles + tiles_per_split - 1) / tiles_per_split;
   Partial partials[kJobs];
@@ -201,9 +216,10 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
 
   if (p.rows > 0) {
     p.tail = activations(op.rows, op.out_dtype, op.dy);
-    p.out = activations(op.rows, op.x_dtype, op.dx);
+    const Activations dx = activations(op.rows, op.x_dtype, op.dx);
+    if (!columns) p.out = dx;
     p.add_tail = op.add_dy;
-    p.keep_tail = op.add_dy && !(p.norm && p.input_dropout.seed);
+    p.keep_tail = !columns && op.add_dy && !(p.norm && p.input_dropout.seed);
     p.z = static_cast<char*>(op.z);
     p.read_x = p.norm;
     p.read_tail = op.needs_dz();
@@ -226,7 +242,15 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     w.d_hidden = p.d_hidden;
     w.rows_per_split = tiles_per_split * kRows;
     std::copy(partials, partials + kJobs, w.partials);
-    if (std::is_same_v<X, Y> || !up || blocks) {
+    if (columns) {
+      if constexpr (kHasColumns<E, X, Y>) {
+        ColumnPass c;
+        static_cast<WeightPass&>(c) = w;
+        c.dx = dx;
+        launch(column_pass<E, kWidth>, dim3(p.chunks, splits), kThreads,
+               ColumnStages<E, kWidth>::kShared, stream, c);
+      }
+    } else if (std::is_same_v<X, Y> || !up || blocks) {
       run_weight_pass<E, kWidth, X>(w, splits, down, up && !blocks, stream);
     } else {
       run_weight_pass<E, kWidth, X>(w, splits, down, false, stream);
