@@ -206,7 +206,7 @@ def test_computes_only_what_is_asked(norm: str, needs: str, arch: int) -> None:
     check_all(out, bottleneck_cases.reference_pair(case, tensors, **wanted))
     weights = [r for r in run.launches if "weight_pass" in r.name]
     assert len(weights) == (needs != "x")
-    assert all(r.grid[2] == 1 for r in weights)  # x^T dz or dy^T h, not both
+    assert all(r.grid[0] == 3 for r in weights)  # chunks of x^T dz or of dy^T h, not both
 
 
 @ARCHITECTURES
@@ -340,15 +340,19 @@ def test_largest_r(case: Case, arch: int) -> None:
 
 def mutated_cases(kernel: str, dtype: torch.dtype) -> list[Case]:
     """Both lookaheads, all barriers of LayerNorm, one chunk of D, a last stage like the first."""
+    if kernel == "columns":
+        return [Case((190,), d=1480, r=40, dtype=dtype)]
     if kernel == "accumulate":
         return [Case((330,), d=192, r=10, dtype=dtype), Case((330,), d=640, r=10, dtype=dtype)]
     d, wide = (192, 128) if dtype == FP32 else (384, 256)
     base = Case(rows=(200,), d=d, r=40, dtype=dtype, activation="gelu")
+    through = "none" if "forward" in kernel else "both"  # in backward it meets x behind LayerNorm
     return [
         replace(base, norm="both"),
         base,
         replace(base, rows=(70,), r=wide),
         replace(base, rows=(70,), d=24, norm="both"),
+        replace(base, rows=(70,), d=3 * d // 4, input_dropout=0.3, norm=through),
         # The pass over x that is furthest ahead: of one block, whose shared memory is ample.
         *([replace(base, rows=(70,), r=wide, norm="both")] if kernel == "backward" else []),
     ]
@@ -359,6 +363,7 @@ KERNELS = {
     "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ELb0ES2_S2_"),
     "accumulate": (BF16, "data_pass.*BFloat16ELi32ELb1ELb1ES2_S2_"),
     "gradients": (BF16, "weight_pass.*BFloat16ELi64ES2_"),
+    "columns": (BF16, "column_pass.*BFloat16ELi64E"),
     "forward_fp32": (FP32, "data_passINS0_7Float32ILb0EEELi64ELb0"),
 }
 

@@ -42,8 +42,9 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOL
 class Kernel(NamedTuple):
     """A kernel that multiplies matrices, for r up to ``width``.
 
-    forward, backward, accumulate (backward that makes dWu, too) or gradients of the parameters; the
-    dtypes of its products, of x (or what the gradients are products with) and of y.
+    forward, backward, accumulate (backward that makes dWu, too), gradients of the parameters or
+    columns (they and dx); the dtypes of its products, of x (or what the gradients are products
+    with) and of y.
     """
 
     kind: str
@@ -72,21 +73,25 @@ def every() -> set[Kernel]:
         found |= {Kernel("gradients", products, stored, "", width) for stored in (x, y)}
         if products in HALVES and (width == 32 or {x, y} != {products}):
             found.add(Kernel("accumulate", products, x, y, width))
+        if products in HALVES and {x, y} == {products}:
+            found.add(Kernel("columns", products, x, y, width))
     return found
 
 
 @functools.cache
 def parse(name: str) -> Kernel | None:
     """Which kernel a mangled name means, if it multiplies anything."""
-    if not re.search("data_pass|weight_pass", name):
+    if not re.search("data_pass|weight_pass|column_pass", name):
         return None
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
     plain = plain.replace("fastadapters::cuda::", "")
-    found = re.match(r"void (\w+)<(.*?)>\((?:DataPass|WeightPass)\)", plain)
+    found = re.match(r"void (\w+)<(.*?)>\((?:Data|Weight|Column)Pass\)", plain)
     if found is None:
         raise ValueError(f"a kernel of a new kind: {plain}")
     products, width, *rest = found[2].strip().split(", ")
     stored = [DTYPES[s] for s in rest if s in DTYPES]
+    if found[1] == "column_pass":
+        return Kernel("columns", *[DTYPES[products]] * 3, int(width))
     if found[1] == "weight_pass":
         return Kernel("gradients", DTYPES[products], stored[0], "", int(width))
     kind = {"false false": "forward", "true false": "backward"}.get(
@@ -114,7 +119,8 @@ def resources(arch: int) -> dict[Kernel | str, Resources]:
 def shared(arch: int, dim: int) -> dict[Kernel, int]:
     """What the launchers ask for: bytes of shared memory of a block, at [64, dim], r = width.
 
-    Or, where dWu is accumulated and there is room, at [320, dim], r = 16.
+    Or, where dWu is accumulated and there is room, at [320, dim], r = 16; where dx is made by
+    columns, at [64, 2304].
     """
     ops = cuda_backend.load()
     asked = {}
@@ -123,17 +129,20 @@ def shared(arch: int, dim: int) -> dict[Kernel, int]:
         torch.set_float32_matmul_precision("high" if names[0] == "tf32" else "highest")
         dtypes = [torch.float32 if n == "tf32" else getattr(torch, n) for n in names]
         accumulate = Kernel("accumulate", *names, width)
-        sizes = [(64, width)]
+        columns = Kernel("columns", *names, width)
+        sizes = [(64, width, dim)]
         if dim == 768 and names[0] == "bfloat16" and accumulate in every():
-            sizes.append((320, 16))
-        for rows, r in sizes:
-            x, y = (torch.zeros(rows, dim, dtype=dtype) for dtype in dtypes[1:])
-            down, up = x.new_zeros(r, dim), x.new_zeros(dim, r)
+            sizes.append((320, 16, dim))
+        if columns in every():
+            sizes.append((64, width, 2304))
+        for rows, r, d in sizes:
+            x, y = (torch.zeros(rows, d, dtype=dtype) for dtype in dtypes[1:])
+            down, up = x.new_zeros(r, d), x.new_zeros(d, r)
             codes = DTYPE_CODES[dtypes[0]], DTYPE_CODES[dtypes[2]], x.dtype == y.dtype
             rest = (down, None, up, None, None, None, None, None, 1.0, 1e-5, 0.0, 0.0, 1, *codes)
             z, stats = x.new_zeros(rows, r, dtype=dtypes[0]), x.new_zeros(0, dtype=torch.float32)
             with device.simulate(arch) as run:
-                if rows == 64:
+                if (rows, d) == (64, dim):
                     ops.bottleneck_forward(x, None, *rest, True)
                 ops.bottleneck_backward(y, x, z, stats, *rest, 0b1011)
             for report in run.launches:
@@ -163,6 +172,7 @@ def test_kernels_fit(arch: int) -> None:
         found = occupancy(arch, registers=registers, shared=asked, threads=128)
         # fp32 rows are twice as long: too long for two where 100 KiB are shared.
         tight = kernel.width == 64 and bool({"float32", "tf32"} & {*kernel})
+        tight = tight or kernel.kind == "columns"
         tight = tight and PROCESSORS[arch].shared < 128 * 1024
         least = 1 if tight or kernel.kind == "accumulate" else 2
         assert found.blocks >= least, f"{kernel}: {found}"
