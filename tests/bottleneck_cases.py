@@ -36,6 +36,8 @@ class Case:
     residual: str = "x"  # x, other, none
     norm: str = "none"  # none, weight, both
     dropout: float = 0.0
+    input_dropout: float = 0.0
+    d_out: int | None = None  # D_out, where it is not d
     layout: str = "contiguous"  # contiguous, slice (of rows), transposed, strided (last dimension)
     cotangent: str = "dense"  # dense, expanded (strides 0)
 
@@ -139,27 +141,27 @@ def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     def randn(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return torch.randn(*shape, generator=gen) * scale + shift
 
-    d, r = case.d, case.r
+    d, r, out = case.d, case.r, case.d_out or case.d
     tensors = {
         "x": randn(*case.rows, d, shift=0.5 if case.norm != "none" else 0.0),
         "down_weight": randn(r, d, scale=d**-0.5),
-        "up_weight": randn(d, r, scale=r**-0.5),
+        "up_weight": randn(out, r, scale=r**-0.5),
     }
     if case.down_bias:
         tensors["down_bias"] = randn(r, scale=0.5)
     if case.up_bias:
-        tensors["up_bias"] = randn(d, scale=0.5)
+        tensors["up_bias"] = randn(out, scale=0.5)
     if case.norm != "none":
         tensors["norm_weight"] = randn(d, scale=0.2, shift=1.0)
     if case.norm == "both":
         tensors["norm_bias"] = randn(d, scale=0.3)
     if case.scale != "number":
-        tensors["scale"] = randn(1 if case.scale == "learnable" else d, shift=0.7)
+        tensors["scale"] = randn(1 if case.scale == "learnable" else out, shift=0.7)
     if case.residual == "other":
-        tensors["residual"] = randn(*case.rows, d)
-    tensors["cotangent"] = randn(*case.rows, d)
+        tensors["residual"] = randn(*case.rows, out)
+    tensors["cotangent"] = randn(*case.rows, out)
     if case.cotangent == "expanded":
-        tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, d)
+        tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, out)
     dtypes = {"x": case.x_dtype, "residual": case.residual_dtype, "cotangent": case.out_dtype}
     for name, t in tensors.items():
         tensors[name] = t.to(device, dtypes.get(name, case.param_dtype) or case.dtype)
@@ -194,6 +196,7 @@ def run(
             **arguments,  # type: ignore[arg-type]
             activation=case.activation,
             dropout=case.dropout,
+            input_dropout=case.input_dropout,
             training=True,
         )
         wanted = [name for name in leaves if needs(name)]
