@@ -24,14 +24,15 @@ import torch
 from fastadapters.crossover import LIMITS
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
-from .workloads import BOTTLENECK, Bottleneck
+from .workloads import BOTTLENECK, RECTANGULAR, Bottleneck
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
 PAGE = ROOT / "docs" / "performance.md"
 HEADING = "## GPU: predicted"
 TILE = 64
-ACCUMULATING = "ELb1ELb1E"  # in the name of the data pass
+# In the names of backward's kernels.
+ACCUMULATING, BY_COLUMNS = "ELb1ELb1E", "column_pass"
 # PTX that no instruction of the machine code stands for.
 FREE = ("ld.param", "mov", "cvta", "bra.uni")
 
@@ -64,7 +65,11 @@ as the tiles of all blocks under way are: 64 rows x D x 2 bytes x 2 blocks x pro
 and 28 MB of the A100's 40 MB, 26 and 35 MB of the H100's 50 MB, 25 and 34 MB of the 4090's 72
 MB. Outputs are stored with an evict-first hint, so they leave the cache before. At D = 4096
 the tiles (113 MB on the A100, 138 MB on the H100, 134 MB on the 4090) do not fit: there what
-shared memory has not kept is counted as read from memory twice.
+shared memory has not kept is counted as read from memory twice. Backward's data pass then makes
+dz alone, and dx, dWd and dWu are made column by column: dx and dWu share dy, 4/3 of the floor.
+
+Rectangular LoRA reads dy twice where dWu, [D_out, r], does not fit shared memory. Input dropout
+makes its bits anew for y, dx and dWd: some 80 instructions for four elements.
 """
 
 
@@ -133,11 +138,11 @@ def counted(report: Any, again: float = 0, resident: float = 0) -> Counts:
 
 
 @functools.cache
-def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int, bool]:
+def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], int, str]:
     """A training step with fp32 parameters: its kernels, and how many of them are forward's.
 
-    And whether backward's data pass accumulates dWu. ``kind``: bfloat16, float32, or autocast,
-    which is x and y in fp32 and products in bf16.
+    And what backward does, ACCUMULATING, BY_COLUMNS or neither. ``kind``: bfloat16, float32, or
+    autocast, which is x and y in fp32 and products in bf16.
     """
     import cuda_backend
     import device
@@ -147,15 +152,16 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
     products = torch.float32 if kind == "float32" else torch.bfloat16
     stored = torch.bfloat16 if kind == "bfloat16" else torch.float32
     with device.arena():
-        x, dy = (torch.zeros(rows, w.dim, dtype=stored) for _ in range(2))
-        residual = torch.zeros_like(x) if w.residual == "other" else None
-        down, up = torch.zeros(w.bottleneck, w.dim), torch.zeros(w.dim, w.bottleneck)
-        biases = [torch.zeros(n) if w.bias else None for n in (w.bottleneck, w.dim)]
+        out = w.out_dim or w.dim
+        x, dy = (torch.zeros(rows, width, dtype=stored) for width in (w.dim, out))
+        residual = torch.zeros_like(dy) if w.residual == "other" else None
+        down, up = torch.zeros(w.bottleneck, w.dim), torch.zeros(out, w.bottleneck)
+        biases = [torch.zeros(n) if w.bias else None for n in (w.bottleneck, out)]
         norm = [torch.ones(w.dim), torch.zeros(w.dim)] if w.norm else [None, None]
-        seed = torch.tensor([1, 2]) if w.dropout else None
+        seed = torch.tensor([1, 2]) if w.dropout or w.input_dropout else None
         parameters = (down, biases[0], up, biases[1], *norm, None, seed)
         codes = ACTIVATION_CODES[w.activation], DTYPE_CODES[products], DTYPE_CODES[stored]
-        options = (w.scale, 1e-5, w.dropout, 0.0, *codes, residual is None)
+        options = (w.scale, 1e-5, w.dropout, w.input_dropout, *codes, residual is None)
         with device.simulate(arch) as simulation:
             _, z, stats = ops.bottleneck_forward(x, residual, *parameters, *options, True)
             forward = len(simulation.launches)
@@ -170,20 +176,19 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
             resident=blocks * TILE * w.dim * stored.itemsize if "data_pass" in report.name else 0,
         )
 
-    accumulates = any(ACCUMULATING in report.name for report in simulation.launches)
-    return [measure(report) for report in simulation.launches], forward, accumulates
+    names = [report.name for report in simulation.launches]
+    way = next((w for w in (ACCUMULATING, BY_COLUMNS) if any(w in name for name in names)), "")
+    return [measure(report) for report in simulation.launches], forward, way
 
 
 def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Counts], list[Counts]]:
     """Forward's and backward's, at full size: counts are linear in the number of tiles."""
     shape = w._replace(name="", batch=1, tokens=1, cpu_batch=1, quick=False)
-    width = -(-w.bottleneck // 16) * 16
+    width, out = -(-w.bottleneck // 16) * 16, w.out_dim or w.dim
     counted_tiles = 2, 4
-    if w.bottleneck <= 32 and w.dim * width * 4 < 160 * 1024:  # rows enough to accumulate dWu
+    if w.bottleneck <= 32 and out * width * 4 < 160 * 1024:  # rows enough to accumulate dWu
         counted_tiles = 4 + width // 4, 8 + width // 4
-    (few, forward, accumulates), (many, *_) = (
-        run(shape, gpu.arch, n * TILE, kind) for n in counted_tiles
-    )
+    (few, forward, way), (many, *_) = (run(shape, gpu.arch, n * TILE, kind) for n in counted_tiles)
     tiles = -(-w.batch * w.tokens // TILE)
     share = (tiles - counted_tiles[0]) / (counted_tiles[1] - counted_tiles[0])
     full = []
@@ -192,16 +197,16 @@ def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Count
         full.append(Counts(*(u + (v - u) * share for u, v in pairs)))
     # The machine has four processors: here there are more partial sums.
     data_pass, weight_pass, finish = full[-3:]
-    jobs = 1 if accumulates else 2
-    columns = jobs * -(-w.dim * 2 // 128) * -(-w.bottleneck // (32 if w.bottleneck <= 32 else 64))
+    chunks = [-(-d * 2 // 128) for d in (w.dim, out)]
+    columns = (chunks[0] if way else sum(chunks)) * -(-w.bottleneck // (32 if width <= 32 else 64))
     splits = max(2 * gpu.processors // columns, 1)
-    partial = (splits - 1) * jobs * w.dim * width * 4
+    partial = (splits - 1) * (w.dim + (out if way != ACCUMULATING else 0)) * width * 4
     weight_pass.written += partial
     weight_pass.distinct += partial
     finish.read += partial
-    if accumulates:
+    if way == ACCUMULATING:
         blocks = -(-tiles // -(-tiles // gpu.processors))
-        partial = (blocks - 4) * w.dim * (width + 1) * 4
+        partial = (blocks - 4) * out * (width + 1) * 4
         data_pass.written += partial
         data_pass.distinct += partial
         finish.read += partial
@@ -284,11 +289,11 @@ def section() -> str:
     lines = [HEADING, "", INTRODUCTION.strip(), ""]
     for gpu in GPUS:
         lines += head(gpu)
-        for w in BOTTLENECK:
+        for w in [*BOTTLENECK, *RECTANGULAR]:
             if LIMITS["bottleneck", "cuda", "other", torch.bfloat16].exceeded(w.dim, w.bottleneck):
                 continue
             costs = w.costs(training=True)
-            name = f"{w.name}, D {w.dim}, r {w.bottleneck}"
+            name = f"{w.name}{'' if w.out_dim else f', D {w.dim}'}, r {w.bottleneck}"
             for direction, counts, cost in zip(
                 ("forward", "backward"), kernels(w, gpu), costs, strict=True
             ):

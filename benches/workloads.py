@@ -31,6 +31,9 @@ class Bottleneck(NamedTuple):
     norm: bool = False
     dropout: float = 0.0
     quick: bool = False
+    out_dim: int = 0
+    """D_out, where it is not dim"""
+    input_dropout: float = 0.0
 
     def on(self, device: str) -> Bottleneck:
         return self._replace(batch=self.cpu_batch) if device == "cpu" else self
@@ -38,7 +41,8 @@ class Bottleneck(NamedTuple):
     def small(self) -> Bottleneck:
         """Two items, ragged sizes, the same options."""
         dim, r = self.dim // 16 + 1, self.bottleneck // 8 + 1
-        return self._replace(batch=2, cpu_batch=2, tokens=35, dim=dim, bottleneck=r)
+        out = self.out_dim and self.out_dim // 16 + 1
+        return self._replace(batch=2, cpu_batch=2, tokens=35, dim=dim, bottleneck=r, out_dim=out)
 
     def costs(self, training: bool) -> list[Cost]:
         """Forward: x (and the residual) in, y out. Backward: x and dy in, dx out.
@@ -47,9 +51,11 @@ class Bottleneck(NamedTuple):
         2 M D r FLOPs forward and four backward; what an implementation recomputes is its own loss.
         """
         m, d, r = self.batch * self.tokens, self.dim, self.bottleneck
-        weights = 2 * d * r + self.bias * (d + r) + self.norm * 2 * d
-        forward = Cost((2 + (self.residual == "other")) * m * d + weights, 4 * m * d * r)
-        backward = Cost(3 * m * d + 2 * weights, 8 * m * d * r)
+        out = self.out_dim or d
+        weights = (d + out) * r + self.bias * (out + r) + self.norm * 2 * d
+        moved = d + out + (self.residual == "other") * out
+        forward = Cost(m * moved + weights, 2 * m * (d + out) * r)
+        backward = Cost(m * (2 * d + out) + 2 * weights, 4 * m * (d + out) * r)
         return [forward, backward] if training else [forward]
 
 
@@ -226,6 +232,15 @@ BOTTLENECK = [
     Bottleneck(
         "LoRA, D 4096", bottleneck=16, activation="identity", bias=False, residual="other", **_LLM
     ),
+]
+
+_LORA = Bottleneck(
+    "LoRA", bottleneck=16, activation="identity", scale=2.0, bias=False, residual="other", **_LLM
+)
+RECTANGULAR = [
+    _LORA._replace(name=f"LoRA{what}, D {d} to {out}", dim=d, out_dim=out, input_dropout=p)
+    for what, p in (("", 0.0), (", dropout in front", 0.05))
+    for d, out in ((4096, 11008), (4096, 1024))
 ]
 
 OVERHEAD = [Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True)]

@@ -1,4 +1,4 @@
-"""The CUDA bottleneck where D_in is not D_out, with input dropout, and by columns, on the machine."""
+"""The CUDA bottleneck with D_in other than D_out, input dropout, and by columns: PTX machine."""
 
 from __future__ import annotations
 
