@@ -66,6 +66,7 @@ def main() -> None:
             axis.set_title(f"{'masked' if masked else 'additive'}, {fixed}", fontsize=9)
             axis.set_xlabel("C, classes" if name == "classes" else "B, images")
             axis.set_ylabel("ms of one core")
+            axis.set_xscale("log")  # on both: what is linear has slope 1
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)

@@ -1,9 +1,9 @@
 """What the CUDA kernels should take on GPUs that this machine need not have.
 
     python -m benches.model                  # prints the predictions of docs/performance.md anew
-    python -m benches.model multimodal       # ... of the head alone; or bottleneck, sequence_fusion
+    python -m benches.model multimodal       # ... of the head alone, or of another op
 
-Here is the bottleneck; model_multimodal.py and model_sequence_fusion.py have the other ops.
+Here is the bottleneck; model_<op>.py has each of the others.
 
 Counts are exact: the kernels run on the PTX machine (tests/gpu) with two numbers of rows, which
 gives each count per tile and per call. Rates are the data sheets' where those can be reached.
@@ -312,12 +312,16 @@ def rewrite(heading: str, text: str) -> None:
 
 
 def main() -> None:
-    from . import model_multimodal, model_sequence_fusion
+    from . import model_cross_modal_attention, model_multimodal, model_sequence_fusion
 
     sections = {
         "bottleneck": (HEADING, section),
         "sequence_fusion": (model_sequence_fusion.HEADING, model_sequence_fusion.section),
         "multimodal": (model_multimodal.HEADING, model_multimodal.section),
+        "cross_modal_attention": (
+            model_cross_modal_attention.HEADING,
+            model_cross_modal_attention.section,
+        ),
     }
     parser = argparse.ArgumentParser(description="Predict times on GPUs.")
     parser.add_argument("ops", nargs="*", choices=[*sections], default=[*sections])

@@ -26,7 +26,7 @@ def block(n: int, least: int = 16) -> int:
 
 def pairs(r: int) -> dict[str, int]:
     """The tile of pairs of the forward, for this R."""
-    return _pairs(r, PAIRS, 8)
+    return _pairs(r, PAIRS // 2 if block(r) == 64 else PAIRS, 8)
 
 
 def d_pairs(r: int, arch: str) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import bottleneck_cases
 import device
@@ -62,3 +63,30 @@ def check_schedules(case: Case, backend: str, arch: int) -> dict[str, Tensor]:
         lambda: bottleneck_cases.check_backend(case, backend),
         lambda: bottleneck_cases.run(case, bottleneck_cases.inputs(case), backend),
     )
+
+
+def unneeded(
+    arch: int, name: str, runs: Sequence[Callable[[], Sequence[Tensor]]], instruction: str = ""
+) -> list[str]:
+    """Which synchronising instructions of kernel ``name`` can be deleted, one at a time, without a
+    fault or another result in any of the runs, each under three schedules.
+
+    instruction: of these alone.
+    """
+    with torch.no_grad(), device.simulate(arch):
+        expected = [run() for run in runs]
+
+    def is_caught(replace: dict[str, str]) -> bool:
+        for seed, (run, results) in itertools.product(range(3), zip(runs, expected, strict=True)):
+            try:
+                with torch.no_grad(), device.simulate(arch, seed, replace):
+                    if not all(map(torch.equal, run(), results)):
+                        return True
+            except device.Fault:
+                return True
+        return False
+
+    assert not is_caught({})
+    mutants = [m for m in device.mutants(device.cuda_ptx(name, arch), name) if instruction in m[0]]
+    assert mutants
+    return [what for what, text in mutants if not is_caught({name: text})]

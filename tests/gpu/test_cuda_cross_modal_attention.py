@@ -20,10 +20,11 @@ from attention_cases import (
     attention_tensors,
     call,
     cotangents,
+    numbers,
     reference_pair,
 )
 from compare import check_all
-from schedules import same_under_schedules
+from schedules import same_under_schedules, unneeded
 
 import fastadapters
 from fastadapters import backends, functional, modules, ops
@@ -236,3 +237,43 @@ def test_modules_use_it(simulated: None) -> None:
     assert {d.backend for d in log} == {"cuda"} and len(run.launches) == 2 * 2 * 5
     for out, expected in zip(results, step("reference"), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+# Sizes that take each kernel's loops round more than once; wide rows of fp32 have one stage.
+MUTATED = {
+    "attend": (BF16, [(130, 1, 3, 1, 32)]),
+    "attend fp32": (FP32, [(40, 1, 3, 1, 128)]),
+    "attend_backward": (BF16, [(130, 1, 3, 1, 32), (3, 1, 130, 1, 32)]),
+    "attend_backward fp32": (FP32, [(40, 1, 3, 1, 128), (3, 1, 40, 1, 128)]),
+    "text_images": (BF16, [(9, 3, 2, 1, 32)]),
+}
+
+
+@pytest.mark.parametrize("kernel", MUTATED)
+def test_every_synchronisation_is_needed(kernel: str) -> None:
+    """With any one barrier, commit or wait deleted, the machine finds a fault or another result."""
+    kernels, (dtype, samples), stem = cuda_backend.load(), MUTATED[kernel], kernel.split()[0]
+    of_texts = stem == "text_images"
+    bias, outputs = (ADDITIVE, 3) if of_texts else (((-INF, -INF), (0.0, -INF)), 2)
+    options = (0.3, *numbers(bias), outputs)
+
+    def step(sizes: tuple[int, ...]) -> Any:
+        values = [*attention_tensors(sizes, dtype).values()]
+
+        def forward() -> Any:
+            return kernels.cross_modal_attention_forward(*values, *options, True)
+
+        if stem == "attend":
+            return lambda: [forward()[1]]
+        with torch.no_grad(), device.simulate(80):
+            text, image, state = forward()
+        d_text = text if of_texts else None
+        return lambda: kernels.cross_modal_attention_backward(
+            d_text, image, *values, state, *options, 63
+        )
+
+    runs = [step(sizes) for sizes in samples]
+    with torch.no_grad(), device.simulate(80) as run:
+        runs[0]()
+    name = next(r.name for r in run.launches if kernel_of(r) == stem)
+    assert unneeded(80, name, runs) == []

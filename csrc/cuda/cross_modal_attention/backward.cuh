@@ -99,13 +99,13 @@ __device__ __forceinline__ void attend_backward_rows(const Backward& p, char* sh
     if (queries == kText && keys == kImage) return false;  // `text_images` has done it
     return p.delta[queries] && p.sees[queries][keys] && (kKeysOwn || !p.single[queries]);
   };
-  Walk walk;
-  if (meets(kText)) walk.add(kText, 0, p.rows[kText], L::kOther);
-  if (meets(kImage) && modality == kText) walk.add(kImage, 0, p.rows[kImage], L::kOther);
-  if (meets(kImage) && modality == kImage) add_own_items<L>(&walk, p, first);
+  Walk<L::kOther> walk;
+  if (meets(kText)) walk.texts = p.rows[kText];
+  if (meets(kImage) && modality == kText) walk.end = p.rows[kImage];
+  if (meets(kImage) && modality == kImage) add_own_items(&walk, p, first);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (walk.count() == 0) break;
+    if (walk.steps() == 0) break;
     bring<L, kRows>(shared + i * L::kOwn, own[i][modality], group, head, first, p.rows[modality],
                     p.width);
   }
@@ -116,7 +116,7 @@ __device__ __forceinline__ void attend_backward_rows(const Backward& p, char* sh
   if constexpr (!kKeysOwn) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (walk.count() == 0 || row + 8 * half >= p.rows[modality]) continue;
+      if (walk.steps() == 0 || row + 8 * half >= p.rows[modality]) continue;
       const int64_t number = numbers_of(p, modality, group, head) + row + 8 * half;
       own_softmax[half] = p.softmax[modality][number];
       own_delta[half] = p.delta[modality][number];
@@ -131,7 +131,7 @@ __device__ __forceinline__ void attend_backward_rows(const Backward& p, char* sh
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           bring<L, L::kOther>(stage + i * L::kOtherOperand, other[i][with], group, head, begin,
-                              walk.end[with], p.width);
+                              walk.last(with), p.width);
         }
       },
       [&](const char* stage, int with, int begin) {

@@ -19,11 +19,11 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ Fo
   const int modality = block < p.groups * p.tiles[kText] ? kText : kImage;
   const int tile = block - (modality ? p.groups * p.tiles[kText] : 0);
   const int group = tile / p.tiles[modality], first = tile % p.tiles[modality] * kRows;
-  Walk walk;
-  if (p.sees[modality][kText]) walk.add(kText, 0, p.rows[kText], L::kOther);
-  if (modality == kImage && p.sees[kImage][kImage]) add_own_items<L>(&walk, p, first);
+  Walk<L::kOther> walk;
+  if (p.sees[modality][kText]) walk.texts = p.rows[kText];
+  if (modality == kImage && p.sees[kImage][kImage]) add_own_items(&walk, p, first);
 
-  if (walk.count() > 0)
+  if (walk.steps() > 0)
     bring<L, kRows>(shared, p.q[modality], group, head, first, p.rows[modality], p.width);
   const int row = first + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   Sums<L> sums = {};
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kThreads, 2) attend(const __grid_constant__ Fo
   walk_over<L>(
       walk, shared + L::kFirstStage,
       [&](char* stage, int keys, int begin) {
-        bring<L, L::kOther>(stage, p.k[keys], group, head, begin, walk.end[keys], p.width);
-        bring<L, L::kOther>(stage + L::kOtherOperand, p.v[keys], group, head, begin, walk.end[keys],
-                            p.width);
+        bring<L, L::kOther>(stage, p.k[keys], group, head, begin, walk.last(keys), p.width);
+        bring<L, L::kOther>(stage + L::kOtherOperand, p.v[keys], group, head, begin,
+                            walk.last(keys), p.width);
       },
       [&](const char* stage, int keys, int begin) {
         Scores<L> scores = {};

@@ -50,43 +50,49 @@ __device__ __forceinline__ void bring(char* panels, const Tokens& t, int group, 
   }
 }
 
-// Which rows of each modality a block walks over.
+// Which rows a block walks over, kOther at a time: texts [0, texts), images [begin, end). Nothing
+// here is an array: registers have no index.
+template <int kOther>
 struct Walk {
-  int begin[2] = {}, end[2] = {};
-  int steps[2] = {};
+  int texts = 0, begin = 0, end = 0;
 
-  __device__ __forceinline__ void add(int modality, int from, int to, int at_a_time) {
-    begin[modality] = from, end[modality] = to;
-    steps[modality] = (to - from + at_a_time - 1) / at_a_time;
+  __device__ __forceinline__ int first(int modality) const { return modality == kText ? 0 : begin; }
+  __device__ __forceinline__ int last(int modality) const {
+    return modality == kText ? texts : end;
   }
-  __device__ __forceinline__ int count() const { return steps[0] + steps[1]; }
+  __device__ __forceinline__ int text_steps() const { return (texts + kOther - 1) / kOther; }
+  __device__ __forceinline__ int steps() const {
+    return text_steps() + (end - begin + kOther - 1) / kOther;
+  }
 };
 
 // The images of the items that rows [first, first + kRows) are of.
-template <class L>
-__device__ __forceinline__ void add_own_items(Walk* walk, const Problem& p, int first) {
+template <int kOther>
+__device__ __forceinline__ void add_own_items(Walk<kOther>* walk, const Problem& p, int first) {
   const int last = min(first + kRows, p.rows[kImage]) - 1;
-  walk->add(kImage, first / p.images * p.images, (last / p.images + 1) * p.images, L::kOther);
+  walk->begin = first / p.images * p.images;
+  walk->end = (last / p.images + 1) * p.images;
 }
 
 // The columns [x, y) of a walk that a row meets.
-__device__ __forceinline__ int2 met_by(const Walk& walk, int modality, bool own_item, int images,
-                                       int row) {
-  if (!own_item) return {walk.begin[modality], walk.end[modality]};
+template <int kOther>
+__device__ __forceinline__ int2 met_by(const Walk<kOther>& walk, int modality, bool own_item,
+                                       int images, int row) {
+  if (!own_item) return {walk.first(modality), walk.last(modality)};
   const int begin = row / images * images;
-  return {begin, min(begin + images, walk.end[kImage])};
+  return {begin, min(begin + images, walk.end)};
 }
 
 // Runs a step for each tile of the other side: step(stage, modality, first row).
 template <class L, class Bring, class Step>
-__device__ __forceinline__ void walk_over(const Walk& walk, char* stages, Bring bring_rows,
-                                          Step step) {
+__device__ __forceinline__ void walk_over(const Walk<L::kOther>& walk, char* stages,
+                                          Bring bring_rows, Step step) {
   const auto place = [&](int i, auto use) {
-    const int modality = i < walk.steps[kText] ? kText : kImage;
-    const int first = walk.begin[modality] + (i - (modality ? walk.steps[kText] : 0)) * L::kOther;
+    const int texts = walk.text_steps(), modality = i < texts ? kText : kImage;
+    const int first = walk.first(modality) + (i - (modality == kText ? 0 : texts)) * L::kOther;
     use(stages + i % L::kStages * L::kStage, modality, first);
   };
-  const int count = walk.count();
+  const int count = walk.steps();
   if (count > 0) place(0, bring_rows);
   copy_commit();
   for (int i = 0; i < count; ++i) {
@@ -169,12 +175,12 @@ __device__ __forceinline__ void store_two(float* row, int column, int width, con
   }
 }
 
-// Rows from `first` to `end` of t, by way of panels of which each warp has used its own rows only.
+// Rows from `first` to `end` of t, by way of panels of which each warp has used its own rows only,
+// before it last waited for its lanes.
 template <class E, class L>
 __device__ __forceinline__ void store_rows(char* panels, Sums<L>& sums, const Tokens& t, int group,
                                            int head, int first, int end, int width) {
   const Fragment<E> place(threadIdx.x / 32 * 16, 0, kPanel);
-  __syncwarp();
 #pragma unroll
   for (int panel = 0; panel < L::kPanels; ++panel) {
 #pragma unroll
