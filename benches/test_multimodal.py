@@ -23,15 +23,15 @@ ADDITIVE = ((0.0, 1.0), (1.0, 0.0))
 MISCOMPILED = "https://github.com/pytorch/pytorch/issues/196681"
 
 
-def eagerly(text, image, down, in_proj, out_proj, up, **options):
+def eagerly(text, image, layers, **options):
     """`eager` in fp32 whatever the dtype, as the op has it."""
 
-    def wide(*layers):
-        return [(weight.float(), bias.float()) for weight, bias in layers]
+    def wide(pairs):
+        return [(weight.float(), bias.float()) for weight, bias in pairs]
 
-    logits = eager.multimodal_logits(
-        text.float(), image.float(), wide(*down), *wide(in_proj, out_proj), wide(*up), **options
-    )
+    down, *projections, up = layers
+    layers = functional.MultiModalLayers(wide(down), *wide(projections), wide(up))
+    logits = eager.multimodal_logits(text.float(), image.float(), layers, **options)
     return logits.to(image.dtype)
 
 
@@ -50,8 +50,9 @@ def case(w: workloads.Multimodal, device: str, dtype: torch.dtype) -> Case:
                 (layers[f"{name}_weight"], layers[f"{name}_bias"]) for name in LAYERS
             )
             return fn(
-                text, image, [down], in_proj, out_proj, [up0, up1], num_heads=w.heads,
-                logit_scale=100.0, bias=MASKED if w.masked else ADDITIVE, blend=0.2, adapt=w.adapt,
+                text, image, functional.MultiModalLayers([down], in_proj, out_proj, [up0, up1]),
+                num_heads=w.heads, logit_scale=100.0, bias=MASKED if w.masked else ADDITIVE,
+                blend=0.2, adapt=w.adapt,
             )  # fmt: skip
 
         return call

@@ -10,6 +10,7 @@ from against_reference import Tensors
 from torch import Tensor
 
 from fastadapters import functional
+from fastadapters.functional import MultiModalLayers
 
 INF = math.inf
 MASKED = ((-INF, 0.0), (0.0, -INF))
@@ -47,7 +48,7 @@ def arguments(tensors: Tensors) -> tuple[object, ...]:
 
     return (
         tensors["text"], tensors["image"],
-        layers("down"), layers("in")[0], layers("out")[0], layers("up"),
+        MultiModalLayers(layers("down"), layers("in")[0], layers("out")[0], layers("up")),
     )  # fmt: skip
 
 

@@ -111,13 +111,15 @@ def layer(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
 
 
 HEAD = {
-    "text": torch.randn(3, D), "image": torch.randn(5, D), "down": [layer(E, D)],
-    "in_proj": layer(3 * E, E), "out_proj": layer(E, E), "up": [layer(2, E), layer(D, 2)],
+    "text": torch.randn(3, D), "image": torch.randn(5, D),
+    "layers": functional.MultiModalLayers(
+        [layer(E, D)], layer(3 * E, E), layer(E, E), [layer(2, E), layer(D, 2)]
+    ),
     "num_heads": 2,
 }  # fmt: skip
 
 
-def layers(n_out: int, n_in: int) -> tuple[object, ...]:
+def pairs(n_out: int, n_in: int) -> tuple[object, ...]:
     weight, bias = layer(n_out, n_in)
     return (
         None, 1, weight, "xy", (weight,), (None, bias), (weight, None), (weight.T, bias[:1]),
@@ -129,10 +131,23 @@ def layers(n_out: int, n_in: int) -> tuple[object, ...]:
 HEAD_BAD = {
     "text": (*tensors(3, D)[:-5], None, torch.ones(3, D + 1), torch.ones(0, D)),
     "image": (*no_tensors(5, D), None, torch.ones(5), torch.ones(5, 0)),
-    "down": (None, 1, "x", [], [HEAD["up"]] * 3, *([bad] for bad in layers(E, D))),
-    "in_proj": layers(3 * E, E),
-    "out_proj": layers(E, E)[:4],
-    "up": (None, [], *([layer(2, E), bad] for bad in layers(D, 2))),
+    "layers": (
+        None,
+        1,
+        "x",
+        [],
+        tuple(HEAD["layers"]),
+        *(
+            HEAD["layers"]._replace(**{name: value})
+            for name, values in {
+                "down": (None, 1, "x", [], [HEAD["layers"].up] * 3, *([p] for p in pairs(E, D))),
+                "in_proj": pairs(3 * E, E),
+                "out_proj": pairs(E, E)[:4],
+                "up": (None, [], *([layer(2, E), p] for p in pairs(D, 2))),
+            }.items()
+            for value in values
+        ),
+    ),
     "num_heads": (*SIZE, 4),
     "bias": BIAS,
     "down_activation": word("relu"),

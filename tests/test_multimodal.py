@@ -336,10 +336,8 @@ def test_bad_head(change: dict[str, object], message: str) -> None:
 
 
 def test_bad_number_of_layers() -> None:
-    text, image, down, in_proj, out_proj, up = arguments(head_tensors(3, 2, 8, 4, 2, torch.float32))
-    with pytest.raises(ValueError, match="down: expected one or two layers, got 0"):
-        functional.multimodal_features(text, image, [], in_proj, out_proj, up, num_heads=2)
+    text, image, layers = arguments(head_tensors(3, 2, 8, 4, 2, torch.float32))
+    with pytest.raises(ValueError, match=r"layers\.down: expected one or two layers, got 0"):
+        functional.multimodal_features(text, image, layers._replace(down=[]), num_heads=2)
     with pytest.raises(TypeError, match="logit_scale: expected a number or a tensor, got str"):
-        functional.multimodal_logits(
-            text, image, down, in_proj, out_proj, up, num_heads=2, logit_scale="100"
-        )
+        functional.multimodal_logits(text, image, layers, num_heads=2, logit_scale="100")

@@ -44,8 +44,10 @@ def layers(*sizes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
 def head() -> dict[str, Any]:
     e = 8
     return {
-        "down": layers((D, e)), "in_proj": layers((e, 3 * e))[0], "out_proj": layers((e, e))[0],
-        "up": layers((e, R), (R, D)), "num_heads": 2,
+        "layers": F.MultiModalLayers(
+            layers((D, e)), layers((e, 3 * e))[0], layers((e, e))[0], layers((e, R), (R, D))
+        ),
+        "num_heads": 2,
     }  # fmt: skip
 
 

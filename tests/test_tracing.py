@@ -44,9 +44,9 @@ class Model(nn.Module):
         q = y.unflatten(-1, (2, 4))[:, :1]
         both = cross_modal_attention(q, q, q, q, q, q)
         y = sequence_fusion([y], [self.down], [None], [self.time], [self.up.T[None]])
-        text, _, *layers = self.head
-        new_text, new_image = multimodal_features(text, image, *layers, num_heads=2)
-        logits = multimodal_logits(text, image, *layers, num_heads=2, logit_scale=3.0)
+        text, _, layers = self.head
+        new_text, new_image = multimodal_features(text, image, layers, num_heads=2)
+        logits = multimodal_logits(text, image, layers, num_heads=2, logit_scale=3.0)
         return y, both[0], new_text, new_image, logits
 
 

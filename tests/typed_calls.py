@@ -23,7 +23,8 @@ def right(x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], layer: tuple[Tensor, Te
     assert_type(functional.sequence_fusion([x], [x], [None], [x], [x], residual="leading"), Tensor)
     side = BottleneckParameters(x, x)
     assert_type(functional.multiway_bottleneck(x, 2, side, side), Tensor)
-    features = functional.multimodal_features(x, x, [layer], layer, layer, [layer], num_heads=4)
+    layers = functional.MultiModalLayers([layer], layer, layer, [layer])
+    features = functional.multimodal_features(x, x, layers, num_heads=4)
     assert_type(features, tuple[Tensor, Tensor])
 
     adapter = fastadapters.BottleneckAdapter(8, 4, layernorm="in", scale="learnable")
@@ -51,8 +52,9 @@ def words(x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], layer: tuple[Tensor, Te
     side = BottleneckParameters(x, x)
     functional.multiway_bottleneck(x, 2, side, side, activation="swish")  # type: ignore[arg-type]
     cross_modal_attention(*qkv, *qkv, outputs="texts")  # type: ignore[call-overload]
+    layers = functional.MultiModalLayers([layer], layer, layer, [layer])
     functional.multimodal_logits(
-        x, x, [layer], layer, layer, [layer], num_heads=4, logit_scale=1.0,
+        x, x, layers, num_heads=4, logit_scale=1.0,
         adapt="none",  # type: ignore[arg-type]
         down_activation="swish",  # type: ignore[arg-type]
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..options import Activation, Adapt
 from ..reference.bottleneck import ACTIVATIONS
 from ..reference.cross_modal_attention import MASKED, Bias
-from ..reference.multimodal import Layer, mlp
+from ..reference.multimodal import Layer, MultiModalLayers, mlp
 from .cross_modal_attention import attend, attend_both, cross_modal_attention
 
 
@@ -32,10 +32,7 @@ def _project(x: Tensor, in_proj: Layer, part: int, num_heads: int) -> Tensor:
 def multimodal_features(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     bias: Bias = MASKED,
@@ -46,6 +43,7 @@ def multimodal_features(
 
     attention: what computes `cross_modal_attention`.
     """
+    down, in_proj, out_proj, up = layers
     n_texts = text.shape[-2]
     tokens = [mlp(x, down, down_activation) for x in (text, image[:, None])]
     text_qkv, image_qkv = ([_project(x, in_proj, i, num_heads) for i in range(3)] for x in tokens)
@@ -109,10 +107,7 @@ def _length_square(e: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
 def multimodal_logits(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     logit_scale: float | Tensor,
@@ -128,6 +123,7 @@ def multimodal_logits(
     gives. Behind it an output is u = W e + c with e [C, B, R], needed only through |u|^2, t.u and
     i.u: a quadratic and two linear forms in e.
     """
+    down, in_proj, out_proj, up = layers
     inner = out_proj if len(up) == 1 else _compose(up[0], out_proj)
     activation = ACTIVATIONS["identity" if len(up) == 1 else "gelu"]
     weight, constant = up[-1]

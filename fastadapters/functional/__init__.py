@@ -1,5 +1,6 @@
 """The ops as pure functions: arguments are checked, a backend chosen, nothing ever written to."""
 
+from ..reference.multimodal import MultiModalLayers
 from .bottleneck import BottleneckParameters, bottleneck
 from .cross_modal_attention import cross_modal_attention
 from .grouped import grouped_bottleneck
@@ -9,6 +10,7 @@ from .sequence_fusion import sequence_fusion
 
 __all__ = [
     "BottleneckParameters",
+    "MultiModalLayers",
     "bottleneck",
     "cross_modal_attention",
     "grouped_bottleneck",

@@ -27,7 +27,7 @@ from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..ops.multimodal import ADAPT_CODES
 from ..options import Activation, Adapt, Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
-from ..reference.multimodal import Layer
+from ..reference.multimodal import Layer, MultiModalLayers
 from .arguments import PLAIN, compute_dtype, leaf, owned, parameter, saves, without_autocast
 from .cross_modal_attention import attend
 from .shards import on_shards
@@ -35,8 +35,15 @@ from .shards import on_shards
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def _to(layers: Sequence[Layer], dtype: torch.dtype) -> list[Layer]:
-    return [(weight.to(dtype), bias.to(dtype)) for weight, bias in layers]
+def _all(layers: MultiModalLayers) -> list[Layer]:
+    """From text and image to the features, in the order of the computation."""
+    return [*layers.down, layers.in_proj, layers.out_proj, *layers.up]
+
+
+def _to(layers: MultiModalLayers, dtype: torch.dtype) -> MultiModalLayers:
+    pairs: list[Layer] = [(weight.to(dtype), bias.to(dtype)) for weight, bias in _all(layers)]
+    n = len(layers.down)
+    return MultiModalLayers(pairs[:n], pairs[n], pairs[n + 1], pairs[n + 2 :])
 
 
 def check_features(text: Tensor, image: Tensor) -> None:
@@ -88,39 +95,37 @@ def _number_or(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 def _check_multimodal(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     num_heads: int,
     bias: Bias,
     down_activation: Activation,
 ) -> tuple[int, Bias]:
     """All arguments must fit; the number of heads as an int, the bias as floats."""
     check_features(text, image)
+    if not isinstance(layers, MultiModalLayers):
+        raise TypeError(f"layers: expected MultiModalLayers, got {type(layers).__name__}")
     groups = {
-        "down": _check_layers("down", down),
-        "in_proj": _check_layers("in_proj", [in_proj]),
-        "out_proj": _check_layers("out_proj", [out_proj]),
-        "up": _check_layers("up", up),
+        name: _check_layers(f"layers.{name}", [value] if name.endswith("proj") else value)
+        for name, value in layers._asdict().items()
     }
     device, d = image.device, image.shape[1]
-    check_ndim("out_proj weight", out_proj[0], "[E, E]", 2)
-    e = out_proj[0].shape[0]
+    check_ndim("layers.out_proj weight", layers.out_proj[0], "[E, E]", 2)
+    e = layers.out_proj[0].shape[0]
     for name, ends, end_symbols in (
         ("down", (d, e), ("D", "E")),
         ("in_proj", (e, 3 * e), ("E", "3 E")),
         ("out_proj", (e, e), ("E", "E")),
         ("up", (e, d), ("E", "D")),
     ):
-        layers = groups[name]
+        group, at = groups[name], f"layers.{name}"
         sizes, symbols = list(ends), list(end_symbols)
-        if len(layers) == 2:
-            check_ndim(f"{name}[0] weight", layers[0][0], f"[R, {symbols[0]}]", 2)
-            sizes.insert(1, layers[0][0].shape[0])
+        if len(group) == 2:
+            check_ndim(f"{at}[0] weight", group[0][0], f"[R, {symbols[0]}]", 2)
+            sizes.insert(1, group[0][0].shape[0])
             symbols.insert(1, "R")
-        for i, (weight, constant) in enumerate(layers):
-            n_in, n_out, at = sizes[i], sizes[i + 1], f"{name}[{i}]" if len(layers) > 1 else name
+        for i, (weight, constant) in enumerate(group):
+            n_in, n_out = sizes[i], sizes[i + 1]
+            at = f"layers.{name}[{i}]" if len(group) > 1 else f"layers.{name}"
             shown = f"[{symbols[i + 1]}, {symbols[i]}]"
             check_tensor(f"{at} weight", weight, shown, (n_out, n_in), device)
             check_tensor(f"{at} bias", constant, f"[{symbols[i + 1]}]", (n_out,), device)
@@ -143,10 +148,7 @@ def _per_item(text: object) -> tuple[str, ...]:
 def multimodal_features(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     bias: Bias = MASKED,
@@ -154,16 +156,12 @@ def multimodal_features(
 ) -> tuple[Tensor, Tensor]:
     """What the multi-modal adapter makes of class texts and of images (arXiv 2409.02958).
 
-    Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler. A layer is
-    a pair (weight [out, in], bias [out]); E is the width of the attention, R a hidden width.
+    Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler.
 
     Args:
         text: [C, D], shared by all items, or [B, C, D].
         image: [B, D]; its dtype is the op's.
-        down: one layer D -> E, or two, D -> R -> E.
-        in_proj: queries, keys and values, E -> 3 E, as in `torch.nn.MultiheadAttention`.
-        out_proj: E -> E.
-        up: one layer E -> D, or two with a GELU between, E -> R -> D.
+        layers: the adapter's, see `MultiModalLayers`.
         num_heads: H, a divisor of E.
         bias: as in `cross_modal_attention`.
         down_activation: between the two layers of the down-sampler, if there are two.
@@ -180,12 +178,12 @@ def multimodal_features(
     Examples:
         >>> def layer(n_in, n_out):
         ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
-        >>> layers = {
-        ...     "down": [layer(512, 128)], "in_proj": layer(128, 3 * 128),
-        ...     "out_proj": layer(128, 128), "up": [layer(128, 512)],
-        ... }
+        >>> layers = MultiModalLayers(
+        ...     down=[layer(512, 128)], in_proj=layer(128, 3 * 128),
+        ...     out_proj=layer(128, 128), up=[layer(128, 512)],
+        ... )
         >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # 100 classes, 8 images
-        >>> new_text, new_image = multimodal_features(text, image, **layers, num_heads=4)
+        >>> new_text, new_image = multimodal_features(text, image, layers, num_heads=4)
         >>> new_text.shape, new_image.shape
         (torch.Size([8, 100, 512]), torch.Size([8, 512]))
     """
@@ -198,13 +196,10 @@ def multimodal_features(
     )
     if sharded is not None and not isinstance(sharded, str):
         return sharded
-    num_heads, bias = _check_multimodal(
-        text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
-    )
+    num_heads, bias = _check_multimodal(text, image, layers, num_heads, bias, down_activation)
     dtype = compute_dtype(image)
-    e = out_proj[0].shape[0]
-    layers = (*down, in_proj, out_proj, *up)
-    others = (text, *(t for layer in layers for t in layer))
+    e = layers.out_proj[0].shape[0]
+    others = (text, *(t for layer in _all(layers) for t in layer))
     problem = backends.Problem(e, e // num_heads, dtype, dtype, others, sharded)
     name = backends.resolve("cross_modal_attention", image, problem)
     options: dict[str, Any] = {}
@@ -212,9 +207,8 @@ def multimodal_features(
         options["attention"] = functools.partial(_attention, name)
     with without_autocast(image):
         new_text, new_image = PLAIN.get(name, eager).multimodal_features(
-            text.to(dtype), image.to(dtype), _to(down, dtype), *_to((in_proj, out_proj), dtype),
-            _to(up, dtype), num_heads=num_heads, bias=bias, down_activation=down_activation,
-            **options,
+            text.to(dtype), image.to(dtype), _to(layers, dtype), num_heads=num_heads, bias=bias,
+            down_activation=down_activation, **options,
         )  # fmt: skip
     return owned(new_text), owned(new_image)
 
@@ -222,10 +216,7 @@ def multimodal_features(
 def multimodal_logits(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     logit_scale: float | Tensor,
@@ -245,8 +236,7 @@ def multimodal_logits(
 
     Args:
         text: [C, D], one row per class.
-        image, down, in_proj, out_proj, up, num_heads, bias, down_activation: as in
-            `multimodal_features`.
+        image, layers, num_heads, bias, down_activation: as in `multimodal_features`.
         logit_scale: a number or a tensor of one element: the factor itself, not its logarithm.
         blend: the adapter's share, a number or a tensor of one element.
         adapt: "both", "text" or "image": the features that the adapter changes. With "image" the
@@ -261,12 +251,12 @@ def multimodal_logits(
     Examples:
         >>> def layer(n_in, n_out):
         ...     return torch.randn(n_out, n_in) / n_in**0.5, torch.zeros(n_out)
-        >>> down, up = [layer(512, 128)], [layer(128, 32), layer(32, 512)]
+        >>> layers = MultiModalLayers(
+        ...     down=[layer(512, 128)], in_proj=layer(128, 3 * 128),
+        ...     out_proj=layer(128, 128), up=[layer(128, 32), layer(32, 512)],
+        ... )
         >>> text, image = torch.randn(100, 512), torch.randn(8, 512)  # 100 classes, 8 images
-        >>> multimodal_logits(
-        ...     text, image, down, layer(128, 3 * 128), layer(128, 128), up,
-        ...     num_heads=4, logit_scale=100.0,
-        ... ).shape
+        >>> multimodal_logits(text, image, layers, num_heads=4, logit_scale=100.0).shape
         torch.Size([8, 100])
     """
     if isinstance(image, Proxy):
@@ -278,16 +268,14 @@ def multimodal_logits(
     )
     if sharded is not None and not isinstance(sharded, str):
         return sharded
-    num_heads, bias = _check_multimodal(
-        text, image, down, in_proj, out_proj, up, num_heads, bias, down_activation
-    )
+    num_heads, bias = _check_multimodal(text, image, layers, num_heads, bias, down_activation)
     check_logits(text, logit_scale, adapt)
     blend = _scalar("blend", blend, image.device)
     logit_scale = _scalar("logit_scale", logit_scale, image.device)
     dtype = compute_dtype(image)
-    layers = (*down, in_proj, out_proj, *up)
-    others = (text, logit_scale, blend, *(t for layer in layers for t in layer))
-    (dim, rank), width = up[-1][0].shape, out_proj[0].shape[0]
+    others = (text, logit_scale, blend, *(t for layer in _all(layers) for t in layer))
+    down, up = layers.down, layers.up
+    (dim, rank), width = up[-1][0].shape, layers.out_proj[0].shape[0]
     row = dim + 3 * width + (down[0][0].shape[0] if len(down) > 1 else 0)
     problem = backends.Problem(
         image.shape[1], up[0][0].shape[0], dtype, dtype, others, sharded,
@@ -298,18 +286,17 @@ def multimodal_logits(
         inside = dtype if name == "reference" or dtype not in _LOW_PRECISION else torch.float32
         with without_autocast(image):
             logits: Tensor = PLAIN[name].multimodal_logits(
-                text.to(inside), image.to(inside), _to(down, inside),
-                *_to((in_proj, out_proj), inside), _to(up, inside), num_heads=num_heads,
+                text.to(inside), image.to(inside), _to(layers, inside), num_heads=num_heads,
                 logit_scale=_number_or(logit_scale, inside), bias=bias,
                 blend=_number_or(blend, inside), adapt=adapt, down_activation=down_activation,
             )  # fmt: skip
         return logits.to(dtype)
     absent: Any = ((None, None),)
-    layers = (*down, *absent * (2 - len(down)), in_proj, out_proj, *up, *absent * (2 - len(up)))
+    pairs = (*down, *absent * (2 - len(down)), layers.in_proj, layers.out_proj,
+             *up, *absent * (2 - len(up)))  # fmt: skip
     scalars = ((t.reshape(1) if isinstance(t, Tensor) else None) for t in (blend, logit_scale))
     tensors = [
-        parameter(t, dtype)
-        for t in (text, image, *(t for layer in layers for t in layer), *scalars)
+        parameter(t, dtype) for t in (text, image, *(t for pair in pairs for t in pair), *scalars)
     ]
     values = (0.0 if isinstance(t, Tensor) else t for t in (blend, logit_scale))
     logits = autograd.call(

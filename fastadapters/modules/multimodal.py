@@ -162,10 +162,12 @@ class MultiModalAdapter(nn.Module):
     def _arguments(self) -> dict[str, Any]:
         mha = self.mha
         return {
-            "down": _parameters(self.downsampler),
-            "in_proj": (mha.in_proj_weight, mha.in_proj_bias),
-            "out_proj": (mha.out_proj.weight, mha.out_proj.bias),
-            "up": _parameters(self.upsampler),
+            "layers": functional.MultiModalLayers(
+                down=_parameters(self.downsampler),
+                in_proj=(mha.in_proj_weight, mha.in_proj_bias),
+                out_proj=(mha.out_proj.weight, mha.out_proj.bias),
+                up=_parameters(self.upsampler),
+            ),
             "num_heads": mha.num_heads,
             "bias": self.bias,
             "down_activation": "gelu" if len(_stack(self.downsampler)) == 3 else "identity",

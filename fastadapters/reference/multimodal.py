@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from .cross_modal_attention import MASKED, Bias, cross_modal_attention
 Layer = tuple[Tensor, Tensor]  # weight [out, in], bias [out]
 
 
+class MultiModalLayers(NamedTuple):
+    """The layers of a multi-modal adapter, each a pair (weight [out, in], bias [out]).
+
+    D is the width of the features, E that of the attention, R a hidden width.
+    """
+
+    down: Sequence[Layer]
+    """one layer D -> E, or two, D -> R -> E"""
+    in_proj: Layer
+    """queries, keys and values, E -> 3 E, as in `torch.nn.MultiheadAttention`"""
+    out_proj: Layer
+    """E -> E"""
+    up: Sequence[Layer]
+    """one layer E -> D, or two with a GELU between, E -> R -> D"""
+
+
 def mlp(x: Tensor, layers: Sequence[Layer], activation: Activation) -> Tensor:
     """One or more linear layers with the activation between them."""
     for i, (weight, bias) in enumerate(layers):
@@ -25,10 +42,7 @@ def mlp(x: Tensor, layers: Sequence[Layer], activation: Activation) -> Tensor:
 def multimodal_features(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     bias: Bias = MASKED,
@@ -36,24 +50,21 @@ def multimodal_features(
 ) -> tuple[Tensor, Tensor]:
     """Down-sampler, multi-head attention over [texts ; image] of each item, up-sampler."""
     tokens = torch.cat([text.expand(image.shape[0], -1, -1), image[:, None]], dim=1)
-    x = mlp(tokens, down, down_activation)
-    q, k, v = F.linear(x, *in_proj).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
+    x = mlp(tokens, layers.down, down_activation)
+    q, k, v = F.linear(x, *layers.in_proj).unflatten(-1, (3, num_heads, -1)).unbind(dim=2)
     text_part, image_part = slice(None, -1), slice(-1, None)
     text_out, image_out = cross_modal_attention(
         *(t[:, text_part] for t in (q, k, v)), *(t[:, image_part] for t in (q, k, v)), bias=bias
     )
-    out = F.linear(torch.cat([text_out, image_out], dim=1).flatten(-2), *out_proj)
-    out = mlp(out, up, "gelu")
+    out = F.linear(torch.cat([text_out, image_out], dim=1).flatten(-2), *layers.out_proj)
+    out = mlp(out, layers.up, "gelu")
     return out[:, text_part], out[:, -1]
 
 
 def multimodal_logits(
     text: Tensor,
     image: Tensor,
-    down: Sequence[Layer],
-    in_proj: Layer,
-    out_proj: Layer,
-    up: Sequence[Layer],
+    layers: MultiModalLayers,
     *,
     num_heads: int,
     logit_scale: float | Tensor,
@@ -64,9 +75,8 @@ def multimodal_logits(
 ) -> Tensor:
     """logit_scale * cosine of each item's image with each text, both blended with the adapter's."""
     features = multimodal_features(
-        text, image, down, in_proj, out_proj, up,
-        num_heads=num_heads, bias=bias, down_activation=down_activation,
-    )  # fmt: skip
+        text, image, layers, num_heads=num_heads, bias=bias, down_activation=down_activation
+    )
     return blended_logits(text, image, *features, logit_scale=logit_scale, blend=blend, adapt=adapt)
 
 
