@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
+from ._ops import add_op_namespace_prefix
 from .checks import check_choice
 from .crossover import LIMITS, Limit
 from .cuda_limits import attention_refusal, cuda_fits, fusion_refusal, head_refusal
@@ -52,7 +53,9 @@ PLAIN_TYPES = frozenset(
     (Tensor, nn.Parameter, FakeTensor, FunctionalTensor, type(None), float, int)
 )
 
-LIBRARY = Path(__file__).parent / "_C.abi3.so"
+# Beside this file lies one library at most, named by who built it.
+_HERE = Path(__file__).parent
+LIBRARY = next(_HERE.glob("*.abi3.so"), _HERE / "_C.abi3.so")
 
 
 class Decision(NamedTuple):
@@ -101,7 +104,7 @@ _log: list[Decision] | None = None
 def has_kernel(op: str, key: str) -> bool:
     """Whether the compiled library implements ``op`` for dispatch key ``key`` (CPU, CUDA)."""
     return library_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"fastadapters::{op}", key
+        add_op_namespace_prefix(op), key
     )
 
 

@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #ifdef FASTADAPTERS_CUDA
+#define QUOTED(x) #x
+#define NAME(x) QUOTED(x)
+
 // In PyTorch's CUDA half, so absent from a CPU build of it.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
@@ -42,7 +45,7 @@ CudaStream::CudaStream(const Tensor& x) {
 bool allow_tf32() {
   StableIValue result = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_call_dispatcher("fastadapters::allow_tf32", "", &result));
+      aoti_torch_call_dispatcher(NAME(FASTADAPTERS_NAMESPACE) "::allow_tf32", "", &result));
   return torch::stable::detail::to<bool>(result);
 }
 #endif

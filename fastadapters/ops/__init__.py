@@ -22,7 +22,7 @@ from . import (
     multiway,
     sequence_fusion,
 )
-from .schemas import define_allow_tf32, implement_lazily
+from .schemas import COMPILED, TRITON, define_allow_tf32, implement_lazily
 
 _OPS = (bottleneck, sequence_fusion, cross_modal_attention, multimodal)
 
@@ -34,26 +34,26 @@ def define(namespace: str, keys: Sequence[str]) -> torch.library.Library:
         op.define(library)
     multiway.define(library, keys)
     grouped.define(library)
+    define_allow_tf32(library)
     return library
 
 
-_compiled = define("fastadapters", ("CPU", "CUDA"))
+_compiled = define(COMPILED, ("CPU", "CUDA"))
 bottleneck.define_fallback(_compiled)
-define_allow_tf32(_compiled)
 
-_triton = define("fastadapters_triton", ("CompositeExplicitAutograd",))
+_triton = define(TRITON, ("CompositeExplicitAutograd",))
 for _op in _OPS:
     _stem = _op.__name__.rpartition(".")[2]
-    implement_lazily(_triton, _op.SCHEMAS, f"fastadapters.kernels.{_stem}")
+    implement_lazily(_triton, _op.SCHEMAS, f"..kernels.{_stem}")
 
 flops.register(
-    ("fastadapters", "fastadapters_triton"),
+    (COMPILED, TRITON),
     {name: formula for op in (*_OPS, multiway, grouped) for name, formula in op.FLOPS.items()},
 )
 
 # The namespace that each fused backend's kernels are in.
 NAMESPACES: dict[str, Any] = {
-    "cpu": torch.ops.fastadapters,
-    "cuda": torch.ops.fastadapters,
-    "triton": torch.ops.fastadapters_triton,
+    "cpu": getattr(torch.ops, COMPILED),
+    "cuda": getattr(torch.ops, COMPILED),
+    "triton": getattr(torch.ops, TRITON),
 }

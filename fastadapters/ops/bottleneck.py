@@ -174,7 +174,7 @@ def _eager_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tens
     activation, compute, out = codes
     if save:
         raise RuntimeError(
-            "fastadapters::bottleneck_forward has no kernel here that can train: "
+            f"{schemas.COMPILED}::bottleneck_forward has no kernel here that can train: "
             f"{backends.library_error or f'none for {x.device.type} tensors'}"
         )
     scale = tensors.pop("scale")

@@ -51,10 +51,10 @@ def padded_rows_of_state(text_q: Tensor, image_q: Tensor, options: Sequence[Any]
 
 
 STATES: dict[tuple[str, str], State] = {
-    ("fastadapters", "cpu"): rows_of_state_by_modality,
-    ("fastadapters", "cuda"): padded_rows_of_state,
-    ("fastadapters_triton", "cuda"): rows_of_state,
-    ("fastadapters_triton", "cpu"): rows_of_state,
+    (schemas.COMPILED, "cpu"): rows_of_state_by_modality,
+    (schemas.COMPILED, "cuda"): padded_rows_of_state,
+    (schemas.TRITON, "cuda"): rows_of_state,
+    (schemas.TRITON, "cpu"): rows_of_state,
 }
 
 

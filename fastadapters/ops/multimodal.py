@@ -51,8 +51,8 @@ SCHEMAS = {
 # image, the parameters and the options by their names in the schema.
 State = Callable[[Mapping[str, Any]], int]
 STATES: dict[tuple[str, str], State] = {
-    ("fastadapters_triton", "cuda"): multimodal_state.size,
-    ("fastadapters_triton", "cpu"): multimodal_state.size,  # in simulators of a GPU
+    (schemas.TRITON, "cuda"): multimodal_state.size,
+    (schemas.TRITON, "cpu"): multimodal_state.size,  # in simulators of a GPU
 }
 _NAMES = (
     "text",
@@ -74,7 +74,7 @@ def _cpu_state(of: Mapping[str, Any]) -> int:
     return size
 
 
-STATES["fastadapters", "cpu"] = _cpu_state
+STATES[schemas.COMPILED, "cpu"] = _cpu_state
 
 
 def _cuda_state(of: Mapping[str, Any]) -> int:
@@ -93,7 +93,7 @@ def _cuda_state(of: Mapping[str, Any]) -> int:
     return sum((piece + 3) // 4 * 4 for piece in pieces)
 
 
-STATES["fastadapters", "cuda"] = _cuda_state
+STATES[schemas.COMPILED, "cuda"] = _cuda_state
 
 
 def allocate_forward(namespace: str, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from .._ops import add_op_namespace_prefix
+
+# The namespaces of the kernels of the compiled library, and of those of the package `kernels`.
+COMPILED = add_op_namespace_prefix("").removesuffix("::")
+TRITON = f"{COMPILED}_triton"
+
 
 def define(
     library: torch.library.Library,
@@ -31,11 +37,14 @@ def define_allow_tf32(library: torch.library.Library) -> None:
 
 
 def implement_lazily(library: torch.library.Library, names: Iterable[str], module: str) -> None:
-    """Make the ops the functions of their names in ``module``, imported at the first call."""
+    """Make the ops the functions of their names in ``module``, imported at the first call.
+
+    module: as it is called from here, such as "..kernels.bottleneck".
+    """
 
     def implement(name: str) -> None:
         def kernel(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), name)(*args)
+            return getattr(importlib.import_module(module, __package__), name)(*args)
 
         library.impl(name, kernel, "CompositeExplicitAutograd")
 

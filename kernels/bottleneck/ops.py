@@ -8,15 +8,14 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.bottleneck import (
+from ...ops.bottleneck import (
     PARAMETERS,
     allocate_gradients,
     allocate_saved,
     asked_for,
 )
-from fastadapters.ops.codes import DTYPES
-from fastadapters.reference.philox import dropout_threshold
-
+from ...ops.codes import DTYPES
+from ...reference.philox import dropout_threshold
 from ..launch import (
     Tile,
     architecture,

@@ -10,14 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.cross_modal_attention import (
+from ...ops.cross_modal_attention import (
     IMAGE,
     TEXT,
     allocate_forward,
     allocate_gradients,
     rows_of_state,
 )
-
 from ..launch import guard, precision, processors
 from . import tiles
 from .backward import image_queries_kernel, text_images_kernel, text_queries_kernel

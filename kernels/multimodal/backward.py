@@ -8,9 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.multimodal import PARAMETERS, allocate_gradients
-from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, views
-
+from ...ops.multimodal import PARAMETERS, allocate_gradients
+from ...ops.multimodal_state import ABSENT, BOTH, ITEM, views
 from ..launch import architecture, guard, processors
 from . import tiles
 from .attention import heads_kernel, keys_kernel, queries_kernel

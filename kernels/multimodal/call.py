@@ -8,9 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.multimodal import PARAMETERS
-from fastadapters.ops.multimodal_state import Sizes, sizes
-
+from ...ops.multimodal import PARAMETERS
+from ...ops.multimodal_state import Sizes, sizes
 from ..activations import GELU, IDENTITY
 from ..launch import contiguous, precision
 from . import tiles

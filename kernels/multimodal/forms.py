@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from fastadapters.ops import multimodal_state
+from ...ops import multimodal_state
 
 ABSENT = tl.constexpr(multimodal_state.ABSENT)
 NOTHING = tl.constexpr(multimodal_state.NOTHING)

@@ -8,9 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.codes import DTYPES
-from fastadapters.ops.multimodal_state import ABSENT, BOTH, ITEM, TEXTS, size, views
-
+from ...ops.codes import DTYPES
+from ...ops.multimodal_state import ABSENT, BOTH, ITEM, TEXTS, size, views
 from ..launch import guard
 from . import tiles
 from .attention import attention_kernel

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from fastadapters.ops.multimodal_state import ITEM
-
+from ...ops.multimodal_state import ITEM
 from . import tiles
 from .call import Call, empty
 from .forward import activated

@@ -9,8 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.codes import DTYPES
-
+from ...ops.codes import DTYPES
 from ..launch import Tile, precision, triton_dtype
 from . import tiles
 

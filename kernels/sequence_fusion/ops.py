@@ -8,8 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastadapters.ops.sequence_fusion import allocate_forward, allocate_gradients
-
+from ...ops.sequence_fusion import allocate_forward, allocate_gradients
 from ..launch import guard, processors
 from . import tiles
 from .backward import factors_kernel, inputs_kernel, reduce_kernel, tokens_kernel
