@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check hub-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -168,6 +168,17 @@ RELEASE_TORCHES ?= 2.11.0 $(NEWER_TORCH)
 build/release-tools.stamp: $(VENV)/tools.stamp
 	pip install --quiet --upgrade --target build/release-tools twine==7.0.0 auditwheel==6.8.2
 	touch $@
+
+# The packages of `kernels` alone: PyTorch and huggingface_hub are those of $(VENV).
+build/hub-tools.stamp: $(VENV)/tools.stamp
+	pip install --quiet --no-deps --upgrade --target build/hub-tools kernels==0.17.2 kernels-data==0.16.2 kernel-abi-check==0.14.1
+	pip install --quiet --upgrade --target build/hub-tools sigstore==4.5.1 tomlkit==0.15.2
+	touch $@
+
+hub-check: setup build/hub-tools.stamp ## The package as Hugging Face's `kernels` takes it: staged, built for this CPU, loaded twice
+	rm -rf build/hub/torch-ext build/hub/csrc build/hub/build.toml
+	python hub/stage.py build/hub
+	PYTHONPATH=build/hub-tools OMP_NUM_THREADS=1 python hub/check.py build/hub
 
 release-check: setup build/release-tools.stamp ## The sdist and the wheel as others get them: contents, metadata, tag, installations (GBs)
 	RELEASE_TOOLS=$(abspath build/release-tools) RELEASE_PYTHONS='$(RELEASE_PYTHONS)' RELEASE_TORCHES='$(RELEASE_TORCHES)' .ci/release-check

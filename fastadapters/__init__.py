@@ -1,6 +1,6 @@
 """Fused kernels and drop-in modules for small adapters in large frozen multimodal models."""
 
-from . import functional
+from . import functional, layers
 from .backends import backend, explain
 from .interop import patch
 from .modules import (
@@ -26,5 +26,6 @@ __all__ = [
     "explain",
     "functional",
     "keep_pages",
+    "layers",
     "patch",
 ]
