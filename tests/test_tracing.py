@@ -74,7 +74,7 @@ def test_fx_traces_of_one_op_need_no_shapes() -> None:
     w = torch.randn(3, 8)
     for x in (torch.randn(8), torch.randn(4, 8), torch.randn(2, 3, 8)):
         assert torch.equal(traced(x, w), bottleneck(x, w, w.T))
-    with pytest.raises(ValueError, match=r"down_weight: expected \[r, D\]"):
+    with pytest.raises(ValueError, match=r"down_weight: expected \[r, D_in\]"):
         traced(torch.randn(4, 9), w)
 
 
