@@ -65,9 +65,7 @@ inline void emulate_stream(float* p, __m512 v) {
   _mm256_stream_ps(p + 8, half.high);
 }
 
-inline Words16 flush_subnormals(Words16 v) {
-  return (v & 0x7f800000) == 0 ? v & 0x80000000 : v;
-}
+inline Words16 flush_subnormals(Words16 v) { return (v & 0x7f800000) == 0 ? v & 0x80000000 : v; }
 
 // Subnormals count as zero, NaN stays NaN.
 __attribute__((noinline)) inline Halves16 emulate_cvtneps_pbh(__m512 v) {
@@ -81,8 +79,8 @@ __attribute__((noinline)) inline Halves16 emulate_cvtneps_pbh(__m512 v) {
 inline Words16 flushing_multiply_add(Words16 a, Words16 b, Words16 c) {
   TwoHalves x = split((__m512)flush_subnormals(a)), y = split((__m512)flush_subnormals(b));
   TwoHalves z = split((__m512)flush_subnormals(c));
-  __m512 sum = join(
-      {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
+  __m512 sum =
+      join({_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
   return flush_subnormals((Words16)sum);
 }
 

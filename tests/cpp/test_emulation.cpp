@@ -75,8 +75,8 @@ void compare_with_hardware() {
     Words16 emulated = (Words16)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
     Halves16 rounded = (Halves16)_mm512_cvtneps_pbh((__m512)c);
     for (int i = 0; i < 16; ++i) {
-      bool both_nan = ((__m512)sum)[i] != ((__m512)sum)[i] &&
-                      ((__m512)emulated)[i] != ((__m512)emulated)[i];
+      bool both_nan =
+          ((__m512)sum)[i] != ((__m512)sum)[i] && ((__m512)emulated)[i] != ((__m512)emulated)[i];
       if (!both_nan) expect("vdpbf16ps", emulated[i], sum[i]);
       expect("vcvtneps2bf16", rounded[i], narrow[i]);
     }
