@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import survivors
 from .rows import load_stats, load_vector, row_offsets
 
 
@@ -36,12 +37,17 @@ def contract(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    norm_bias=None,
+    seed=None,
+    rows=None,
+    threshold=None,
 ):
-    """x (W gain)^T [BLOCK_M, BLOCK_R] over the rows of x, with a mean of x normalised; no offsets.
+    """x (W gain)^T [BLOCK_M, BLOCK_R] over the rows of x, with a mean of x normalised.
 
-    Both factors are rounded to DTYPE. The gain goes to W, not to x, so that an x of DTYPE passes
-    from its asynchronous copies straight to the tensor cores. LayerNorm takes the mean off first:
-    a row that is nearly constant has nothing left of it in the product to cancel.
+    With a seed of what dropout keeps, not yet multiplied by 1 / (1 - p). Both factors are rounded
+    to DTYPE. The gain goes to W, not to x, so that an x of DTYPE passes from its asynchronous
+    copies straight to the tensor cores. LayerNorm takes the mean off first: a row that is nearly
+    constant has nothing left of it in the product to cancel.
     """
     product = tl.zeros([in_rows.shape[0], units.shape[0]], tl.float32)
     for k in range(0, D, BLOCK_D):
@@ -52,6 +58,11 @@ def contract(
         if mean is not None:
             g = load_vector(norm_weight, cols, inside, x.dtype.element_ty)
             a = (a.to(tl.float32) - mean[:, None]) * rstd[:, None] * g[None, :]
+            if norm_bias is not None:
+                a += load_vector(norm_bias, cols, inside, x.dtype.element_ty)[None, :]
+        if seed is not None:
+            kept = survivors(seed, rows, k, D, threshold, 1, BLOCK_D)
+            a = tl.where(kept, a, 0.0).to(a.dtype)
         w = tl.load(
             weight + units[:, None] * weight_stride_r + cols[None, :] * weight_stride_d,
             mask=(units[:, None] < r) & inside[None, :],
@@ -60,7 +71,8 @@ def contract(
         if gain is not None:
             g = load_vector(gain, cols, inside, DTYPE)
             w = (w.to(tl.float32) * g[None, :]).to(DTYPE)
-        if mean is not None or not (x.dtype.element_ty == DTYPE):  # noqa: SIM201
+        straight: tl.constexpr = mean is None and seed is None
+        if not straight or not (x.dtype.element_ty == DTYPE):  # noqa: SIM201
             w = in_step(w, (units < r)[:, None])
         product = tl.dot(a.to(DTYPE), tl.trans(w), product, input_precision=PRECISION)
     return product
@@ -107,9 +119,11 @@ def transposed_product(
     a,
     b,
     stats,
+    seed,
+    threshold,
     begin,
     end,
-    cols,
+    first,
     D,
     units,
     n1,
@@ -118,23 +132,29 @@ def transposed_product(
     stride1,
     stride2,
     SUM: tl.constexpr,
+    KEPT: tl.constexpr,
     ROW_DIMS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """a^T b [BLOCK_D, BLOCK_R] and with SUM the sums of a [BLOCK_D], over rows begin ... end - 1.
+    """a^T b [BLOCK_D, BLOCK_R], columns ``first`` ... of a, over rows begin ... end - 1; and more.
 
-    a is rounded to DTYPE, with stats after it was normalised (without gain and offset). The sum of
-    a 16-bit a is a product with ones: to take a from its buffer a second time, into registers,
-    would race with the asynchronous products on Hopper (Triton 3.7 keeps one buffer too few).
+    a is rounded to DTYPE, with stats after it was normalised (without gain and offset), with a seed
+    after dropout (not yet multiplied by 1 / (1 - p)). With SUM also the sums of a [BLOCK_D], with
+    KEPT ones in the place of a [BLOCK_D, BLOCK_R]. The sum of a 16-bit a is a product with ones: to
+    take a from its buffer a second time, into registers, would race with the asynchronous products
+    on Hopper (Triton 3.7 keeps one buffer too few).
     """
+    cols = first + tl.arange(0, BLOCK_D)
     wide: tl.constexpr = a.dtype.element_ty == tl.float32
-    product = tl.zeros([cols.shape[0], units.shape[0]], tl.float32)
+    product = tl.zeros([BLOCK_D, units.shape[0]], tl.float32)
+    of_kept = tl.zeros([BLOCK_D, units.shape[0]], tl.float32)
     ones = tl.full([BLOCK_M, 16], 1.0, DTYPE)
-    products = tl.zeros([cols.shape[0], 16], tl.float32)
-    sums = tl.zeros([BLOCK_M, cols.shape[0]], tl.float32)
+    products = tl.zeros([BLOCK_D, 16], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         in_rows = rows < end
@@ -150,18 +170,25 @@ def transposed_product(
             mean, rstd = load_stats(stats, rows, in_rows)
             a_tile = (a_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
         a_tile = a_tile.to(DTYPE)
+        if seed is not None:
+            kept = survivors(seed, rows, first, D, threshold, 1, BLOCK_D)
+            a_tile = tl.where(kept, a_tile, 0.0).to(DTYPE)
         if b is not None:
             b_tile = tl.load(
                 b + rows.to(tl.int64)[:, None] * R + units[None, :],
                 mask=in_rows[:, None],
                 other=0.0,
             )
-            if stats is not None or not (a.dtype.element_ty == DTYPE):  # noqa: SIM201
+            straight: tl.constexpr = stats is None and seed is None
+            if not straight or not (a.dtype.element_ty == DTYPE):  # noqa: SIM201
                 b_tile = in_step(b_tile, in_rows[:, None])
             product = tl.dot(tl.trans(a_tile), b_tile, product, input_precision=PRECISION)
+            if KEPT:
+                kept_ones = tl.trans(kept.to(DTYPE))
+                of_kept = tl.dot(kept_ones, b_tile, of_kept, input_precision=PRECISION)
         if SUM and not wide:
             products = tl.dot(tl.trans(a_tile), ones, products, input_precision=PRECISION)
-    return product, tl.sum(sums, 0) if wide else tl.sum(products, 1) / 16
+    return product, tl.sum(sums, 0) if wide else tl.sum(products, 1) / 16, of_kept
 
 
 @triton.jit

@@ -12,7 +12,37 @@ from ..rows import load_stats, load_vector, row_offsets, sum_of_products
 from .pre_activation import pre_activation
 
 
-@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold"])
+@triton.jit
+def d_input(
+    dz,
+    stored,
+    rows,
+    in_rows,
+    down_weight,
+    D,
+    cols,
+    inside,
+    r,
+    input_seed,
+    input_keep,
+    input_threshold,
+    first,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The gradient of the columns ``cols``, from ``first`` on, of what dropout in front takes."""
+    out = expand(
+        dz, stored, rows, in_rows, down_weight, D, 1, cols, inside, r, R, PRECISION, BLOCK_R
+    )
+    if input_seed is not None:
+        kept = survivors(input_seed, rows, first, D, input_threshold, 1, BLOCK_D)
+        out = tl.where(kept, out * input_keep, 0.0)
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold", "input_threshold"])
 def backward_kernel(
     dy,
     x,
@@ -25,14 +55,19 @@ def backward_kernel(
     down_bias,
     up_weight,
     norm_weight,
+    norm_bias,
     norm_products,
     scale,
     seed,
+    input_seed,
     scale_value,
     keep_scale,
+    input_keep,
     threshold: tl.uint32,
+    input_threshold: tl.uint32,
     M,
     D,
+    D_out,
     r,
     n1,
     n2,
@@ -60,6 +95,7 @@ def backward_kernel(
 
     z is what the forward saved, [M, r]; with LayerNorm, whose gradient reads x, it is made of x.
     """
+    width = D if D_out is None else D_out
     rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
@@ -78,8 +114,8 @@ def backward_kernel(
         if dx is not None or dz_out is not None:
             gain = scale if CHANNEL_SCALE else None
             dh = contract(
-                dy, dy_rows, in_rows, None, None, None, up_weight, 1, r, gain, units, D, r,
-                DTYPE, PRECISION, BLOCK_D,
+                dy, dy_rows, in_rows, None, None, None, up_weight, 1, r, gain, units, width,
+                r, DTYPE, PRECISION, BLOCK_D,
             )  # fmt: skip
             if scale is None:
                 dh *= scale_value
@@ -87,8 +123,9 @@ def backward_kernel(
                 dh *= tl.load(scale).to(DTYPE).to(tl.float32)
         if norm_weight is not None:
             z, centred = pre_activation(
-                x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
-                units, D, r, R, DTYPE, PRECISION, BLOCK_D,
+                x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_bias,
+                norm_products, input_seed, input_keep, input_threshold, rows, units, D, r, R, DTYPE,
+                PRECISION, BLOCK_D,
             )  # fmt: skip
         else:
             z = tl.load(
@@ -98,7 +135,7 @@ def backward_kernel(
             ).to(tl.float32)
         kept = (units < r)[None, :]  # beyond r z or dh is NaN where x or dy is infinite
         if seed is not None:
-            kept &= survivors(seed, rows, first, r, threshold, BLOCK_R)
+            kept &= survivors(seed, rows, first, r, threshold, 0, BLOCK_R)
         if h_out is not None:
             h = tl.where(kept, activate(z, ACTIVATION) * keep_scale, 0.0)
             tl.store(h_out + tile, h.to(DTYPE), mask=in_rows[:, None])
@@ -106,7 +143,7 @@ def backward_kernel(
             dz = tl.where(kept, activation_backward(dh, z, ACTIVATION) * keep_scale, 0.0).to(DTYPE)
             if dz_out is not None:
                 tl.store(dz_out + tile, dz, mask=in_rows[:, None])
-            if norm_weight is not None:
+            if norm_weight is not None and input_seed is None:
                 # With g = dz Wd the gradient of norm(x), LayerNorm's backward needs the sums over D
                 # of g gamma and of g gamma (x - mean) rstd: they are dz . (Wd gamma) and dz . z
                 # without its offsets, which spares a pass over D.
@@ -118,6 +155,24 @@ def backward_kernel(
     if dx is not None:
         if R > BLOCK_R:
             tl.debug_barrier()
+        if norm_weight is not None and input_seed is not None:
+            # What dropout keeps differs from row to row: the pass over D it is.
+            for k in range(0, D, BLOCK_D):
+                cols = k + tl.arange(0, BLOCK_D)
+                inside = cols < D
+                out = d_input(
+                    dz, dz_out, rows, in_rows, down_weight, D, cols, inside, r, input_seed,
+                    input_keep, input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
+                )  # fmt: skip
+                out *= load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
+                a = tl.load(
+                    x + x_rows[:, None] + cols[None, :],
+                    mask=in_rows[:, None] & inside[None, :],
+                    other=0.0,
+                )
+                along_ones += tl.sum(out, 1)
+                normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                along_x += sum_of_products(out, normed, 1)
         dx_rows = row_offsets(rows, n1, n2, dx_stride0, dx_stride1, dx_stride2, ROW_DIMS)
         for k in range(0, D, BLOCK_D):
             cols = k + tl.arange(0, BLOCK_D)
@@ -127,9 +182,10 @@ def backward_kernel(
                 added = tl.load(dy + dy_rows[:, None] + cols[None, :], mask=whole, other=0.0)
             if norm_weight is not None:
                 a = tl.load(x + x_rows[:, None] + cols[None, :], mask=whole, other=0.0)
-            out = expand(
-                dz, dz_out, rows, in_rows, down_weight, D, 1, cols, inside, r, R, PRECISION, BLOCK_R
-            )
+            out = d_input(
+                dz, dz_out, rows, in_rows, down_weight, D, cols, inside, r, input_seed, input_keep,
+                input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
+            )  # fmt: skip
             if norm_weight is not None:
                 normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
                 out *= load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]

@@ -12,7 +12,7 @@ from ..rows import load_vector, moments, row_offsets
 from .pre_activation import pre_activation
 
 
-@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold"])
+@triton.jit(do_not_specialize=["M", "n1", "n2", "threshold", "input_threshold"])
 def forward_kernel(
     x,
     residual,
@@ -25,15 +25,20 @@ def forward_kernel(
     up_weight,
     up_bias,
     norm_weight,
+    norm_bias,
     norm_products,
     scale,
     seed,
+    input_seed,
     scale_value,
     norm_eps,
     keep_scale,
+    input_keep,
     threshold: tl.uint32,
+    input_threshold: tl.uint32,
     M,
     D,
+    D_out,
     r,
     n1,
     n2,
@@ -56,6 +61,8 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """y, and what backward wants; seeds are None where nothing is dropped, D_out where it is D."""
+    width = D if D_out is None else D_out
     rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
@@ -73,8 +80,9 @@ def forward_kernel(
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
         z, _ = pre_activation(
-            x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_products,
-            units, D, r, R, DTYPE, PRECISION, BLOCK_D,
+            x, x_rows, in_rows, mean, rstd, down_weight, down_bias, norm_weight, norm_bias,
+            norm_products, input_seed, input_keep, input_threshold, rows, units, D, r, R, DTYPE,
+            PRECISION, BLOCK_D,
         )  # fmt: skip
         if z_out is not None:
             tile = rows.to(tl.int64)[:, None] * r + units[None, :]
@@ -82,7 +90,7 @@ def forward_kernel(
         active = activate(z, ACTIVATION)
         kept = (units < r)[None, :]  # beyond r z is NaN where x is infinite
         if seed is not None:
-            kept &= survivors(seed, rows, first, r, threshold, BLOCK_R)
+            kept &= survivors(seed, rows, first, r, threshold, 0, BLOCK_R)
             active *= keep_scale
         h = tl.where(kept, active, 0.0).to(DTYPE)
         if R > BLOCK_R:
@@ -100,9 +108,9 @@ def forward_kernel(
         residual_rows = row_offsets(
             rows, n1, n2, residual_stride0, residual_stride1, residual_stride2, ROW_DIMS
         )
-    for k in range(0, D, BLOCK_D):
+    for k in range(0, width, BLOCK_D):
         cols = k + tl.arange(0, BLOCK_D)
-        inside = cols < D
+        inside = cols < width
         whole = in_rows[:, None] & inside[None, :]
         if residual is not None:
             added = tl.load(

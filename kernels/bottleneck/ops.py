@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,98 +15,13 @@ from ...ops.bottleneck import (
     asked_for,
 )
 from ...ops.codes import DTYPES
-from ...reference.philox import dropout_threshold
-from ..launch import (
-    Tile,
-    architecture,
-    contiguous,
-    guard,
-    launch,
-    precision,
-    processors,
-    triton_dtype,
-)
+from ..launch import contiguous, guard, processors, triton_dtype
 from ..rows import rows_of
 from . import tiles
 from .backward import backward_kernel
 from .forward import forward_kernel
-from .pre_activation import norm_kernel
+from .problem import per_channel, problem
 from .weights import reduce_kernel, weights_kernel
-
-
-class Problem(NamedTuple):
-    """What every launch of one call shares."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the products
-    x_dtype: torch.dtype
-    wide: bool  # whether x or y is in fp32
-    m: int
-    d: int
-    r: int
-    block_r: int
-    padded_r: int
-    precision: str
-    keep_scale: float
-    threshold: int
-
-    def launch(self, kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
-        """Run ``kernel`` on a grid that may depend on BLOCK_M and BLOCK_D."""
-
-        def tile() -> Tile:
-            key = kernel.__name__, self.d, self.block_r, self.dtype, self.wide, architecture()
-            return tiles.tile(*key)
-
-        meta |= {"DTYPE": triton_dtype(self.dtype), "PRECISION": self.precision}
-        meta |= {"R": self.padded_r, "BLOCK_R": self.block_r}
-        launch(kernel, grid, tile, *args, **meta)
-
-
-def _problem(
-    rows: Tensor, x_dtype: torch.dtype, down_weight: Tensor, dropout: float, dtype: torch.dtype
-) -> Problem:
-    d, r = rows.shape[-1], down_weight.shape[0]
-    block_r = min(max(16, triton.next_power_of_2(r)), tiles.max_block_r(dtype))
-    return Problem(
-        rows.device,
-        dtype,
-        x_dtype,
-        torch.float32 in (x_dtype, rows.dtype),
-        rows.numel() // d,
-        d,
-        r,
-        block_r,
-        triton.cdiv(r, block_r) * block_r,
-        precision(),
-        1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0,
-        dropout_threshold(dropout),
-    )
-
-
-def _norm_products(
-    p: Problem, down_weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> Tensor | None:
-    if norm_weight is None:
-        return None
-    products = torch.empty(2, p.padded_r, dtype=torch.float32, device=p.device)
-    norm_kernel[(p.padded_r // tiles.NORM_BLOCK_R,)](
-        products,
-        down_weight,
-        norm_weight,
-        norm_bias,
-        p.d,
-        p.r,
-        DTYPE=triton_dtype(p.dtype),
-        X_DTYPE=triton_dtype(p.x_dtype),
-        R=p.padded_r,
-        BLOCK_R=tiles.NORM_BLOCK_R,
-        BLOCK_D=tiles.NORM_BLOCK_D,
-    )
-    return products
-
-
-def _per_channel(scale: Tensor | None, d: int) -> bool:
-    return scale is not None and scale.numel() == d
 
 
 def bottleneck_forward_out(
@@ -138,7 +53,9 @@ def bottleneck_forward_out(
     """
     if x.numel() == 0:
         return
-    p = _problem(y, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
+    p = problem(
+        y, x.dtype, down_weight, up_weight, seed, (dropout, input_dropout), DTYPES[compute_dtype]
+    )
     if add_x:
         residual = x
     down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
@@ -160,19 +77,21 @@ def bottleneck_forward_out(
             up_weight,
             up_bias,
             norm_weight,
-            _norm_products(p, down_weight, norm_weight, norm_bias),
+            None if p.input.seed is None else norm_bias,
+            p.norm_products(down_weight, norm_weight, norm_bias),
             scale,
-            seed,
+            p.hidden.seed,
+            p.input.seed,
             scale_value,
             norm_eps,
-            p.keep_scale,
-            p.threshold,
-            p.m,
-            p.d,
-            p.r,
+            p.hidden.keep,
+            p.input.keep,
+            p.hidden.threshold,
+            p.input.threshold,
+            *p.sizes,
             *rows,
             ACTIVATION=activation,
-            CHANNEL_SCALE=_per_channel(scale, p.d),
+            CHANNEL_SCALE=per_channel(scale, p.d_out),
             ROW_DIMS=row_dims,
         )
 
@@ -225,24 +144,25 @@ def bottleneck_backward_out(
             if gradient is not None:
                 gradient.zero_()
         return
-    p = _problem(dy, x.dtype, down_weight, dropout, DTYPES[compute_dtype])
+    p = problem(
+        dy, x.dtype, down_weight, up_weight, seed, (dropout, input_dropout), DTYPES[compute_dtype]
+    )
     if x.numel() == 0:  # not needed
         x = dy
     if dy.stride(-1) != 1 or dy.dim() > 4:
         dy = dy.contiguous()
     if norm_weight is None:
         stats = None
-    channel_scale = _per_channel(scale, p.d)
+    channel_scale = per_channel(scale, p.d_out)
     down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
         down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale
     )  # type: ignore[assignment]
 
     needs_down_product = d_down_weight is not None or d_norm_weight is not None
-    needs_down_sum = (
-        d_down_bias is not None
-        or d_norm_bias is not None
-        or (norm_bias is not None and d_down_weight is not None)
-    )
+    needs_offset = d_norm_bias is not None or (norm_bias is not None and d_down_weight is not None)
+    needs_kept_product = needs_offset and p.input.seed is not None
+    needs_down_product = needs_down_product or needs_kept_product
+    needs_down_sum = d_down_bias is not None or (needs_offset and p.input.seed is None)
     needs_up_product = d_up_weight is not None or d_scale is not None
     needs_up_sum = d_up_bias is not None or (d_scale is not None and up_bias is not None)
     needs_dz = needs_down_product or needs_down_sum
@@ -269,15 +189,17 @@ def bottleneck_backward_out(
                 down_bias,
                 up_weight,
                 norm_weight,
-                _norm_products(p, down_weight, norm_weight, norm_bias),
+                None if p.input.seed is None else norm_bias,
+                p.norm_products(down_weight, norm_weight, norm_bias),
                 scale,
-                seed,
+                p.hidden.seed,
+                p.input.seed,
                 scale_value,
-                p.keep_scale,
-                p.threshold,
-                p.m,
-                p.d,
-                p.r,
+                p.hidden.keep,
+                p.input.keep,
+                p.hidden.threshold,
+                p.input.threshold,
+                *p.sizes,
                 *rows,
                 ACTIVATION=activation,
                 CHANNEL_SCALE=channel_scale,
@@ -289,7 +211,9 @@ def bottleneck_backward_out(
 
         blocks_r = p.padded_r // p.block_r
         # Two programs a processor with tiles of 128 columns; splits are whole tiles of any height.
-        most = max(1, processors(p.device) // (triton.cdiv(p.d, 128) * blocks_r))
+        widest = max(p.d, p.d_out)
+        tiles_of_columns = triton.cdiv(p.d, 128) + triton.cdiv(p.d_out, 128)
+        most = max(1, 2 * processors(p.device) // (tiles_of_columns * blocks_r))
         rows_per_split = 128 * triton.cdiv(p.m, 128 * most)
         splits = triton.cdiv(p.m, rows_per_split)
 
@@ -298,30 +222,32 @@ def bottleneck_backward_out(
 
         partials = (
             partial(needs_down_product, p.d, p.padded_r),
+            partial(needs_kept_product, p.d, p.padded_r),
             partial(needs_down_sum, p.padded_r),
-            partial(needs_up_product, p.d, p.padded_r),
-            partial(needs_up_sum, p.d),
+            partial(needs_up_product, p.d_out, p.padded_r),
+            partial(needs_up_sum, p.d_out),
         )
         row_dims, rows = rows_of(dy, x)
         p.launch(
             weights_kernel,
-            lambda meta: (triton.cdiv(p.d, meta["BLOCK_D"]), 2 * blocks_r, splits),
+            lambda meta: (triton.cdiv(widest, meta["BLOCK_D"]), 2 * blocks_r, splits),
             dy,
             x,
             dz,
             h,
             stats,
+            p.input.seed,
+            p.input.threshold,
             *partials,
-            p.m,
-            p.d,
+            *p.sizes[:3],
             *rows,
             rows_per_split,
             ROW_DIMS=row_dims,
         )
         d_scales = d_scale
         if d_scale is not None and not channel_scale:
-            d_scales = x.new_empty(p.d, dtype=torch.float32)
-        reduce_kernel[(triton.cdiv(p.d, tiles.REDUCE_BLOCK_D),)](
+            d_scales = x.new_empty(p.d_out, dtype=torch.float32)
+        reduce_kernel[(triton.cdiv(widest, tiles.REDUCE_BLOCK_D),)](
             *partials,
             down_weight,
             up_weight,
@@ -332,9 +258,9 @@ def bottleneck_backward_out(
             *parameter_gradients[:-1],
             d_scales,
             scale_value,
+            None if p.input.seed is None else p.input.keep,
             splits,
-            p.d,
-            p.r,
+            *p.sizes[1:],
             DTYPE=triton_dtype(p.dtype),
             X_DTYPE=triton_dtype(p.x_dtype),
             CHANNEL_SCALE=channel_scale,
@@ -352,7 +278,7 @@ def bottleneck_forward(
     """``fastadapters::bottleneck_forward``."""
     *inputs, save = rest
     compute_dtype, out_dtype, _ = inputs[-3:]
-    y = x.new_empty(x.shape, dtype=DTYPES[out_dtype])
+    y = x.new_empty((*x.shape[:-1], inputs[2].shape[0]), dtype=DTYPES[out_dtype])
     z, stats = allocate_saved(x, inputs[0], inputs[4], compute_dtype, save)
     if inputs[4] is not None:  # as on a GPU, where an interpreter runs on the CPU
         z = x.new_empty(0)

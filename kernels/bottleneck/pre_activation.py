@@ -53,7 +53,12 @@ def pre_activation(
     down_weight,
     down_bias,
     norm_weight,
+    norm_bias,
     norm_products,
+    input_seed,
+    input_keep,
+    input_threshold,
+    rows,
     units,
     D,
     r,
@@ -62,13 +67,22 @@ def pre_activation(
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z [BLOCK_M, BLOCK_R], and z without its offsets Wd beta and bd."""
-    centred = contract(
-        x, x_rows, in_rows, mean, rstd, norm_weight, down_weight, D, 1, None, units, D, r,
-        DTYPE, PRECISION, BLOCK_D,
-    )  # fmt: skip
+    """z [BLOCK_M, BLOCK_R], and z without its offsets Wd beta and bd.
+
+    With an input_seed what is kept of beta differs from row to row: bd alone is an offset then.
+    """
+    if input_seed is None:
+        centred = contract(
+            x, x_rows, in_rows, mean, rstd, norm_weight, down_weight, D, 1, None, units, D, r,
+            DTYPE, PRECISION, BLOCK_D,
+        )  # fmt: skip
+    else:
+        centred = input_keep * contract(
+            x, x_rows, in_rows, mean, rstd, norm_weight, down_weight, D, 1, None, units, D, r,
+            DTYPE, PRECISION, BLOCK_D, norm_bias, input_seed, rows, input_threshold,
+        )  # fmt: skip
     z = centred
-    if norm_weight is not None:
+    if norm_weight is not None and input_seed is None:
         z += tl.load(norm_products + R + units)[None, :]
     if down_bias is not None:
         z += load_vector(down_bias, units, units < r, DTYPE)[None, :]

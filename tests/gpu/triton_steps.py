@@ -13,6 +13,7 @@ from fastadapters.ops.codes import DTYPE_CODES
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EVERYTHING, PLAIN = "every option", "plain"
+IN_FRONT = f"{EVERYTHING}, dropout in front, D_out 1536"
 
 
 class Step(NamedTuple):
@@ -31,36 +32,48 @@ def _names(*dtypes: torch.dtype) -> str:
     return names[0] if len({*names}) == 1 else " ".join(names)
 
 
-def _bottleneck(x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool) -> None:
-    """With each option there is and fp32 parameters, or with biases alone."""
+def _bottleneck(
+    x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool, d_out: int
+) -> None:
+    """With each option there is and fp32 parameters, or with biases alone.
+
+    Where D_out is not D, with dropout in front, too.
+    """
     from fastadapters.kernels import bottleneck as kernels
 
     d, m = 768, 256
-    x, dy = (torch.empty(m, d, dtype=x_dtype) for _ in range(2))
-    shapes = [(r, d), (r,), (d, r), (d,), (d,), (d,), (d,)]
+    x, dy = (torch.empty(m, n, dtype=x_dtype) for n in (d, d_out))
+    shapes = [(r, d), (r,), (d_out, r), (d_out,), (d,), (d,), (d_out,)]
     parameters: list[Any] = [torch.empty(s, dtype=FP32 if full else compute) for s in shapes]
     if not full:
         parameters[4:] = [None] * 3
     seed = torch.empty(2, dtype=torch.int64) if full else None
     codes = DTYPE_CODES[compute], DTYPE_CODES[x_dtype]
-    rest = (*parameters, seed, 1.0, 1e-5, 0.1 if full else 0.0, 0.0, 2, *codes, True)
+    dropouts = (0.1 if full else 0.0, 0.0 if d_out == d else 0.1)
+    rest = (*parameters, seed, 1.0, 1e-5, *dropouts, 2, *codes, d_out == d)
     _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
     kernels.bottleneck_backward(dy, x, z, stats, *rest, 255)
 
 
 def bottleneck(arch: str) -> list[Step]:
     """What compiles to every tile, and with other instructions."""
-    found = [(BF16, BF16, r, True) for r in (32, 64, 128)]
-    found += [(FP32, BF16, r, True) for r in (64, 128)]
-    found.append((FP32, FP32, 64, True))
+    found = [(BF16, BF16, r, EVERYTHING) for r in (32, 64, 128)]
+    found += [(FP32, BF16, r, EVERYTHING) for r in (64, 128)]
+    found.append((FP32, FP32, 64, EVERYTHING))
     if arch in ("sm_80", "sm_90"):
-        found.append((BF16, BF16, 64, False))
+        found.append((BF16, BF16, 64, PLAIN))
+    found += [(BF16, BF16, r, IN_FRONT) for r in (32, 64, 128)]
+    found += [(FP32, BF16, r, IN_FRONT) for r in (64, 128)]
+    found.append((FP32, FP32, 64, IN_FRONT))
     return [
         Step(
-            _names(x, compute, x), r, EVERYTHING if full else PLAIN,
-            functools.partial(_bottleneck, x, compute, r, full), ieee=compute == FP32,
+            _names(x, compute, x), r, options,
+            functools.partial(
+                _bottleneck, x, compute, r, options != PLAIN, 1536 if options == IN_FRONT else 768
+            ),
+            ieee=compute == FP32,
         )
-        for x, compute, r, full in found
+        for x, compute, r, options in found
     ]  # fmt: skip
 
 
