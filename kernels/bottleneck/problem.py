@@ -51,9 +51,9 @@ class Problem(NamedTuple):
         """Run ``kernel`` on a grid that may depend on BLOCK_M and BLOCK_D."""
 
         def tile() -> Tile:
-            d = max(self.d, self.d_out)
-            key = kernel.__name__, d, self.block_r, self.dtype, self.wide, architecture()
-            return tiles.tile(*key)
+            d, in_front = max(self.d, self.d_out), self.input.seed is not None
+            key = d, self.block_r, self.dtype, self.wide, in_front, architecture()
+            return tiles.tile(kernel.__name__, *key)
 
         meta |= {"DTYPE": triton_dtype(self.dtype), "PRECISION": self.precision}
         meta |= {"R": self.padded_r, "BLOCK_R": self.block_r}

@@ -53,10 +53,14 @@ def max_block_r(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 128
 
 
-def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, arch: str) -> Tile:
-    """The tile of a kernel, by its name, for x [M, d] on ``arch`` ("sm_90", "gfx942"); not by M.
+def tile(
+    kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, in_front: bool, arch: str
+) -> Tile:
+    """The tile of a kernel, by its name, on ``arch`` ("sm_90", "gfx942"); not by M.
 
-    Where x or y is ``wide``, in fp32 beside 16-bit products, half the columns are as many bytes.
+    d is the wider of D and D_out. Where x or y is ``wide``, in fp32 beside 16-bit products, half
+    the columns are as many bytes; the weights' second product where there is dropout ``in_front``
+    takes as many registers.
     """
     if dtype == torch.float32:
         tiles = FLOAT32_TILES
@@ -69,7 +73,7 @@ def tile(kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, arch
     else:
         tiles = WIDE_TILES if wide else TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
-    columns = chosen.block_d
-    if wide and dtype != torch.float32:
-        columns = max(columns // 2, 32)
+    columns, single = chosen.block_d, dtype == torch.float32
+    if (wide and not single) or (in_front and kernel == "weights_kernel"):
+        columns = max(columns // 2, 16 if single else 32)
     return chosen._replace(block_d=min(columns, max(16, triton.next_power_of_2(d))))

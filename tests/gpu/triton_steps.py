@@ -13,7 +13,7 @@ from fastadapters.ops.codes import DTYPE_CODES
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EVERYTHING, PLAIN = "every option", "plain"
-IN_FRONT = f"{EVERYTHING}, dropout in front, D_out 1536"
+IN_FRONT = f"{EVERYTHING}, D_out 1536"
 
 
 class Step(NamedTuple):
@@ -55,6 +55,21 @@ def _bottleneck(
     kernels.bottleneck_backward(dy, x, z, stats, *rest, 255)
 
 
+def _bottlenecks(
+    found: list[tuple[torch.dtype, torch.dtype, int, str]], *kernels: str
+) -> list[Step]:
+    return [
+        Step(
+            _names(x, compute, x), r, options,
+            functools.partial(
+                _bottleneck, x, compute, r, options != PLAIN, 1536 if options == IN_FRONT else 768
+            ),
+            kernels, ieee=compute == FP32,
+        )
+        for x, compute, r, options in found
+    ]  # fmt: skip
+
+
 def bottleneck(arch: str) -> list[Step]:
     """What compiles to every tile, and with other instructions."""
     found = [(BF16, BF16, r, EVERYTHING) for r in (32, 64, 128)]
@@ -62,19 +77,14 @@ def bottleneck(arch: str) -> list[Step]:
     found.append((FP32, FP32, 64, EVERYTHING))
     if arch in ("sm_80", "sm_90"):
         found.append((BF16, BF16, 64, PLAIN))
-    found += [(BF16, BF16, r, IN_FRONT) for r in (32, 64, 128)]
-    found += [(FP32, BF16, r, IN_FRONT) for r in (64, 128)]
-    found.append((FP32, FP32, 64, IN_FRONT))
-    return [
-        Step(
-            _names(x, compute, x), r, options,
-            functools.partial(
-                _bottleneck, x, compute, r, options != PLAIN, 1536 if options == IN_FRONT else 768
-            ),
-            ieee=compute == FP32,
-        )
-        for x, compute, r, options in found
-    ]  # fmt: skip
+    return _bottlenecks(found)
+
+
+def dropout_in_front(arch: str) -> list[Step]:
+    """The bottleneck's kernels that draw the mask of x, too."""
+    found = [(BF16, BF16, r, IN_FRONT) for r in (32, 64, 128)]
+    found += [(FP32, BF16, 128, IN_FRONT), (FP32, FP32, 64, IN_FRONT)]
+    return _bottlenecks(found, "forward", "backward", "weights")
 
 
 def _sequence_fusion(
@@ -167,6 +177,7 @@ def cross_modal_attention(arch: str) -> list[Step]:
 
 OPS: dict[str, Callable[[str], list[Step]]] = {
     "bottleneck": bottleneck,
+    "dropout_in_front": dropout_in_front,
     "multimodal": multimodal,
     "cross_modal_attention": cross_modal_attention,
     "sequence_fusion": sequence_fusion,
