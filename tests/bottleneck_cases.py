@@ -134,6 +134,23 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
+def rectangular_cases(**common: object) -> list[Case]:
+    """D_out beside D, dropout in front; ragged, and each width the larger one."""
+    base = Case(**common)  # type: ignore[arg-type]
+    lora: dict[str, object] = {"activation": "identity", "down_bias": False, "up_bias": False}
+    changes: list[dict[str, object]] = [
+        {**lora, "d": 72, "d_out": 154, "residual": "other", "input_dropout": 0.05},
+        {"d": 200, "d_out": 33, "residual": "none", "activation": "silu", "scale": "channel"},
+        {
+            "d": 70, "d_out": 136, "norm": "both", "residual": "other", "activation": "gelu",
+            "scale": "learnable", "input_dropout": 0.3, "dropout": 0.25, "layout": "slice",
+        },
+        {"norm": "weight", "input_dropout": 0.5, "activation": "silu", "layout": "transposed"},
+        {"input_dropout": 1.0, "d_out": 5, "residual": "none"},
+    ]  # fmt: skip
+    return [replace(base, **change) for change in changes]
+
+
 def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a sample: ``x``, ``cotangent`` and whatever the options ask for."""
     gen = torch.Generator().manual_seed(seed)

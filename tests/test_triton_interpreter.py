@@ -8,13 +8,15 @@ import bottleneck_cases
 import pytest
 import test_multiway
 import torch
-from bottleneck_cases import Case, mixed_cases, option_cases, shape_cases
+from bottleneck_cases import Case, mixed_cases, option_cases, rectangular_cases, shape_cases
 from compare import check_all, named
 from interpreter import interpreted, run_in_a_process_of_its_own
 
-from fastadapters import backend, backends, functional
+from fastadapters import backend, backends, functional, reference
 
 pytest.importorskip("triton")
+
+FP32 = torch.float32
 
 
 def test_in_a_process_of_its_own() -> None:
@@ -41,6 +43,10 @@ CASES = [
         for case in mixed_cases(torch.float16)
     ),
     *(replace(case, activation="silu") for case in shape_cases(dtype=torch.float32)),
+    *rectangular_cases(dtype=torch.float32),
+    Case(rows=(1,), d=1, d_out=6, r=1, input_dropout=0.5, residual="other"),
+    Case(rows=(0,), d=8, d_out=6, r=1, input_dropout=0.5, residual="other"),
+    Case(rows=(70,), d=100, d_out=40, r=300, norm="both", input_dropout=0.3, residual="none"),
     Case(rows=(70,), d=100, r=300, activation="gelu", norm="both", dropout=0.3),
     Case(rows=(100,), d=40, r=300, dtype=torch.float16, activation="gelu", scale="channel"),
     Case(rows=(50,), dtype=torch.float16, param_dtype=torch.float32, norm="both"),
@@ -64,6 +70,23 @@ def test_large_mean_does_not_cancel() -> None:
     tensors["x"] = tensors["x"] + 100.0
     out = bottleneck_cases.run(case, tensors, "triton")
     check_all(out, bottleneck_cases.reference_pair(case, tensors))
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_mask_of_the_input_is_the_definition() -> None:
+    """Offset 2^64 - 1, whose next is 0: what of ones arrives is the mask, and dx the same."""
+    from fastadapters.kernels.bottleneck import ops
+
+    m, d, p = 9, 37, 0.3
+    seed = torch.tensor([2**62 + 7, -1])
+    expected = reference.philox.dropout_multiplier(torch.tensor([2**62 + 7, 0]), m, d, p, FP32)
+    ones, eye = torch.ones(m, d), torch.eye(d)
+    rest = (eye, None, eye, None, None, None, None, seed, 1.0, 1e-5, 0.0, p, 0, 0, 0, False)
+    y, z, stats = ops.bottleneck_forward(ones, None, *rest, True)
+    dx, *_ = ops.bottleneck_backward(ones, ones, z, stats, *rest, 1)
+    assert 0.2 < y.eq(0).float().mean() < 0.4
+    assert torch.equal(y, expected) and torch.equal(dx, expected)
 
 
 @interpreted

@@ -7,6 +7,9 @@ it recomputes it from x), contracts dy to dh and writes dx and the small dz and 
 contracts x and dy with these, each program over a range of rows; the last adds the ranges in order
 and forms every parameter's gradient.
 
+D_out may differ from D. Dropout of the input is drawn again wherever x is read; behind LayerNorm it
+leaves no sum over D that could be folded into a product: backward takes one more pass over D.
+
 The row m of a tensor [n0, n1, n2, D] lies at any three strides. R is r rounded up to a multiple of
 BLOCK_R; where there are several blocks of R, h and dz pass through memory. Products accumulate in
 fp32, and vectors are widened to fp32 as they are loaded.

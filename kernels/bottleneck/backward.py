@@ -164,15 +164,15 @@ def backward_kernel(
                     dz, dz_out, rows, in_rows, down_weight, D, cols, inside, r, input_seed,
                     input_keep, input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
                 )  # fmt: skip
-                out *= load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
+                gain = load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
                 a = tl.load(
                     x + x_rows[:, None] + cols[None, :],
                     mask=in_rows[:, None] & inside[None, :],
                     other=0.0,
                 )
-                along_ones += tl.sum(out, 1)
                 normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
-                along_x += sum_of_products(out, normed, 1)
+                along_ones += sum_of_products(out, gain, 1)
+                along_x += sum_of_products(out * gain, normed, 1)
         dx_rows = row_offsets(rows, n1, n2, dx_stride0, dx_stride1, dx_stride2, ROW_DIMS)
         for k in range(0, D, BLOCK_D):
             cols = k + tl.arange(0, BLOCK_D)

@@ -59,8 +59,8 @@ def tile(
     """The tile of a kernel, by its name, on ``arch`` ("sm_90", "gfx942"); not by M.
 
     d is the wider of D and D_out. Where x or y is ``wide``, in fp32 beside 16-bit products, half
-    the columns are as many bytes; the weights' second product where there is dropout ``in_front``
-    takes as many registers.
+    the columns are as many bytes. Where there is dropout ``in_front`` its mask, and what LayerNorm
+    wants of it, take registers.
     """
     if dtype == torch.float32:
         tiles = FLOAT32_TILES
@@ -74,6 +74,7 @@ def tile(
         tiles = WIDE_TILES if wide else TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
     columns, single = chosen.block_d, dtype == torch.float32
-    if (wide and not single) or (in_front and kernel == "weights_kernel"):
+    crowded = {"weights_kernel", "backward_kernel"} if single else {"weights_kernel"}
+    if (wide and not single) or (in_front and kernel in crowded):
         columns = max(columns // 2, 16 if single else 32)
     return chosen._replace(block_d=min(columns, max(16, triton.next_power_of_2(d))))

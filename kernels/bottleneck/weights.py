@@ -53,15 +53,15 @@ def weights_kernel(
     width = D if D_out is None else D_out
     first = tl.program_id(0) * BLOCK_D
     cols = first + tl.arange(0, BLOCK_D)
+    inside = cols < D
     units = tl.program_id(1) // 2 * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(2).to(M.dtype) * rows_per_split
     end = tl.minimum(begin + rows_per_split, M)
+    place = (split * D + cols)[:, None] * R + units[None, :]
     if tl.program_id(1) % 2 == 0:
         if D_out is not None:  # these columns may be none of D
             end = tl.where(first < D, end, begin)
-        place = (split * D + cols)[:, None] * R + units[None, :]
-        inside = cols < D
         if down_product is not None:
             product, total, of_kept = transposed_product(
                 x, dz, stats, input_seed, input_threshold, begin, end, first, D, units, n1, n2,
@@ -82,9 +82,9 @@ def weights_kernel(
             tl.store(down_sum + split * R + units, dz_total)
     elif up_product is not None or up_sum is not None:
         if D_out is not None:
-            end = tl.where(first < width, end, begin)
-        place = (split * width + cols)[:, None] * R + units[None, :]
-        inside = cols < width
+            end = tl.where(first < D_out, end, begin)
+            place = (split * D_out + cols)[:, None] * R + units[None, :]
+            inside = cols < D_out
         product, total, of_kept = transposed_product(
             dy, h, None, None, None, begin, end, first, width, units, n1, n2,
             dy_stride0, dy_stride1, dy_stride2, up_sum is not None, False, ROW_DIMS, DTYPE,

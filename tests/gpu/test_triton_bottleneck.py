@@ -8,7 +8,7 @@ import bottleneck_cases
 import device
 import pytest
 import torch
-from bottleneck_cases import Case, mixed_cases, option_cases
+from bottleneck_cases import Case, mixed_cases, option_cases, rectangular_cases
 from compare import check_all
 from schedules import check_schedules
 from torch import Tensor
@@ -76,6 +76,23 @@ def test_mixed_precision_on_hopper(case: Case) -> None:
 @pytest.mark.parametrize("case", [*option_cases(dtype=BF16)[::3], *OTHERS], ids=str)
 def test_matches_reference_on_hopper(case: Case) -> None:
     check_schedules(case, "triton", 90)
+
+
+LORA, _, EVERYTHING, *_ = rectangular_cases(rows=(70,), dtype=BF16)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        (LORA, 80),
+        (replace(EVERYTHING, dtype=FP32), 80),
+        (replace(EVERYTHING, x_dtype=FP32, param_dtype=FP32, residual_dtype=FP32), 80),
+        (EVERYTHING, 90),
+    ],
+    ids=str,
+)
+def test_rectangular(case: Case, arch: int) -> None:
+    check_schedules(case, "triton", arch)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -224,3 +241,28 @@ def test_traffic(arch: int, d: int, dtypes: dict[str, torch.dtype]) -> None:
     assert max(forward.conflict_ratio, backward.conflict_ratio) <= limit
     matrix = "wgmma" if arch == 90 else "mma.sync"
     assert all(kernel.count(matrix) > 0 for kernel in (forward, backward, weights))
+
+
+def test_traffic_of_lora() -> None:
+    """x, residual, y, dy and dx as often as without dropout in front: the mask is never stored."""
+    case = Case(
+        rows=(128,), d=256, d_out=768, r=16, dtype=BF16, activation="identity", down_bias=False,
+        up_bias=False, residual="other", input_dropout=0.05,
+    )  # fmt: skip
+    with device.simulate(80) as run:
+        t = {name: tensor.clone() for name, tensor in bottleneck_cases.inputs(case).items()}
+        t |= bottleneck_cases.run(case, t, "triton")
+    launched = [report.name.removesuffix("_kernel") for report in run.launches]
+    assert launched == ["forward", "backward", "weights", "reduce"]
+    forward, backward, weights = (
+        run.total(f"{n}_kernel") for n in ("forward", "backward", "weights")
+    )
+    for kernel, names in (
+        (forward, ("x", "residual")), (backward, ("cotangent",)), (weights, ("x", "cotangent")),
+    ):  # fmt: skip
+        for name in names:
+            assert kernel.traffic(t[name]).read == t[name].nbytes, name
+    for kernel, name in ((forward, "y"), (backward, "d_x")):
+        moved = kernel.traffic(t[name])
+        assert moved.written == moved.written_sectors == t[name].nbytes, name
+    assert backward.traffic(t["x"]).read == 0

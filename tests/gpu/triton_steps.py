@@ -32,9 +32,7 @@ def _names(*dtypes: torch.dtype) -> str:
     return names[0] if len({*names}) == 1 else " ".join(names)
 
 
-def _bottleneck(
-    x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool, d_out: int
-) -> None:
+def _bottleneck(x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool, d_out: int) -> None:
     """With each option there is and fp32 parameters, or with biases alone.
 
     Where D_out is not D, with dropout in front, too.
