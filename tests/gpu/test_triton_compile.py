@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton_compile import ARCHITECTURES, check
 
 PAIRS = [("bottleneck", arch) for arch in ARCHITECTURES]
-PAIRS.append(("sequence_fusion", "sm_90"))
+PAIRS += [("dropout_in_front", "sm_80"), ("sequence_fusion", "sm_90")]
 
 
 @pytest.mark.parametrize(("op", "arch"), PAIRS)
