@@ -44,7 +44,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Backends whose bottleneck has one width for x and y, and no dropout in front.
-SQUARE_ONLY = ("cpu",)
+SQUARE_ONLY: tuple[str, ...] = ()
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # What the kernels may be given: tensors that are nothing else, what stands for such while PyTorch

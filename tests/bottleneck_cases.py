@@ -25,6 +25,7 @@ class Case:
     rows: tuple[int, ...] = (3, 35)
     d: int = 96
     r: int = 16
+    d_out: int | None = None  # that of x
     dtype: torch.dtype = torch.float32  # of the products
     param_dtype: torch.dtype | None = None
     x_dtype: torch.dtype | None = None  # wider: the sample runs under autocast to dtype
@@ -32,12 +33,11 @@ class Case:
     activation: str = "relu"
     down_bias: bool = True
     up_bias: bool = True
-    scale: str = "number"  # number, learnable [1], channel [D]
+    scale: str = "number"  # number, learnable [1], channel [D_out]
     residual: str = "x"  # x, other, none
     norm: str = "none"  # none, weight, both
     dropout: float = 0.0
     input_dropout: float = 0.0
-    d_out: int | None = None  # D_out, where it is not d
     layout: str = "contiguous"  # contiguous, slice (of rows), transposed, strided (last dimension)
     cotangent: str = "dense"  # dense, expanded (strides 0)
 
@@ -59,6 +59,22 @@ class Case:
             if getattr(self, name) != field.default
         ]
         return "-".join(changed) or "default"
+
+
+def lora_cases(**common: object) -> list[Case]:
+    """D_out below and above D_in, and dropout in front."""
+    base = Case(**common)  # type: ignore[arg-type]
+    wide, thin = 2 * base.d + 5, base.d // 3 + 1
+    lora = {"activation": "identity", "down_bias": False, "up_bias": False, "residual": "other"}
+    changes: list[dict[str, object]] = [
+        {"input_dropout": 0.3, "norm": "both", "scale": "learnable"},
+        {**lora, "d_out": wide, "input_dropout": 0.05},
+        {**lora, "d_out": thin, "layout": "transposed"},
+        {"d_out": thin, "input_dropout": 0.5, "norm": "both", "residual": "none", "dropout": 0.25},
+        {"d_out": wide, "scale": "channel", "residual": "other", "norm": "weight"},
+        {"d_out": thin, "input_dropout": 1.0, "residual": "none", "cotangent": "expanded"},
+    ]
+    return [replace(base, **change) for change in changes]
 
 
 def option_cases(**common: object) -> list[Case]:
@@ -158,27 +174,27 @@ def inputs(case: Case, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     def randn(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return torch.randn(*shape, generator=gen) * scale + shift
 
-    d, r, out = case.d, case.r, case.d_out or case.d
+    d, r, d_out = case.d, case.r, case.d_out or case.d
     tensors = {
         "x": randn(*case.rows, d, shift=0.5 if case.norm != "none" else 0.0),
         "down_weight": randn(r, d, scale=d**-0.5),
-        "up_weight": randn(out, r, scale=r**-0.5),
+        "up_weight": randn(d_out, r, scale=r**-0.5),
     }
     if case.down_bias:
         tensors["down_bias"] = randn(r, scale=0.5)
     if case.up_bias:
-        tensors["up_bias"] = randn(out, scale=0.5)
+        tensors["up_bias"] = randn(d_out, scale=0.5)
     if case.norm != "none":
         tensors["norm_weight"] = randn(d, scale=0.2, shift=1.0)
     if case.norm == "both":
         tensors["norm_bias"] = randn(d, scale=0.3)
     if case.scale != "number":
-        tensors["scale"] = randn(1 if case.scale == "learnable" else out, shift=0.7)
+        tensors["scale"] = randn(1 if case.scale == "learnable" else d_out, shift=0.7)
     if case.residual == "other":
-        tensors["residual"] = randn(*case.rows, out)
-    tensors["cotangent"] = randn(*case.rows, out)
+        tensors["residual"] = randn(*case.rows, d_out)
+    tensors["cotangent"] = randn(*case.rows, d_out)
     if case.cotangent == "expanded":
-        tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, out)
+        tensors["cotangent"] = torch.ones((), device=device).expand(*case.rows, d_out)
     dtypes = {"x": case.x_dtype, "residual": case.residual_dtype, "cotangent": case.out_dtype}
     for name, t in tensors.items():
         tensors[name] = t.to(device, dtypes.get(name, case.param_dtype) or case.dtype)

@@ -34,11 +34,11 @@ def call(
 ) -> dict[str, Tensor]:
     """``y`` and the gradient of every input, as `bottleneck_cases.run` gives them."""
     torch.manual_seed(7)
-    seed = torch.randint(2**62, (2,)) if case.dropout > 0 else None
+    seed = torch.randint(2**62, (2,)) if max(case.dropout, case.input_dropout) > 0 else None
     parameters = [tensors.get(name) for name in PARAMETERS]
     codes = DTYPE_CODES[case.dtype], DTYPE_CODES[case.out_dtype]
     activation = ACTIVATION_CODES[case.activation]
-    options = (norm_eps, case.dropout, 0.0, activation, *codes, case.residual == "x")
+    options = (norm_eps, case.dropout, case.input_dropout, activation, *codes, case.residual == "x")
     scale_value = 0.6 if case.scale == "number" else 1.0
     x, residual = tensors["x"], tensors.get("residual")
     y, z, stats = kernels.bottleneck_forward(

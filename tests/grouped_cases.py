@@ -67,6 +67,7 @@ def run(
             **arguments,
             activation=case.activation,
             dropout=case.dropout,
+            input_dropout=case.input_dropout,
             training=True,
         )
         wanted = [name for name in leaves if needs(name)]

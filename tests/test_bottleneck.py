@@ -9,6 +9,7 @@ from bottleneck_cases import (
     Case,
     check_backend,
     inputs,
+    lora_cases,
     option_cases,
     reference_pair,
     run,
@@ -30,7 +31,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", option_cases(), ids=str)
+@pytest.mark.parametrize("case", [*option_cases(), *lora_cases()], ids=str)
 def test_options(case: Case, dtype: torch.dtype, backend: str) -> None:
     check_backend(Case(**{**case.__dict__, "dtype": dtype}), backend)
 
@@ -59,6 +60,7 @@ cases = st.builds(
     Case,
     rows=st.lists(st.integers(0, 40), min_size=0, max_size=4).map(tuple),
     d=st.integers(1, 200),
+    d_out=st.none() | st.integers(1, 200),
     r=st.integers(1, 80),
     dtype=st.sampled_from(DTYPES),
     param_dtype=st.sampled_from((None, *DTYPES)),
@@ -69,11 +71,17 @@ cases = st.builds(
     residual=st.sampled_from(("x", "other", "none")),
     norm=st.sampled_from(("none", "weight", "both")),
     dropout=st.sampled_from((0.0, 0.1, 0.5)),
+    input_dropout=st.sampled_from((0.0, 0.1, 0.5)),
     layout=st.sampled_from(("contiguous", "slice", "transposed", "strided")),
 ).filter(
     # The norm of one or two channels is a constant: its gradient is 0, and all that is computed is
     # a rounding error times 1 / sqrt(eps). `shape_cases` has one channel.
-    lambda case: torch.Size(case.rows).numel() <= 2000 and (case.norm == "none" or case.d > 2)
+    lambda case: (
+        torch.Size(case.rows).numel() <= 2000
+        and (case.norm == "none" or case.d > 2)
+        # x itself is a residual of its own width only.
+        and (case.residual != "x" or case.d_out in (None, case.d))
+    )
 )
 
 
@@ -139,10 +147,13 @@ def test_dropout_is_off_in_evaluation(backend: str) -> None:
         )
 
 
+TINY = {"dtype": torch.float64, "rows": (2, 3), "d": 5, "r": 4}
+
+
 @pytest.mark.parametrize("name", ["reference", "eager"])
-@pytest.mark.parametrize("case", option_cases(dtype=torch.float64, rows=(2, 3), d=5, r=4), ids=str)
+@pytest.mark.parametrize("case", [*option_cases(**TINY), *lora_cases(**TINY)], ids=str)
 def test_gradcheck(case: Case, name: str) -> None:
-    if case.dropout == 1.0 or case.layout != "contiguous":
+    if 1.0 in (case.dropout, case.input_dropout) or case.layout != "contiguous":
         pytest.skip("covered in float32")
     tensors = inputs(case)
     tensors.pop("cotangent")
@@ -157,8 +168,9 @@ def test_gradcheck(case: Case, name: str) -> None:
         torch.manual_seed(1)
         with fastadapters.backend(name):
             return functional.bottleneck(
-                **arguments, activation=case.activation, dropout=case.dropout, training=True
-            )
+                **arguments, activation=case.activation, dropout=case.dropout,
+                input_dropout=case.input_dropout, training=True,
+            )  # fmt: skip
 
     leaves = tuple(t.clone().requires_grad_() for t in tensors.values())
     assert torch.autograd.gradcheck(fn, leaves)

@@ -11,6 +11,7 @@ import torch
 from bottleneck_cases import (
     Case,
     inputs,
+    lora_cases,
     mixed_cases,
     option_cases,
     reference_pair,
@@ -27,7 +28,8 @@ from fastadapters.ops.codes import ACTIVATION_CODES
 @pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
 def test_options(isa: str, dtype: torch.dtype, kernels: Any) -> None:
     choose(isa)
-    for case in option_cases(d=100, r=33, rows=(3, 50)):
+    sizes = {"d": 100, "r": 33, "rows": (3, 50)}
+    for case in [*option_cases(**sizes), *lora_cases(**sizes)]:
         check_kernels(kernels, replace(case, dtype=dtype))
 
 
@@ -40,6 +42,8 @@ def test_mixed_precision(isa: str, dtype: torch.dtype, kernels: Any) -> None:
     for rows in ((3, 50), (2, 1)):
         for case in mixed_cases(dtype, d=100, r=33, rows=rows):
             check_kernels(kernels, case)
+    for case in lora_cases(dtype=dtype, x_dtype=torch.float32, param_dtype=torch.float32):
+        check_kernels(kernels, case)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
@@ -100,7 +104,7 @@ def test_outputs_in_slices(kernels: Any) -> None:
 def test_threads(isa: str, kernels: Any) -> None:
     """Equal bits from run to run; more threads change no more than the rule allows."""
     choose(isa)
-    case = Case(rows=(400,), d=256, r=40, dtype=torch.bfloat16, dropout=0.1, scale="channel")
+    case = Case(rows=(1000,), d=256, r=40, dtype=torch.bfloat16, dropout=0.1, scale="channel")
     tensors = inputs(case)
     before = torch.get_num_threads()
     try:

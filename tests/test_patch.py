@@ -163,7 +163,7 @@ SKIPPED: dict[Callable[[Any], None], str] = {
     hooked: "down_proj has hooks: its own forward is called",
     parametrized: "up_proj is a .*ParametrizedLinear: its own forward is called",
     own_forward: "forward is set on the module itself, not by its class",
-    narrower: "it maps 24 to 5 channels: the op needs as many out as in",
+    narrower: "it maps 24 to 5 channels: expected as many out as in",
     certain_dropout: "dropout is 1.0",
 }
 

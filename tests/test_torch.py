@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_cases import Case, inputs, option_cases
+from bottleneck_cases import Case, inputs, lora_cases, option_cases
 from compare import check_all, last_bit, named
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,7 +32,7 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
     tensors = inputs(case)
     for name, t in tensors.items():
         tensors[name] = t.detach().requires_grad_(requires_grad and name != "cotangent")
-    seed = torch.tensor([1, 2]) if case.dropout > 0 else None
+    seed = torch.tensor([1, 2]) if case.dropout + case.input_dropout > 0 else None
     return (
         tensors["x"] if case.layout != "strided" else tensors["x"].contiguous(),
         None if "residual" not in tensors else tensors["residual"].contiguous(),
@@ -41,7 +41,7 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
         0.6 if case.scale == "number" else 1.0,
         1e-5,
         case.dropout,
-        0.0,
+        case.input_dropout,
         ACTIVATION_CODES[case.activation],
         DTYPE_CODES[case.dtype],
         DTYPE_CODES[case.out_dtype],
@@ -49,7 +49,8 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
     )
 
 
-SAMPLES = option_cases(rows=(2, 9), d=20, r=6)
+SIZES = {"rows": (2, 9), "d": 20, "r": 6}
+SAMPLES = [*option_cases(**SIZES), *lora_cases(**SIZES)]
 
 
 @needs_library

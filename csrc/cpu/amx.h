@@ -4,6 +4,10 @@
 
 #include "gemm.h"
 
+#if defined(FASTADAPTERS_EMULATE_AMX)
+#include "amx_emulation.h"
+#endif
+
 namespace fastadapters::cpu {
 namespace {
 

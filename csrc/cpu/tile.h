@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "../bottleneck.h"
-#include "../philox.h"
 #include "activation.h"
+#include "dropout.h"
 #include "pack.h"
 #include "scratch.h"
 
@@ -97,36 +97,44 @@ inline void write(const Tile<T>& out, const Tile<T>& add, int64_t row, int64_t r
   });
 }
 
-// The sizes every layout is made of. "Words" are the 32-bit words of unit.h along k.
+// A number of columns, as what every layout is made of. "Words" are the 32-bit words of unit.h
+// along k.
+template <class G>
+struct Width {
+  int64_t size;
+  Panels<G> panels;
+  int64_t words;   // as k
+  int64_t stride;  // of a padded row, in values of G::Store
+
+  static int64_t as_words(int64_t n) {
+    return round_up(divide_up(n, G::Unit::kPerWord), G::kDepth);
+  }
+  explicit Width(int64_t size)
+      : size(size),
+        panels(size),
+        words(as_words(size)),
+        stride(round_up(words, kLanes) * G::Unit::kPerWord) {}
+  int64_t columns() const { return panels.columns(); }
+  int64_t mask_stride() const { return round_up(size, Dropout::kColumns); }
+};
+
 template <class G>
 struct Sizes {
-  int64_t m, d, r;
-  Panels<G> wide, thin;        // of d and of r columns
-  int64_t d_words, r_words;    // d and r as k
-  int64_t d_stride, r_stride;  // of a padded row, in values of G::Store
+  int64_t m;
+  Width<G> in, out, thin;  // D_in, D_out and r
   Chains chains;
   int64_t tile_rows;
 
-  static int64_t words(int64_t n) { return round_up(divide_up(n, G::Unit::kPerWord), G::kDepth); }
-  static int64_t stride(int64_t n) { return round_up(words(n), kLanes) * G::Unit::kPerWord; }
   explicit Sizes(const Bottleneck& p)
-      : m(p.count()),
-        d(p.dim),
-        r(p.bottleneck),
-        wide(d),
-        thin(r),
-        d_words(words(d)),
-        r_words(words(r)),
-        d_stride(stride(d)),
-        r_stride(stride(r)),
-        chains(m, G::kRows) {
-    int64_t fitting = kTileBytes / greatest(d_stride * int64_t(sizeof(typename G::Store)), 1);
+      : m(p.count()), in(p.dim), out(p.out_dim), thin(p.bottleneck), chains(m, G::kRows) {
+    int64_t stride = least(in.stride, out.stride);
+    int64_t fitting = kTileBytes / greatest(stride * int64_t(sizeof(typename G::Store)), 1);
     tile_rows = greatest(least(fitting, kTileRows) / G::kBlock, 1) * G::kBlock;
   }
 
   // Contiguous ranges of rows, one per task; a task is worth some tens of microseconds.
   int64_t tasks(int threads, int64_t least_rows) const {
-    int64_t worthwhile = m * d * (r + 8) >> 20;
+    int64_t worthwhile = m * ((in.size + out.size) / 2) * (thin.size + 8) >> 20;
     return greatest(1, least(least(threads, m / least_rows), worthwhile));
   }
 
@@ -155,6 +163,24 @@ struct Operand {
   int64_t ld;
 };
 
+// Which elements of a tile dropout keeps, times `value`. Without `kept` there is no dropout.
+struct TileMask {
+  const int8_t* kept = nullptr;
+  int64_t stride = 0;
+  float value = 1;
+  Vec operator()(int64_t i, int64_t j) const { return where_kept(kept + i * stride + j, value); }
+};
+
+// The mask of a tile of rows, filled into `kept`.
+template <class G>
+inline TileMask tile_mask(const Dropout& dropout, const TileRows& rows, const Width<G>& width,
+                          int8_t* kept, float value) {
+  if (!dropout.on) return {};
+  for (int64_t i = 0; i < rows.count; ++i)
+    dropout.row(rows[i], width.size, kept + i * width.mask_stride());
+  return {kept, width.mask_stride(), value};
+}
+
 // How to normalise it on the way: mean and reciprocal standard deviation of each row, then gain and
 // shift of each column if given.
 struct Normalise {
@@ -162,23 +188,24 @@ struct Normalise {
 };
 
 template <class G, class T, class X>
-inline Operand<G> operand(const X* x, const Tile<T>& tile, int64_t m, const Sizes<G>& sizes,
-                          typename G::Store* copy, Normalise norm = {}) {
+inline Operand<G> operand(const X* x, const Tile<T>& tile, int64_t m, const Width<G>& width,
+                          typename G::Store* copy, Normalise norm = {}, TileMask mask = {}) {
   if constexpr (std::is_same_v<X, typename G::Store>)
-    if (!tile.listed && !norm.stats && m % G::kRows == 0 &&
-        sizes.d_words * G::Unit::kPerWord == sizes.d)
+    if (!tile.listed && !norm.stats && !mask.kept && m % G::kRows == 0 &&
+        width.words * G::Unit::kPerWord == width.size)
       return {x, tile.ld};
   for (int64_t i = 0; i < round_up(m, G::kRows); ++i)
-    for (int64_t j = 0; j < sizes.d_stride; j += kLanes) {
+    for (int64_t j = 0; j < width.stride; j += kLanes) {
       Vec v = {};
-      if (i < m && j < sizes.d) {
-        v = load(x + tile.offset(i) + j, sizes.d - j);
+      if (i < m && j < width.size) {
+        v = load(x + tile.offset(i) + j, width.size - j);
         if (norm.stats) v = (v - norm.stats[2 * i]) * norm.stats[2 * i + 1];
         if (norm.weight) v = v * read<Vec>(norm.weight + j) + read<Vec>(norm.bias + j);
+        if (mask.kept) v *= mask(i, j);
       }
-      store(copy + i * sizes.d_stride + j, v);
+      store(copy + i * width.stride + j, v);
     }
-  return {copy, sizes.d_stride};
+  return {copy, width.stride};
 }
 
 // The sum of f(j) over the vectors of d columns, as four chains of additions.
@@ -214,19 +241,6 @@ template <class T>
 inline void expand(const Parameter& p, int64_t n, float absent, float* out) {
   Weight<T> row{p, 1, n};
   for (int64_t j = 0; j < n; j += kLanes) store(out + j, p.data ? row(0, j) : broadcast(absent));
-}
-
-// The factors dropout multiplies row `row` of h [M, r] with: 0 or 1 / (1 - p).
-inline void dropout_row(const Bottleneck& p, int64_t row, float* factors) {
-  uint64_t key = uint64_t(p.seed[0]), offset = uint64_t(p.seed[1]);
-  uint32_t threshold = dropout_threshold(p.dropout);
-  float kept = p.dropout < 1 ? float(1 / (1 - p.dropout)) : 0;
-  int64_t blocks = divide_up(p.bottleneck, 4);
-  for (int64_t b = 0; b < blocks; ++b) {
-    PhiloxBlock random = philox4x32(key, uint64_t(row * blocks + b), offset);
-    for (int lane = 0; lane < 4; ++lane)
-      factors[4 * b + lane] = random.lane[lane] < threshold ? 0 : kept;
-  }
 }
 
 }  // namespace

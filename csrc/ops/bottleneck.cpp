@@ -146,14 +146,6 @@ AllGradients results(const Gradients& gradients, const Tensor& x) {
           result(g[3]),         result(g[4]), result(g[5]), result(g[6])};
 }
 
-#ifndef FASTADAPTERS_SIMULATION
-// What kernels take that know no others.
-void check_square(const Bottleneck& args) {
-  STD_TORCH_CHECK(args.dim == args.out_dim && args.input_dropout == 0,
-                  "expected D_in = D_out and no input_dropout");
-}
-#endif
-
 void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
@@ -162,7 +154,6 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
-  check_square(args);
   cpu::bottleneck_forward(args, threads());
 #endif
 }
@@ -177,7 +168,6 @@ void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
   }
 #endif
 #ifndef FASTADAPTERS_SIMULATION
-  check_square(args);
   cpu::bottleneck_backward(args, threads());
 #endif
 }
@@ -279,7 +269,6 @@ std::tuple<Tensor, Tensor, Tensor> grouped_forward(
   Marshal m(x, args.rows);
   marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o, &groups);
   marshal_index(groups, index, args);
-  check_square(args);
   cpu::grouped_forward(args, groups, threads());
   return {y, z, stats};
 }
@@ -299,7 +288,6 @@ AllGradients grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tenso
   Marshal m(dy, args.rows);
   marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o, &groups);
   marshal_index(groups, index, args);
-  check_square(args);
   cpu::grouped_backward(args, groups, threads());
   return results(gradients, x);
 }

@@ -37,7 +37,10 @@ _held: dict[type[nn.Module], str | None] = {}
 
 
 class Bottleneck(NamedTuple):
-    """norm -> down -> activation -> dropout -> up -> scale, or the norm last if ``after``."""
+    """norm -> dropout of the input -> down -> activation -> dropout -> up -> scale.
+
+    The norm is last if ``after``.
+    """
 
     down: nn.Module
     up: nn.Module
@@ -46,6 +49,7 @@ class Bottleneck(NamedTuple):
     dropout: float = 0.0
     norm: nn.Module | None = None
     after: bool = False
+    input_dropout: float = 0.0
 
 
 def activation_of(name: str, f: Any) -> tuple[Activation | None, str]:
@@ -69,18 +73,25 @@ def activation_of(name: str, f: Any) -> tuple[Activation | None, str]:
 
 
 def why_not_plain(
-    b: Bottleneck, names: tuple[str, str, str] = ("down_proj", "up_proj", "norm")
+    b: Bottleneck,
+    names: tuple[str, str, str] = ("down_proj", "up_proj", "norm"),
+    square: bool = True,
 ) -> str | None:
-    """Why the op can't stand for these layers, whatever x may be."""
+    """Why the op can't stand for these layers, whatever x may be.
+
+    ``square``: whether the client knows adapters with as many channels out as in only.
+    """
     reason = why_called(names[0], b.down) or why_called(names[1], b.up)
     if reason is None and b.norm is not None:
         reason = why_called(names[2], b.norm, nn.LayerNorm)
     if reason is not None:
         return reason
     shape: Any = b.down._parameters["weight"].shape  # type: ignore[union-attr]
-    if b.up._parameters["weight"].shape != (shape[1], shape[0]):  # type: ignore[union-attr]
-        n = b.up._parameters["weight"].shape[0]  # type: ignore[union-attr]
-        return f"it maps {shape[1]} to {n} channels: the op needs as many out as in"
+    n, r = b.up._parameters["weight"].shape  # type: ignore[union-attr]
+    if r != shape[0]:
+        return f"{names[1]} takes {r} channels, {names[0]} gives {shape[0]}"
+    if square and n != shape[1]:
+        return f"it maps {shape[1]} to {n} channels: expected as many out as in"
     if not 0.0 <= b.dropout < 1.0:
         return f"dropout is {b.dropout}"
     if isinstance(b.scale, Tensor):
@@ -130,6 +141,7 @@ def run(b: Bottleneck, x: Tensor, residual: Tensor | None, training: bool) -> Te
         norm_bias=norm.get("bias"),
         norm_eps=1e-5 if b.norm is None else b.norm.eps,  # type: ignore[arg-type]
         dropout=b.dropout,
+        input_dropout=b.input_dropout,
         training=training,
     )
     if not b.after:

@@ -1,8 +1,8 @@
 """LoRA of `peft` (0.17.1, 0.18.1 to 0.21.2, peft/tuners/lora/layer.py, `Linear`).
 
-The frozen layer and the dropout in front of A are called as they are there. Skipped: layers with
-more or fewer channels out than in, and the variants (DoRA and others). Merged, disabled or mixed
-adapters run in peft's own forward.
+The frozen layer is called as it is there. The dropout in front of A is the op's where it is plain
+`nn.Dropout`: of the same probability, with another mask; anything else is called. Skipped: the
+variants (DoRA and others). Merged, disabled or mixed adapters run in peft's own forward.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import backends
+from ..modules.layers import why_called
 from .bottlenecks import Bottleneck, run, why_called_on, why_not_plain
 from .patching import Client, Forward
 
@@ -21,7 +22,16 @@ def bottleneck_of(module: Any, name: str) -> Bottleneck | str:
     if name in module.lora_variant:
         return f"{name} is a variant of LoRA: {type(module.lora_variant[name]).__name__}"
     b = Bottleneck(module.lora_A[name], module.lora_B[name], "identity", module.scaling[name])
-    return why_not_plain(b, (f"lora_A.{name}", f"lora_B.{name}", "")) or b
+    return why_not_plain(b, (f"lora_A.{name}", f"lora_B.{name}", ""), square=False) or b
+
+
+def _plain_probability(dropout: nn.Module) -> float | None:
+    """With what probability ``dropout`` drops an element of x now; None if it has to be called."""
+    if type(dropout) is nn.Identity and why_called("", dropout, nn.Identity) is None:
+        return 0.0
+    if type(dropout) is nn.Dropout and why_called("", dropout, nn.Dropout) is None:
+        return dropout.p if dropout.training else 0.0
+    return None
 
 
 def why_not(module: Any, holder: nn.Module | None) -> str | None:
@@ -61,7 +71,12 @@ def override(own: Forward) -> Forward:
         for name, b in active:
             weight: Any = b.down._parameters["weight"]
             x = self._cast_input_dtype(x, weight.dtype)
-            result = run(b, self.lora_dropout[name](x), result, self.training)
+            p = _plain_probability(self.lora_dropout[name])
+            if p is None:
+                x_in, p = self.lora_dropout[name](x), 0.0
+            else:
+                x_in = x
+            result = run(b._replace(input_dropout=p), x_in, result, p > 0.0)
         return result.to(dtype)
 
     return forward

@@ -32,6 +32,8 @@ _FORWARDS: dict[type[nn.Module], object] = {
         nn.MultiheadAttention,
         nn.Sequential,
         nn.GELU,
+        nn.Dropout,
+        nn.Identity,
     )
 }
 

@@ -49,7 +49,7 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
   p.x_dtype = x_dtype;
   p.out_dtype = out_dtype;
   std::copy(c.rows, c.rows + 3, p.rows);
-  p.dim = d;
+  p.dim = p.out_dim = d;
   p.bottleneck = r;
   p.x = x.as_rows();
   p.down_weight = down.as_parameter();

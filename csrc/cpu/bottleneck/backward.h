@@ -1,9 +1,10 @@
 // Backward: x, dy and z are read once, dx is written once.
 //
-//     dh = dy (s Wu)              dz = dh * mask * activation'(z)
-//     dx = dz Wd (+ dy)           through the norm: rstd * (v - mean(v) - xhat * mean(xhat * v))
-//     g1 = dz^T x   [r, D]        -> dWd, and with Wd the norm's gradients
-//     g2 = h^T dy   [r, D]        -> dWu^T, and with Wu the scale's
+//     dh = dy (s Wu)                  dz = dh * mask * activation'(z)
+//     dx = mask_x * (dz Wd) (+ dy)    by the norm: rstd * (v - mean(v) - xhat * mean(xhat * v))
+//     g1 = dz^T (mask_x * x)          [r, D_in] -> dWd, and with Wd the norm's gradients
+//     g2 = h^T dy                     [r, D_out] -> dWu^T, and with Wu the scale's
+//     g3 = dz^T mask_x                [r, D_in]; without input dropout each row is the sum of dz
 #pragma once
 
 #include "forward.h"
@@ -13,8 +14,8 @@ namespace {
 
 // Which intermediate results the gradients asked for need.
 struct Needs {
-  bool norm, dx, g1, g2, dy_sum, dz, x, z;
-  explicit Needs(const BottleneckBackward& p)
+  bool norm, dx, g1, g2, dy_sum, dz, x, z, x_mask, g3;
+  Needs(const BottleneckBackward& p, const Masks& masks)
       : norm(p.norm_weight.data),
         dx(p.dx.data),
         g1(p.d_down_weight.data || p.d_norm_weight.data),
@@ -22,7 +23,9 @@ struct Needs {
         dy_sum(p.d_up_bias.data || p.d_scale.data),
         dz(p.needs_dz()),
         x(p.needs_x()),
-        z(p.needs_z()) {}
+        z(p.needs_z()),
+        x_mask(masks.x.on && (dx || g1 || p.d_norm_bias.data)),
+        g3(x_mask && norm && (p.d_norm_bias.data || (g1 && p.norm_bias.data))) {}
 };
 
 template <class G>
@@ -30,56 +33,59 @@ struct BackwardShared {
   int64_t g_rows;
   float *up, *down;                                              // packed weights
   float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
-  float *g1, *g2;                                                // [tasks, panels of g_rows]
-  double *dy_sum, *dz_sum;                                       // [tasks, D], [tasks, r]
+  float *g1, *g2, *g3;                                           // [tasks, panels of g_rows]
+  double *dy_sum, *dz_sum;                                       // [tasks, D_out], [tasks, r]
   double* scale_sum;                                             // [panels]
   BackwardShared(Carver& c, const Sizes<G>& s, const Needs& needs, int64_t tasks)
-      : g_rows(round_up(s.r, G::kRows)),
-        up(c.take<float>(s.d_words * s.thin.columns(), needs.dz)),
-        down(c.take<float>(s.r_words * s.wide.columns(), needs.dx)),
+      : g_rows(round_up(s.thin.size, G::kRows)),
+        up(c.take<float>(s.out.words * s.thin.columns(), needs.dz)),
+        down(c.take<float>(s.thin.words * s.in.columns(), needs.dx)),
         down_bias(c.take<float>(s.thin.columns())),
-        up_bias(c.take<float>(s.wide.columns())),
-        scale(c.take<float>(s.wide.columns())),
-        norm_weight(c.take<float>(s.wide.columns(), needs.norm)),
-        norm_bias(c.take<float>(s.wide.columns(), needs.norm)),
-        g1(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g1)),
-        g2(c.take<float>(tasks * g_rows * s.wide.columns(), needs.g2)),
-        dy_sum(c.take<double>(tasks * s.wide.columns())),
+        up_bias(c.take<float>(s.out.columns())),
+        scale(c.take<float>(s.out.columns())),
+        norm_weight(c.take<float>(s.in.columns(), needs.norm)),
+        norm_bias(c.take<float>(s.in.columns(), needs.norm)),
+        g1(c.take<float>(tasks * g_rows * s.in.columns(), needs.g1)),
+        g2(c.take<float>(tasks * g_rows * s.out.columns(), needs.g2)),
+        g3(c.take<float>(tasks * g_rows * s.in.columns(), needs.g3)),
+        dy_sum(c.take<double>(tasks * s.out.columns())),
         dz_sum(c.take<double>(tasks * s.thin.columns())),
-        scale_sum(c.take<double>(s.wide.count)) {}
+        scale_sum(c.take<double>(s.out.panels.count)) {}
 };
 
 template <class G>
 struct BackwardTask {
   int64_t k_stride;  // of a row of the transposed tiles, in words
   typename G::Store *x, *dy, *dz;
-  float *h, *dh, *h_transposed, *dz_transposed, *panel, *mask, *stats;
+  float *h, *dh, *h_transposed, *dz_transposed, *panel, *stats;
   float* normal;  // a block of the gradient by xhat
-  BackwardTask(Carver& c, const Sizes<G>& s, const Needs& needs)
-      : k_stride(round_up(s.words(s.tile_rows), kLanes)),
-        x(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
-        dy(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
-        dz(c.take<typename G::Store>(s.tile_rows * s.r_stride)),
+  int8_t *x_kept, *h_kept;
+  BackwardTask(Carver& c, const Sizes<G>& s, const Needs& needs, const Masks& masks)
+      : k_stride(round_up(s.thin.as_words(s.tile_rows), kLanes)),
+        x(c.take<typename G::Store>(s.tile_rows * s.in.stride)),
+        dy(c.take<typename G::Store>(s.tile_rows * s.out.stride)),
+        dz(c.take<typename G::Store>(s.tile_rows * s.thin.stride)),
         h(c.take<float>(s.tile_rows * s.thin.columns())),
         dh(c.take<float>(s.tile_rows * s.thin.columns())),
         h_transposed(c.take<float>(s.thin.columns() * k_stride)),
         dz_transposed(c.take<float>(s.thin.columns() * k_stride)),
         panel(c.take<float>(k_stride * G::kPanel * kLanes)),
-        mask(c.take<float>(s.thin.columns() + 4)),
         stats(c.take<float>(2 * s.tile_rows)),
-        normal(c.take<float>(G::kBlock * s.wide.columns(), needs.norm && needs.dx)) {}
+        normal(c.take<float>(G::kBlock * s.in.columns(), needs.norm && needs.dx)),
+        x_kept(c.take<int8_t>(s.tile_rows * s.in.mask_stride(), needs.x_mask)),
+        h_kept(c.take<int8_t>(s.thin.mask_stride(), masks.h.on)) {}
 };
 
 // g [r, D] += A^T X for a tile, A^T given as words along m; adds the columns' sums of X to `sums`.
 // Either may be null.
 template <class G>
-inline void accumulate(const Sizes<G>& sizes, int64_t m, const float* transposed, int64_t k_stride,
-                       Operand<G> x, float* panel, float* g, double* sums) {
-  int64_t words = sizes.words(m), g_rows = round_up(sizes.r, G::kRows);
-  for (int64_t p = 0; p < sizes.wide.count; ++p) {
-    int64_t first = sizes.wide.first(p) * kLanes;
-    with_vectors<G>(sizes.wide.size(p), [&](auto vectors) {
-      pack_tile<G, vectors>(x.data, x.ld, m, sizes.d, first, words, panel, sums);
+inline void accumulate(const Width<G>& width, int64_t r, int64_t m, const float* transposed,
+                       int64_t k_stride, Operand<G> x, float* panel, float* g, double* sums) {
+  int64_t words = width.as_words(m), g_rows = round_up(r, G::kRows);
+  for (int64_t p = 0; p < width.panels.count; ++p) {
+    int64_t first = width.panels.first(p) * kLanes;
+    with_vectors<G>(width.panels.size(p), [&](auto vectors) {
+      pack_tile<G, vectors>(x.data, x.ld, m, width.size, first, words, panel, sums);
       if (g)
         for (int64_t i = 0; i < g_rows; i += G::kBlock)
           G::template accumulate<vectors>(
@@ -90,40 +96,45 @@ inline void accumulate(const Sizes<G>& sizes, int64_t m, const float* transposed
   }
 }
 
-// Panel p of every gradient made of g1 and g2, summed over the tasks in their order.
-template <class G, class T>
-void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
-                     const BackwardShared<G>& shared, int64_t tasks, int64_t panel) {
-  int64_t d = sizes.d, r = sizes.r, columns = sizes.wide.columns();
-  int64_t first = sizes.wide.first(panel) * kLanes, width = sizes.wide.size(panel) * kLanes;
-  auto reduce = [&](auto* parts, int64_t stride, int64_t offset, int64_t n) {
-    for (int64_t t = 1; t < tasks; ++t)
-      for (int64_t i = 0; i < n; ++i) parts[offset + i] += parts[t * stride + offset + i];
-    return parts + offset;
-  };
-  int64_t g_size = shared.g_rows * columns, g_offset = shared.g_rows * first;
-  float* g1 = needs.g1 ? reduce(shared.g1, g_size, g_offset, shared.g_rows * width) : nullptr;
-  float* g2 = needs.g2 ? reduce(shared.g2, g_size, g_offset, shared.g_rows * width) : nullptr;
-  const double* dy_sum = reduce(shared.dy_sum, columns, first, width);
-  auto write = [](const Parameter& out, int64_t index, Vec v, int64_t n) {
-    with_type(out, [&](auto* data) { store(data + index, v, n); });
-  };
+// The sum of the tasks' parts, in their order, in the place of the first.
+template <class T>
+inline T* reduce(T* parts, int64_t tasks, int64_t stride, int64_t offset, int64_t n) {
+  if (!parts) return nullptr;
+  for (int64_t t = 1; t < tasks; ++t)
+    for (int64_t i = 0; i < n; ++i) parts[offset + i] += parts[t * stride + offset + i];
+  return parts + offset;
+}
 
-  Weight<T> down{p.down_weight, r, d}, up{p.up_weight, d, r};
-  shared.scale_sum[panel] = 0;
+inline void write_gradient(const Parameter& out, int64_t index, Vec v, int64_t n) {
+  if (out.data) with_type(out, [&](auto* data) { store(data + index, v, n); });
+}
+
+// Panel p of the gradients made of g1 and g3: by the down-projection and by the norm.
+template <class G, class T>
+void write_down_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
+                          const BackwardShared<G>& shared, int64_t tasks, float kept,
+                          int64_t panel) {
+  const Width<G>& in = sizes.in;
+  int64_t r = sizes.thin.size, size = shared.g_rows * in.columns();
+  int64_t first = in.panels.first(panel) * kLanes, width = in.panels.size(panel) * kLanes;
+  float* g1 = reduce(shared.g1, tasks, size, shared.g_rows * first, shared.g_rows * width);
+  float* g3 = reduce(shared.g3, tasks, size, shared.g_rows * first, shared.g_rows * width);
+  Weight<T> down{p.down_weight, r, in.size};
   for (int64_t v = 0; v < width; v += kLanes) {
-    int64_t j = first + v, n = d - j;
+    int64_t j = first + v, n = in.size - j;
     Vec norm_weight = needs.norm ? read<Vec>(shared.norm_weight + j) : broadcast(1);
     Vec norm_bias = needs.norm ? read<Vec>(shared.norm_bias + j) : Vec{};
     Vec d_norm_weight = {}, d_norm_bias = {};
     for (int64_t begin = 0; (needs.g1 || p.d_norm_bias.data) && begin < r; begin += 8) {
       Vec weight_part = {}, bias_part = {};
       for (int64_t c = begin; c < least(begin + 8, r); ++c) {
-        float dz_sum = float(shared.dz_sum[c]);
         Vec g = needs.g1 ? read<Vec>(g1 + c * width + v) : Vec{};
+        Vec dz_sum = broadcast(float(shared.dz_sum[c]));
+        if (needs.x_mask) g *= kept;
+        if (g3) dz_sum = read<Vec>(g3 + c * width + v) * kept;
         Vec by_normal = g * norm_weight;
         if (p.norm_bias.data) by_normal += dz_sum * norm_bias;
-        if (p.d_down_weight.data) write(p.d_down_weight, c * d + j, by_normal, n);
+        write_gradient(p.d_down_weight, c * in.size + j, by_normal, n);
         if (needs.norm) {
           weight_part += down(c, j) * g;
           bias_part += down(c, j) * dz_sum;
@@ -132,9 +143,24 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
       d_norm_weight += weight_part;
       d_norm_bias += bias_part;
     }
-    if (p.d_norm_weight.data) write(p.d_norm_weight, j, d_norm_weight, n);
-    if (p.d_norm_bias.data) write(p.d_norm_bias, j, d_norm_bias, n);
+    write_gradient(p.d_norm_weight, j, d_norm_weight, n);
+    write_gradient(p.d_norm_bias, j, d_norm_bias, n);
+  }
+}
 
+// Panel p of the gradients made of g2: by the up-projection and by the scale.
+template <class G, class T>
+void write_up_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
+                        const BackwardShared<G>& shared, int64_t tasks, int64_t panel) {
+  const Width<G>& out = sizes.out;
+  int64_t r = sizes.thin.size, size = shared.g_rows * out.columns();
+  int64_t first = out.panels.first(panel) * kLanes, width = out.panels.size(panel) * kLanes;
+  float* g2 = reduce(shared.g2, tasks, size, shared.g_rows * first, shared.g_rows * width);
+  const double* dy_sum = reduce(shared.dy_sum, tasks, out.columns(), first, width);
+  Weight<T> up{p.up_weight, out.size, r};
+  shared.scale_sum[panel] = 0;
+  for (int64_t v = 0; v < width; v += kLanes) {
+    int64_t j = first + v, n = out.size - j;
     Vec up_dot[kLanes] = {};  // of each row of g2^T with that of Wu
     if (needs.g2)
       for (int64_t c = 0; c < r; c += kLanes) {
@@ -143,8 +169,7 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
           block[i] = c + i < r ? read<Vec>(g2 + (c + i) * width + v) : Vec{};
         transpose(block);
         for (int64_t i = 0; i < least(kLanes, n); ++i) {
-          if (p.d_up_weight.data)
-            write(p.d_up_weight, (j + i) * r + c, block[i] * shared.scale[j + i], r - c);
+          write_gradient(p.d_up_weight, (j + i) * r + c, block[i] * shared.scale[j + i], r - c);
           if (p.d_scale.data) up_dot[i] += block[i] * up(j + i, c);
         }
       }
@@ -155,9 +180,17 @@ void write_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const N
       if (p.up_bias.data) d_scale[i] += total[i] * shared.up_bias[j + i];
       shared.scale_sum[panel] += d_scale[i];
     }
-    if (p.d_up_bias.data) write(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
-    if (p.d_scale.data && p.channel_scale) write(p.d_scale, j, d_scale, n);
+    write_gradient(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
+    if (p.channel_scale) write_gradient(p.d_scale, j, d_scale, n);
   }
+}
+
+// x as it is masked: 1 where it is kept.
+template <class Store>
+inline void mask_rows(Store* x, int64_t m, int64_t d, int64_t ld, TileMask mask) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < d; j += kLanes)
+      store(x + i * ld + j, load(x + i * ld + j) * mask(i, j));
 }
 
 // A row of dx as a function of its columns, from the gradient v by xhat and from xhat.
@@ -173,14 +206,16 @@ inline auto through_norm(int64_t d, const float* v, const Store* xhat, float rst
 template <class G, class T>
 void backward(const BottleneckBackward& p, const Threads& threads) {
   Sizes<G> sizes(p);
-  Needs needs(p);
-  int64_t z_columns = sizes.thin.columns(), columns = sizes.wide.columns();
+  const Width<G>&in = sizes.in, &out = sizes.out, &thin = sizes.thin;
+  const Masks masks(p);
+  const Needs needs(p, masks);
+  int64_t z_columns = thin.columns();
   int64_t tasks = sizes.tasks(threads.count, 2 * kTileRows);
   auto shared = carve<BackwardShared<G>>(shared_scratch(), sizes, needs, tasks);
 
-  Weight<T> down{p.down_weight, sizes.r, sizes.d}, up{p.up_weight, sizes.d, sizes.r};
-  expand<T>(p.down_bias, sizes.r, 0, shared.down_bias);
-  expand<T>(p.up_bias, sizes.d, 0, shared.up_bias);
+  Weight<T> down{p.down_weight, thin.size, in.size}, up{p.up_weight, out.size, thin.size};
+  expand<T>(p.down_bias, thin.size, 0, shared.down_bias);
+  expand<T>(p.up_bias, out.size, 0, shared.up_bias);
   expand_scale<T>(p, shared.scale);
   up.row_scale = shared.scale;
   if (needs.norm) {
@@ -188,64 +223,67 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     down.column_scale = shared.norm_weight;
   }
   if (needs.dz) {
-    for (int64_t i = 0; i < sizes.thin.count; ++i)
-      pack_rows<G>(up, sizes.thin, i, sizes.d_words, shared.up);
-    fold(sizes.thin, sizes.d_words, shared.up);
+    for (int64_t i = 0; i < thin.panels.count; ++i)
+      pack_rows<G>(up, thin.panels, i, out.words, shared.up);
+    fold(thin.panels, out.words, shared.up);
   }
   if (needs.dx)
-    for (int64_t i = 0; i < sizes.wide.count; ++i)
-      pack_rows<G>(down, sizes.wide, i, sizes.r_words, shared.down);
+    for (int64_t i = 0; i < in.panels.count; ++i)
+      pack_rows<G>(down, in.panels, i, thin.words, shared.down);
 
-  bool stream = needs.dx && streams(p.dx, p.x_dtype, p.all_rows(), sizes.d);
+  bool stream = needs.dx && streams(p.dx, p.x_dtype, p.all_rows(), in.size);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
-    auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs);
+    auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs, masks);
     auto clear = [t](auto* part, int64_t n) {
       if (part) std::memset(part += t * n, 0, n * sizeof(*part));
       return part;
     };
-    float* g1 = clear(shared.g1, shared.g_rows * columns);
-    float* g2 = clear(shared.g2, shared.g_rows * columns);
-    double* dy_sum = clear(shared.dy_sum, columns);
+    float* g1 = clear(shared.g1, shared.g_rows * in.columns());
+    float* g2 = clear(shared.g2, shared.g_rows * out.columns());
+    float* g3 = clear(shared.g3, shared.g_rows * in.columns());
+    double* dy_sum = clear(shared.dy_sum, out.columns());
     double* dz_sum = clear(shared.dz_sum, z_columns);
-    std::memset(task.mask, 0, z_columns * sizeof(float));
 
     sizes.tiles(p, t, tasks, [&](const TileRows& tile) {
       int64_t m = tile.count;
-      Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, tile, sizes.d);
-      Tile<T> dy(p.dy, p.out_dtype, p.rows, tile, sizes.d);
-      Tile<T> dx(p.dx, p.x_dtype, p.rows, tile, sizes.d, stream);
+      Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, tile, in.size);
+      Tile<T> dy(p.dy, p.out_dtype, p.rows, tile, out.size);
+      Tile<T> dx(p.dx, p.x_dtype, p.rows, tile, in.size, stream);
+      TileMask mask;
+      if (needs.x_mask) mask = tile_mask(masks.x, tile, in, task.x_kept, 1);
       const float* stats = needs.norm && needs.x ? task.stats : nullptr;
       for (int64_t i = 0; stats && i < m; ++i)
         std::memcpy(task.stats + 2 * i, p.stats + 2 * tile[i], 2 * sizeof(float));
-      auto dy_operand =
-          dy.typed([&](auto* rows) { return operand<G>(rows, dy, m, sizes, task.dy); });
+      auto dy_operand = dy.typed([&](auto* rows) { return operand<G>(rows, dy, m, out, task.dy); });
       Operand<G> xhat{};
       if (needs.x)
-        xhat = x.typed(
-            [&](auto* rows) { return operand<G>(rows, x, m, sizes, task.x, Normalise{stats}); });
+        xhat = x.typed([&](auto* rows) {
+          return operand<G>(rows, x, m, in, task.x, Normalise{stats},
+                            needs.norm ? TileMask{} : mask);
+        });
 
       if (needs.dz) {
         std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-        multiply_long<G>(sizes.chains, m, sizes.d_words, dy_operand.data, dy_operand.ld, shared.up,
-                         sizes.thin, task.dh, z_columns);
+        multiply_long<G>(sizes.chains, m, out.words, dy_operand.data, dy_operand.ld, shared.up,
+                         thin.panels, task.dh, z_columns);
       }
       bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
       for (int64_t i = 0; needs.z && i < m; ++i) {
-        if (p.seed) dropout_row(p, tile[i], task.mask);
+        if (masks.h.on) masks.h.row(tile[i], thin.size, task.h_kept);
         for (int64_t c = 0; c < z_columns; c += kLanes) {
-          Vec z = load((const T*)p.z + tile[i] * sizes.r + c, sizes.r - c);
+          Vec z = load((const T*)p.z + tile[i] * thin.size + c, thin.size - c);
           Activated a = activate(p.activation, z);
-          Vec mask = p.seed ? read<Vec>(task.mask + c) : broadcast(1);
-          store(task.h + i * z_columns + c, a.value * mask);
+          Vec factor = masks.h.on ? where_kept(task.h_kept + c, masks.h.factor) : broadcast(1);
+          store(task.h + i * z_columns + c, a.value * factor);
           if (!needs.dz) continue;
-          Vec dh = read<Vec>(task.dh + i * z_columns + c) * mask;
-          Vec dz = first_lanes(backpropagate(p.activation, z, a, dh), sizes.r - c);
+          Vec dh = read<Vec>(task.dh + i * z_columns + c) * factor;
+          Vec dz = first_lanes(backpropagate(p.activation, z, a, dh), thin.size - c);
           store(task.dh + i * z_columns + c, dz);
-          store(task.dz + i * sizes.r_stride + c, dz);
+          store(task.dz + i * thin.stride + c, dz);
         }
-        for (int64_t c = z_columns; c < sizes.r_stride; c += kLanes)
-          store(task.dz + i * sizes.r_stride + c, Vec{});
+        for (int64_t c = z_columns; c < thin.stride; c += kLanes)
+          store(task.dz + i * thin.stride + c, Vec{});
       }
       for (int64_t c = 0; dz_total && c < z_columns; c += kLanes)
         for (int64_t begin = 0; begin < m; begin += 8) {
@@ -260,37 +298,48 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
         for (int64_t first = 0; first < m; first += G::kBlock) {
           int64_t rows = least(m - first, G::kBlock);
           multiply<G>(
-              sizes.chains, rows, sizes.r_words, task.dz + first * sizes.r_stride, sizes.r_stride,
-              shared.down, sizes.wide,
+              sizes.chains, rows, thin.words, task.dz + first * thin.stride, thin.stride,
+              shared.down, in.panels,
               [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
                 i += first;
                 dx.expect_write(i, j, G::kPanel * kLanes);
-                dy.expect(i + m, j, G::kPanel * kLanes);
+                if (j < out.size) dy.expect(i + m, j, G::kPanel * kLanes);
                 x.expect(i + m, j, G::kPanel * kLanes);
               },
               [&](int64_t row, int64_t n_rows, int64_t column, int64_t n, const float* c) {
                 auto value = [&](int64_t i, int64_t j) {
-                  return read<Vec>(c + (i - first - row) * G::kPanel * kLanes + j - column);
+                  Vec v = read<Vec>(c + (i - first - row) * G::kPanel * kLanes + j - column);
+                  return mask.kept ? v * (mask(i, j) * masks.x.factor) : v;
                 };
                 if (!needs.norm) return write(dx, add, first + row, n_rows, column, n, value);
                 for (int64_t i = row; i < row + n_rows; ++i)
                   for (int64_t j = column; j < column + n; j += kLanes)
-                    store(task.normal + i * columns + j, value(first + i, j));
+                    store(task.normal + i * in.columns() + j, value(first + i, j));
               });
           for (int64_t i = first; needs.norm && i < first + rows; ++i)
-            write(dx, add, i, 1, 0, sizes.d,
-                  through_norm(sizes.d, task.normal + (i - first) * columns,
+            write(dx, add, i, 1, 0, in.size,
+                  through_norm(in.size, task.normal + (i - first) * in.columns(),
                                xhat.data + i * xhat.ld, stats[2 * i + 1]));
         }
       }
-      if (needs.g1) {
+      if (needs.g1 || needs.g3)
         pack_transposed<G>(task.dh, m, z_columns, task.dz_transposed, task.k_stride);
-        accumulate<G>(sizes, m, task.dz_transposed, task.k_stride, xhat, task.panel, g1, nullptr);
+      auto add_to = [&](float* g, Operand<G> rows) {
+        accumulate<G>(in, thin.size, m, task.dz_transposed, task.k_stride, rows, task.panel, g,
+                      nullptr);
+      };
+      if (needs.g1 && needs.norm && mask.kept) mask_rows(task.x, m, in.size, in.stride, mask);
+      if (needs.g1) add_to(g1, xhat);
+      if (needs.g3) {
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < in.size; j += kLanes)
+            store(task.x + i * in.stride + j, mask(i, j));
+        add_to(g3, {task.x, in.stride});
       }
       if (needs.g2) pack_transposed<G>(task.h, m, z_columns, task.h_transposed, task.k_stride);
       if (needs.g2 || needs.dy_sum)
-        accumulate<G>(sizes, m, task.h_transposed, task.k_stride, dy_operand, task.panel, g2,
-                      dy_sum);
+        accumulate<G>(out, thin.size, m, task.h_transposed, task.k_stride, dy_operand, task.panel,
+                      g2, dy_sum);
     });
     if (stream) finish_streams();
   });
@@ -301,12 +350,17 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     with_type(out, [&](auto* data) { store(data + i, broadcast(float(v)), 1); });
   };
   if (p.d_down_bias.data)
-    for (int64_t c = 0; c < sizes.r; ++c) write(p.d_down_bias, c, shared.dz_sum[c]);
-  parallel(threads, sizes.wide.count,
-           [&](int64_t panel) { write_gradients<G, T>(p, sizes, needs, shared, tasks, panel); });
+    for (int64_t c = 0; c < thin.size; ++c) write(p.d_down_bias, c, shared.dz_sum[c]);
+  int64_t downs = in.panels.count, ups = out.panels.count;
+  parallel(threads, downs + ups, [&](int64_t i) {
+    if (i < downs)
+      write_down_gradients<G, T>(p, sizes, needs, shared, tasks, masks.x.factor, i);
+    else
+      write_up_gradients<G, T>(p, sizes, needs, shared, tasks, i - downs);
+  });
   if (p.d_scale.data && !p.channel_scale) {
     double total = 0;
-    for (int64_t i = 0; i < sizes.wide.count; ++i) total += shared.scale_sum[i];
+    for (int64_t i = 0; i < ups; ++i) total += shared.scale_sum[i];
     write(p.d_scale, 0, total);
   }
 }

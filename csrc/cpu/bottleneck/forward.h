@@ -6,38 +6,46 @@
 namespace fastadapters::cpu {
 namespace {
 
+// What x, behind LayerNorm, and h are multiplied with.
+struct Masks {
+  Dropout x, h;
+  explicit Masks(const Bottleneck& p) : x(p.seed, p.input_dropout, 1), h(p.seed, p.dropout, 0) {}
+};
+
 template <class G>
 struct ForwardShared {
   float *down, *up;                                              // packed weights
   float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
   ForwardShared(Carver& c, const Sizes<G>& s, bool norm)
-      : down(c.take<float>(s.d_words * s.thin.columns())),
-        up(c.take<float>(s.r_words * s.wide.columns())),
+      : down(c.take<float>(s.in.words * s.thin.columns())),
+        up(c.take<float>(s.thin.words * s.out.columns())),
         down_bias(c.take<float>(s.thin.columns())),
-        up_bias(c.take<float>(s.wide.columns())),
-        scale(c.take<float>(s.wide.columns())),
-        norm_weight(c.take<float>(s.wide.columns(), norm)),
-        norm_bias(c.take<float>(s.wide.columns(), norm)) {}
+        up_bias(c.take<float>(s.out.columns())),
+        scale(c.take<float>(s.out.columns())),
+        norm_weight(c.take<float>(s.in.columns(), norm)),
+        norm_bias(c.take<float>(s.in.columns(), norm)) {}
 };
 
 template <class G>
 struct ForwardTask {
   typename G::Store *x, *h;
-  float *z, *stats, *mask;
-  ForwardTask(Carver& c, const Sizes<G>& s)
-      : x(c.take<typename G::Store>(s.tile_rows * s.d_stride)),
-        h(c.take<typename G::Store>(s.tile_rows * s.r_stride)),
+  float *z, *stats;
+  int8_t *x_kept, *h_kept;
+  ForwardTask(Carver& c, const Sizes<G>& s, const Masks& masks)
+      : x(c.take<typename G::Store>(s.tile_rows * s.in.stride)),
+        h(c.take<typename G::Store>(s.tile_rows * s.thin.stride)),
         z(c.take<float>(s.tile_rows * s.thin.columns())),
         stats(c.take<float>(2 * s.tile_rows)),
-        mask(c.take<float>(s.thin.columns() + 4)) {}
+        x_kept(c.take<int8_t>(s.tile_rows * s.in.mask_stride(), masks.x.on)),
+        h_kept(c.take<int8_t>(s.thin.mask_stride(), masks.h.on)) {}
 };
 
-// s, a number or a parameter, as a vector of D.
+// s, a number or a parameter, as a vector of D_out.
 template <class T>
 inline void expand_scale(const Bottleneck& p, float* scale) {
   float value = p.scale_value;
   if (p.scale.data && !p.channel_scale) value = Weight<T>{p.scale, 1, 1}(0, 0)[0];
-  expand<T>(p.channel_scale ? p.scale : Parameter{}, p.dim, value, scale);
+  expand<T>(p.channel_scale ? p.scale : Parameter{}, p.out_dim, value, scale);
 }
 
 // The norm's parameters have x's dtype.
@@ -56,67 +64,69 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   Sizes<G> sizes(p);
   if (sizes.m == 0) return;
   bool norm = p.norm_weight.data;
+  const Width<G>&in = sizes.in, &out = sizes.out, &thin = sizes.thin;
+  const Masks masks(p);
   auto shared = carve<ForwardShared<G>>(shared_scratch(), sizes, norm);
 
-  Weight<T> down{p.down_weight, sizes.r, sizes.d}, up{p.up_weight, sizes.d, sizes.r};
-  expand<T>(p.down_bias, sizes.r, 0, shared.down_bias);
-  expand<T>(p.up_bias, sizes.d, 0, shared.up_bias);
+  Weight<T> down{p.down_weight, thin.size, in.size}, up{p.up_weight, out.size, thin.size};
+  expand<T>(p.down_bias, thin.size, 0, shared.down_bias);
+  expand<T>(p.up_bias, out.size, 0, shared.up_bias);
   expand_scale<T>(p, shared.scale);
-  for (int64_t j = 0; j < sizes.d; j += kLanes)
+  for (int64_t j = 0; j < out.size; j += kLanes)
     store(shared.up_bias + j, read<Vec>(shared.up_bias + j) * read<Vec>(shared.scale + j));
   if (norm) expand_norm<T>(p, shared.norm_weight, shared.norm_bias);
-  for (int64_t i = 0; i < sizes.thin.count; ++i)
-    pack_columns<G>(down, sizes.thin, i, sizes.d_words, shared.down);
-  fold(sizes.thin, sizes.d_words, shared.down);
-  for (int64_t i = 0; i < sizes.wide.count; ++i)
-    pack_columns<G>(up, sizes.wide, i, sizes.r_words, shared.up);
+  for (int64_t i = 0; i < thin.panels.count; ++i)
+    pack_columns<G>(down, thin.panels, i, in.words, shared.down);
+  fold(thin.panels, in.words, shared.down);
+  for (int64_t i = 0; i < out.panels.count; ++i)
+    pack_columns<G>(up, out.panels, i, thin.words, shared.up);
 
-  bool stream = streams(p.y, p.out_dtype, p.all_rows(), sizes.d);
+  bool stream = streams(p.y, p.out_dtype, p.all_rows(), out.size);
   int64_t tasks = sizes.tasks(threads.count, G::kBlock);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
-    auto task = carve<ForwardTask<G>>(task_scratch(), sizes);
-    int64_t z_columns = sizes.thin.columns();
-    std::memset(task.mask, 0, z_columns * sizeof(float));
+    auto task = carve<ForwardTask<G>>(task_scratch(), sizes, masks);
+    int64_t z_columns = thin.columns();
 
     sizes.tiles(p, t, tasks, [&](const TileRows& tile) {
       int64_t m = tile.count;
-      Tile<T> x(p.x, p.x_dtype, p.rows, tile, sizes.d);
-      Tile<T> residual(p.residual, p.out_dtype, p.rows, tile, sizes.d);
-      Tile<T> y(p.y, p.out_dtype, p.rows, tile, sizes.d, stream);
+      Tile<T> x(p.x, p.x_dtype, p.rows, tile, in.size);
+      Tile<T> residual(p.residual, p.out_dtype, p.rows, tile, out.size);
+      Tile<T> y(p.y, p.out_dtype, p.rows, tile, out.size, stream);
+      TileMask mask = tile_mask(masks.x, tile, in, task.x_kept, masks.x.factor);
       auto a = x.typed([&](auto* rows) {
         for (int64_t i = 0; norm && i < m; ++i)
-          row_statistics(rows + x.offset(i), sizes.d, p.norm_eps, task.stats + 2 * i);
+          row_statistics(rows + x.offset(i), in.size, p.norm_eps, task.stats + 2 * i);
         return operand<G>(
-            rows, x, m, sizes, task.x,
-            norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{});
+            rows, x, m, in, task.x,
+            norm ? Normalise{task.stats, shared.norm_weight, shared.norm_bias} : Normalise{}, mask);
       });
       for (int64_t i = 0; norm && p.stats && i < m; ++i)
         std::memcpy(p.stats + 2 * tile[i], task.stats + 2 * i, 2 * sizeof(float));
       std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-      multiply_long<G>(sizes.chains, m, sizes.d_words, a.data, a.ld, shared.down, sizes.thin,
-                       task.z, z_columns);
+      multiply_long<G>(sizes.chains, m, in.words, a.data, a.ld, shared.down, thin.panels, task.z,
+                       z_columns);
 
       for (int64_t i = 0; i < m; ++i) {
-        if (p.seed) dropout_row(p, tile[i], task.mask);
-        for (int64_t c = 0; c < sizes.r_stride; c += kLanes) {
+        if (masks.h.on) masks.h.row(tile[i], thin.size, task.h_kept);
+        for (int64_t c = 0; c < thin.stride; c += kLanes) {
           Vec h = {};
-          if (c < sizes.r) {
+          if (c < thin.size) {
             Vec z = read<Vec>(task.z + i * z_columns + c) + read<Vec>(shared.down_bias + c);
-            if (p.z) store((T*)p.z + tile[i] * sizes.r + c, z, sizes.r - c);
+            if (p.z) store((T*)p.z + tile[i] * thin.size + c, z, thin.size - c);
             h = activate(p.activation, z).value;
-            if (p.seed) h *= read<Vec>(task.mask + c);
-            h = first_lanes(h, sizes.r - c);
+            if (masks.h.on) h *= where_kept(task.h_kept + c, masks.h.factor);
+            h = first_lanes(h, thin.size - c);
           }
-          store(task.h + i * sizes.r_stride + c, h);
+          store(task.h + i * thin.stride + c, h);
         }
       }
 
       multiply<G>(
-          sizes.chains, m, sizes.r_words, task.h, sizes.r_stride, shared.up, sizes.wide,
+          sizes.chains, m, thin.words, task.h, thin.stride, shared.up, out.panels,
           [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
             y.expect_write(i, j, G::kPanel * kLanes);
-            x.expect(i + m, j, G::kPanel * kLanes);
+            if (j < in.size) x.expect(i + m, j, G::kPanel * kLanes);
           },
           [&](int64_t first, int64_t rows, int64_t column, int64_t n, const float* c) {
             write(y, residual, first, rows, column, n, [&](int64_t i, int64_t j) {
