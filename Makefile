@@ -15,7 +15,7 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check hub-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-isas test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check hub-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,20 @@ test-seeds: setup ## The drawn samples under 30 seeds on each instruction set of
 	  OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c 'log=$$(FASTADAPTERS_CPU_ISA=$$0 pytest -m hypothesis \
 	    --hypothesis-profile=seeds --hypothesis-seed=$$1 $(DRAWN) 2>&1) && \
 	    echo "$$0, seed $$1: passed" || { echo "$$0, seed $$1: $$log"; exit 1; }'
+
+# A copy of the package, of links, around a library that emulates the instruction sets this CPU lacks.
+OP_TESTS := $(foreach op,bottleneck multiway grouped multimodal cross_modal_attention sequence_fusion,tests/test_$(op).py)
+test-isas: setup ## The ops' tests and the C++ tests on every instruction set, those that this CPU lacks emulated
+	$(CMAKE) -S . -B build/hooks
+	cmake --build build/hooks --target _C $(CPP_TESTS)
+	rm -rf build/isas && mkdir -p build/isas
+	cp -rs $(abspath fastadapters) build/isas/
+	ln -sfn $(abspath kernels) build/isas/fastadapters/kernels
+	ln -sf $(abspath build/hooks/_C.abi3.so) build/isas/fastadapters/
+	ctest --test-dir build/hooks --output-on-failure
+	for isa in amx avx512_bf16 avx512; do \
+	  FASTADAPTERS_CPU_ISA=$$isa PYTHONPATH=build/isas OMP_NUM_THREADS=1 pytest -n 2 -k 'not eager' $(OP_TESTS) || exit 1; \
+	done
 
 # The other versions of Triton that the kernels are for, each beside the PyTorch of $(VENV).
 TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0

@@ -50,7 +50,8 @@ py::dict build() {
 
 PYBIND11_MODULE(_hooks, m) {
   m.doc() = "Test hooks of fastadapters";
-  m.def("cpu_isas", &cpu_isas, "Instruction sets that run here, best first; amx is emulated");
+  m.def("cpu_isas", &cpu_isas, "Instruction sets that run here, best first");
+  m.attr("emulated") = py::str(FASTADAPTERS_EMULATED).attr("split")();
   m.def("cpu_isa", &fastadapters_cpu_isa, "The instruction set in use");
   m.def("cpu_isa_for", &fastadapters_cpu_isa_for, "The one whose kernels run for a dtype, and why",
         py::arg("dtype"));

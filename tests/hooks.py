@@ -1,7 +1,7 @@
 """The test-hook module: built when out of date, loaded once.
 
     hooks = load()
-    hooks.set_cpu_isa("amx")    # emulated: runs on every CPU that has AVX512-BF16
+    hooks.set_cpu_isa("amx")    # what this CPU lacks of AVX-512 and AMX is emulated
     torch.ops.fastadapters_hooks.bottleneck_forward(...)
 
 Functions are in csrc/hooks.cpp. torch.ops.fastadapters_hooks is a second copy of the op library:
@@ -53,7 +53,11 @@ def build() -> Path:
 
 @functools.cache
 def load() -> ModuleType:
-    """The module; its ops get the package's schemas. Skips the test where it cannot be built."""
+    """The module; its ops get the package's schemas. Skips the test where it cannot be built.
+
+    Unless a test or FASTADAPTERS_CPU_ISA names another, the best instruction set that is not
+    emulated runs.
+    """
     spec = importlib.util.spec_from_file_location("_hooks", build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,4 +78,7 @@ def load() -> ModuleType:
     ):
         schema = getattr(torch.ops.fastadapters, name).default._schema
         module.library.define(str(schema).partition("::")[2])
+    if not os.environ.get("FASTADAPTERS_CPU_ISA"):
+        native = (isa for isa in module.cpu_isas() if isa not in module.emulated)
+        module.set_cpu_isa(next(native))
     return module

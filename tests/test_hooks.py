@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cpu_kernels import ISAS
 from hooks import NAMESPACE, load
 
 from fastadapters.reference import philox
@@ -51,11 +52,15 @@ def test_bfloat16_runs_on_what_is_faster():
     assert twice == ("avx512_bf16", "340 GFLOP/s in bf16 against 168 in fp32, measured")
 
 
-def test_cpu_of_the_hooks_is_that_of_this_machine():
-    flags = Path("/proc/cpuinfo").read_text().split()
-    names = load().cpu_isas()
-    assert ("avx512" in names) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= {*flags})
-    assert ("avx2" in names) == ({"avx2", "fma", "f16c"} <= {*flags})
+def test_what_this_cpu_lacks_is_emulated():
+    flags = {*Path("/proc/cpuinfo").read_text().split()}
+    hooks = load()
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    assert "amx" in hooks.emulated
+    assert ("avx512_bf16" in hooks.emulated) == (not {*avx512, "avx512_bf16"} <= flags)
+    assert ("avx512" in hooks.emulated) == (not avx512 <= flags)
+    avx2 = {"avx2", "fma", "f16c"} <= flags
+    assert hooks.cpu_isas() == [*(isa for isa in ISAS if avx2 and isa != "portable"), "portable"]
 
 
 @pytest.mark.parametrize("seed", [(0, 0), (2**63 - 1, 5), (-1, -(2**63)), (81985529216486895, 77)])

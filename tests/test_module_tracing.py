@@ -119,3 +119,11 @@ def test_compiled_hooks_on_layers(kind: str) -> None:
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(*tensors)
     torch.testing.assert_close(got, model(*tensors))
     assert not torch.allclose(got, before)
+
+
+def test_export_of_the_attention_for_any_number_of_images() -> None:
+    model, (text, image) = sample("multimodal").eval(), inputs("multimodal")
+    sizes = ({}, {0: torch.export.Dim("B", min=2, max=64)})
+    program = torch.export.export(model, (text, image), dynamic_shapes=sizes).module()
+    images = torch.cat([image, image])
+    torch.testing.assert_close(program(text, images), model(text, images))

@@ -4,10 +4,6 @@
 
 #include "gemm.h"
 
-#if defined(FASTADAPTERS_EMULATE_AMX)
-#include "amx_emulation.h"
-#endif
-
 namespace fastadapters::cpu {
 namespace {
 

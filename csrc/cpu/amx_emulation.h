@@ -1,7 +1,10 @@
-// The tile instructions amx.h uses in plain C++, so that its kernels run, and are checked by the
-// sanitizers, on machines without AMX. Same results bit for bit (Intel SDM, TDPBF16PS): even and
-// odd k are summed apart and added to C last, subnormals count as zero.
+// The tile instructions amx.h uses in plain C++. Tests put this file in front (-include) of its
+// kernels, so that they run, and are checked by the sanitizers, on machines without AMX. Same
+// results bit for bit (Intel SDM, TDPBF16PS): even and odd k are summed apart and added to C last,
+// subnormals count as zero.
 #pragma once
+
+#include <immintrin.h>
 
 #include <cstdint>
 #include <cstdio>

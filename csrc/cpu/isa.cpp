@@ -23,17 +23,28 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+
+// Tests emulate what a CPU lacks.
+#if defined(FASTADAPTERS_EMULATE_AVX512)
+bool has_avx512() { return has_avx2(); }
+#else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
+#if defined(FASTADAPTERS_EMULATE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512(); }
+#else
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#if defined(FASTADAPTERS_EMULATE_AMX)
+bool has_amx() { return has_avx512_bf16(); }
+#else
 bool has_amx() {
   if (!has_avx512_bf16()) return false;
-#if defined(FASTADAPTERS_EMULATE_AMX)
-  return true;
-#else
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
@@ -41,8 +52,8 @@ bool has_amx() {
   // The kernel hands out the tile registers on request, once per process.
   constexpr int request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#endif
 }
+#endif
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }

@@ -57,7 +57,7 @@ def multimodal_features(
         text_out, image_out = attention(*text_qkv, *image_qkv, bias=bias, outputs="both")
     up = [_compose(up[0], out_proj), *up[1:]]
     text_out, image_out = (mlp(out.flatten(-2), up, "gelu") for out in (text_out, image_out))
-    return text_out.expand(len(image), n_texts, -1), image_out[:, 0]
+    return text_out.expand(image.shape[0], n_texts, -1), image_out[:, 0]
 
 
 def _merged_hidden(

@@ -178,7 +178,7 @@ class MultiModalAdapter(nn.Module):
         check_features(text, image)
         check_input("image", image, _stack(self.downsampler)[0])
         texts = text.transpose(0, 1) if text.dim() == 3 else text[:, None]
-        texts = texts.to(image.dtype).expand(-1, len(image), -1)
+        texts = texts.to(image.dtype).expand(-1, image.shape[0], -1)
 
         def branch() -> Tensor:
             x = self.downsampler(torch.cat([texts, image[None]]))
