@@ -55,16 +55,6 @@ inline __m256i emulate_cvtps_ph(__m512 v) {
   return narrow;
 }
 
-inline void emulate_stream(float* p, __m512 v) {
-  if ((uintptr_t)p % 64) {
-    std::fputs("64 bytes streamed to a misaligned address\n", stderr);
-    std::abort();
-  }
-  TwoHalves half = split(v);
-  _mm256_stream_ps(p, half.low);
-  _mm256_stream_ps(p + 8, half.high);
-}
-
 inline Words16 flush_subnormals(Words16 v) { return (v & 0x7f800000) == 0 ? v & 0x80000000 : v; }
 
 // Subnormals count as zero, NaN stays NaN.
@@ -101,10 +91,8 @@ __attribute__((noinline)) inline __m512 emulate_dpbf16(__m512 c, __m512bh a, __m
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_cvtneps_pbh
 #undef _mm512_dpbf16_ps
-#undef _mm512_stream_ps
 #define _mm512_maskz_sqrt_ps(mask, v) fastadapters::cpu::emulate_sqrt(v)
 #define _mm512_maskz_cvtph_ps(mask, v) fastadapters::cpu::emulate_cvtph(v)
 #define _mm512_maskz_cvtps_ph(mask, v, rounding) fastadapters::cpu::emulate_cvtps_ph(v)
 #define _mm512_cvtneps_pbh(v) fastadapters::cpu::emulate_cvtneps_pbh(v)
 #define _mm512_dpbf16_ps(c, a, b) fastadapters::cpu::emulate_dpbf16(c, a, b)
-#define _mm512_stream_ps(p, v) fastadapters::cpu::emulate_stream(p, v)

@@ -122,41 +122,6 @@ inline void store(T* p, Vec v) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// Past the caches, to an address aligned to the vector's size.
-template <class T>
-inline void stream(T* p, Vec v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    _mm512_stream_ps((float*)p, (__m512)v);
-  else
-    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(p, v));
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4)
-    _mm256_stream_ps((float*)p, (__m256)v);
-  else
-    _mm_stream_si128((__m128i*)p, (__m128i)narrow(p, v));
-#else
-  store(p, v);
-#endif
-}
-
-// Orders what was streamed before what the thread does next.
-inline void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
-
-// Whether an output is better written past the caches: it is larger than them, and the CPU has been
-// seen to gain (AMD does, Intel loses).
-inline bool exceeds_caches([[maybe_unused]] int64_t bytes) {
-#if defined(__x86_64__)
-  return bytes >= 32 << 20 && __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 // The first n lanes; lanes from n on are read as 0. n may exceed the vector.
 template <class T>
 inline Vec load(const T* p, int64_t n) {

@@ -16,14 +16,6 @@ namespace {
 constexpr int64_t kTileBytes = 256 << 10;
 constexpr int64_t kTileRows = 64;
 
-// Whether rows can be, and are better, written past the caches.
-inline bool streams(const Rows& out, Dtype dtype, int64_t m, int64_t d) {
-  const int64_t size = dtype == Dtype::float32 ? 4 : 2;
-  uintptr_t misaligned = (uintptr_t)out.data;
-  for (int64_t stride : out.strides) misaligned |= uintptr_t(stride * size);
-  return misaligned % 64 == 0 && exceeds_caches(m * d * size);
-}
-
 // Which rows a tile has: `first` and those behind it, of one stride, or those of a list.
 struct TileRows {
   int64_t first, count;
@@ -36,14 +28,13 @@ template <class T>
 struct Tile {
   void* data = nullptr;
   int64_t ld = 0, d = 0;
-  bool wide = true, stream = false, listed = false;
+  bool wide = true, listed = false;
   int64_t offsets[kTileRows];  // in elements, of listed rows
 
   Tile() = default;
   // The row dimensions of `rows` are `shape`.
-  Tile(const Rows& rows, Dtype dtype, const int64_t (&shape)[3], const TileRows& which, int64_t d,
-       bool stream = false)
-      : ld(rows.strides[2]), d(d), wide(dtype == Dtype::float32), stream(stream) {
+  Tile(const Rows& rows, Dtype dtype, const int64_t (&shape)[3], const TileRows& which, int64_t d)
+      : ld(rows.strides[2]), d(d), wide(dtype == Dtype::float32) {
     if (!rows.data) return;
     auto place = [&](int64_t row) {
       int64_t inner = row % shape[2], middle = row / shape[2] % shape[1];
@@ -72,7 +63,7 @@ struct Tile {
       typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<0, 2>(p + i * ld + j, n); });
   }
   FASTADAPTERS_INLINE void expect_write(int64_t i, int64_t j, int64_t n) const {
-    if (!stream && !listed)
+    if (!listed)
       typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<1, 3>(p + i * ld + j, n); });
   }
 };
@@ -88,10 +79,7 @@ inline void write(const Tile<T>& out, const Tile<T>& add, int64_t row, int64_t r
       for (int64_t j = column; j < least(column + columns, out.d); j += kLanes) {
         Vec v = values(i, j);
         if (more) v += load(more + j, out.d - j);
-        if (out.stream && out.d - j >= kLanes)
-          stream(to + j, v);
-        else
-          store(to + j, v, out.d - j);
+        store(to + j, v, out.d - j);
       }
     }
   });

@@ -231,7 +231,6 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     for (int64_t i = 0; i < in.panels.count; ++i)
       pack_rows<G>(down, in.panels, i, thin.words, shared.down);
 
-  bool stream = needs.dx && streams(p.dx, p.x_dtype, p.all_rows(), in.size);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
     auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs, masks);
@@ -249,7 +248,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
       int64_t m = tile.count;
       Tile<T> x(needs.x ? p.x : Rows{}, p.x_dtype, p.rows, tile, in.size);
       Tile<T> dy(p.dy, p.out_dtype, p.rows, tile, out.size);
-      Tile<T> dx(p.dx, p.x_dtype, p.rows, tile, in.size, stream);
+      Tile<T> dx(p.dx, p.x_dtype, p.rows, tile, in.size);
       TileMask mask;
       if (needs.x_mask) mask = tile_mask(masks.x, tile, in, task.x_kept, 1);
       const float* stats = needs.norm && needs.x ? task.stats : nullptr;
@@ -341,7 +340,6 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
         accumulate<G>(out, thin.size, m, task.h_transposed, task.k_stride, dy_operand, task.panel,
                       g2, dy_sum);
     });
-    if (stream) finish_streams();
   });
 
   for (int64_t t = 1; t < tasks; ++t)

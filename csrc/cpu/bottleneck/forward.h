@@ -81,7 +81,6 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   for (int64_t i = 0; i < out.panels.count; ++i)
     pack_columns<G>(up, out.panels, i, thin.words, shared.up);
 
-  bool stream = streams(p.y, p.out_dtype, p.all_rows(), out.size);
   int64_t tasks = sizes.tasks(threads.count, G::kBlock);
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
@@ -92,7 +91,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
       int64_t m = tile.count;
       Tile<T> x(p.x, p.x_dtype, p.rows, tile, in.size);
       Tile<T> residual(p.residual, p.out_dtype, p.rows, tile, out.size);
-      Tile<T> y(p.y, p.out_dtype, p.rows, tile, out.size, stream);
+      Tile<T> y(p.y, p.out_dtype, p.rows, tile, out.size);
       TileMask mask = tile_mask(masks.x, tile, in, task.x_kept, masks.x.factor);
       auto a = x.typed([&](auto* rows) {
         for (int64_t i = 0; norm && i < m; ++i)
@@ -135,7 +134,6 @@ void forward(const BottleneckForward& p, const Threads& threads) {
             });
           });
     });
-    if (stream) finish_streams();
   });
 }
 

@@ -74,21 +74,12 @@ inline void take_item(const Sizes& s, const Keys& images, int64_t item, Keys& ow
   if (own.turned_values) turn_all(s, own.value_rows, own.n, own.turned_values);
 }
 
-// Whether the text output can be, and is better, written past the caches.
-inline bool streams(const CrossModalAttentionForward& p, const Sizes& s) {
-  const Heads& out = p.text_out;
-  const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
-  uint64_t strides = uint64_t(out.item | out.token | out.head | s.d) * size;
-  return ((uintptr_t)out.data | strides) % 64 == 0 &&
-         exceeds_caches(p.items * s.texts * s.heads * s.d * size);
-}
-
 // Some columns, from column j on, of rows of texts [n, ld] by their weights and those of the image
-// values [images, ld] of an item. `texts` may be null; past: the caches.
+// values [images, ld] of an item. `texts` may be null.
 template <int vectors, class T>
 FASTADAPTERS_INLINE void mix_columns(const Sizes& s, int64_t n, int64_t j, const float* texts,
                                      const float* text_weights, int64_t images, const float* values,
-                                     const float* weights, T* out, int64_t stride, bool past) {
+                                     const float* weights, T* out, int64_t stride) {
   const int64_t ld = s.ld, left = s.d - j;
   for (int64_t c = 0; c < n; ++c, ++weights, out += stride) {
     Vec sum[vectors] = {};
@@ -105,21 +96,16 @@ FASTADAPTERS_INLINE void mix_columns(const Sizes& s, int64_t n, int64_t j, const
         sum[v] = weight * read<Vec>(values + i * ld + j + v * kLanes) + sum[v];
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v)
-      if (past)
-        stream(out + j + v * kLanes, sum[v]);
-      else
-        store(out + j + v * kLanes, sum[v], left - v * kLanes);
+    for (int v = 0; v < vectors; ++v) store(out + j + v * kLanes, sum[v], left - v * kLanes);
   }
 }
 
 template <class T>
 inline void mix(const Sizes& s, int64_t n, const float* texts, const float* text_weights,
-                int64_t images, const float* values, const float* weights, T* out, int64_t stride,
-                bool past) {
+                int64_t images, const float* values, const float* weights, T* out, int64_t stride) {
   auto columns = [&](auto vectors, int64_t v) {
     mix_columns<vectors>(s, n, v * kLanes, texts, text_weights, images, values, weights, out,
-                         stride, past);
+                         stride);
   };
   int64_t v = 0;
   for (; v + 4 <= s.vectors; v += 4) columns(std::integral_constant<int, 4>(), v);
@@ -129,7 +115,6 @@ inline void mix(const Sizes& s, int64_t n, const float* texts, const float* text
 inline void forward_texts(const CrossModalAttentionForward& p, const Sizes& s, ForwardTask& t,
                           int64_t group, int64_t head, int64_t first) {
   const int64_t n = least(kTile, s.texts - first);
-  const bool past = streams(p, s);
   Head(p.text.q, p.dtype, group, s.texts, head, s.d).read_rows(first, n, s.scale, t.q, s.ld);
   if (s.sees[0][0]) {
     t.clear_softmax(n);
@@ -155,7 +140,7 @@ inline void forward_texts(const CrossModalAttentionForward& p, const Sizes& s, F
       with_type(Parameter{out.data, p.dtype}, [&](auto* to) {
         mix(s, n, s.sees[0][0] ? t.out : nullptr, t.text_weights + i * kTexts, images,
             t.images.value_rows + (row + i * images) * s.ld, t.weights + i * images * kTexts,
-            to + first * out.token, out.token, past);
+            to + first * out.token, out.token);
       });
     }
   });
@@ -247,7 +232,6 @@ inline void spread_images(const CrossModalAttentionForward& p, const Sizes& s,
   const Heads &v = p.image.v, &out = p.text_out;
   const int64_t size = p.dtype == Dtype::float32 ? 4 : 2, head_bytes = s.d * size;
   const int64_t pieces = out.head == s.d ? 1 : s.heads, bytes = s.heads / pieces * head_bytes;
-  const bool past = streams(p, s);
   parallel(s.small() ? Threads{} : threads, p.items, [&](int64_t item) {
     char* row = task_scratch().reserve(s.heads * head_bytes);
     for (int64_t head = 0; head < s.heads; ++head)
@@ -256,11 +240,8 @@ inline void spread_images(const CrossModalAttentionForward& p, const Sizes& s,
     for (int64_t c = 0; c < s.texts; ++c)
       for (int64_t i = 0; i < pieces; ++i) {
         char* to = (char*)out.data + (item * out.item + c * out.token + i * out.head) * size;
-        if (!past) std::memcpy(to, row + i * bytes, bytes);
-        for (int64_t j = 0; past && j < bytes; j += int64_t(sizeof(Vec)))
-          stream((float*)(to + j), read<Vec>(row + i * bytes + j));
+        std::memcpy(to, row + i * bytes, bytes);
       }
-    if (past) finish_streams();
   });
 }
 
@@ -284,7 +265,6 @@ void forward(const CrossModalAttentionForward& p, const Threads& threads) {
         each_image_tile(s, i - text_tiles, [&](int64_t row, int64_t n) {
           forward_images(p, s, t, group, head, row, n);
         });
-    finish_streams();
   });
 }
 
