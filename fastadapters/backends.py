@@ -43,8 +43,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Backends whose bottleneck has one width for x and y, and no dropout in front.
-SQUARE_ONLY: tuple[str, ...] = ()
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # What the kernels may be given: tensors that are nothing else, what stands for such while PyTorch
@@ -175,8 +173,6 @@ class Problem(NamedTuple):
     """why no kernel takes these arguments"""
     sizes: tuple[int, ...] = ()
     """those that the op's CUDA kernels have limits for, see cuda_limits"""
-    square: bool = True
-    """whether a bottleneck's D_in is its D_out, and it has no dropout in front"""
 
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
@@ -195,8 +191,6 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
             return f"it takes float32, bfloat16 and float16, not {dtype}"
     if problem is not None and problem.refusal is not None:
         return problem.refusal
-    if problem is not None and not problem.square and name in SQUARE_ONLY:
-        return "it has no kernel for D_in != D_out or input_dropout"
     if problem is not None and not _all_plain(x, problem):
         return "it reads plain tensors, not a subclass"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

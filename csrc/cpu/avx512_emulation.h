@@ -8,8 +8,6 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 namespace fastadapters::cpu {
@@ -32,6 +30,11 @@ inline __m512 join(const TwoHalves& halves) {
   __m512 v;
   std::memcpy(&v, &halves, sizeof v);
   return v;
+}
+
+inline __m512i emulate_mul_epu32(__m512i a, __m512i b) {
+  typedef uint64_t Words8 __attribute__((vector_size(64)));
+  return (__m512i)(((Words8)a & 0xffffffff) * ((Words8)b & 0xffffffff));
 }
 
 inline __m512 emulate_sqrt(__m512 v) {
@@ -86,11 +89,13 @@ __attribute__((noinline)) inline __m512 emulate_dpbf16(__m512 c, __m512bh a, __m
 
 #define __AVX512F__ 1
 #define __AVX512BF16__ 1
+#undef _mm512_mul_epu32
 #undef _mm512_maskz_sqrt_ps
 #undef _mm512_maskz_cvtph_ps
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_cvtneps_pbh
 #undef _mm512_dpbf16_ps
+#define _mm512_mul_epu32(a, b) fastadapters::cpu::emulate_mul_epu32(a, b)
 #define _mm512_maskz_sqrt_ps(mask, v) fastadapters::cpu::emulate_sqrt(v)
 #define _mm512_maskz_cvtph_ps(mask, v) fastadapters::cpu::emulate_cvtph(v)
 #define _mm512_maskz_cvtps_ph(mask, v, rounding) fastadapters::cpu::emulate_cvtps_ph(v)

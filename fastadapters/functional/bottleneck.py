@@ -267,7 +267,6 @@ def bottleneck(
     (r, d_in), d_out = down_weight.shape, up_weight.shape[0]
     problem = backends.Problem(
         max(d_in, d_out), r, dtype, out, others, sharded,
-        square=d_in == d_out and input_dropout == 0.0,
     )  # fmt: skip
     name = backends.resolve("bottleneck", x, problem)
     if name in PLAIN:

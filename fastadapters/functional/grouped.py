@@ -172,7 +172,6 @@ def grouped_bottleneck(
     refusal = sharded if x.device.type == "cpu" else "it has no kernel for an adapter per item"
     problem = backends.Problem(
         max(d_in, d_out), r, compute, out, (residual, index, *stack), refusal,
-        square=d_in == d_out and input_dropout == 0.0,
     )  # fmt: skip
     name = backends.resolve("bottleneck", x, problem)
     options: dict[str, Any] = {

@@ -92,7 +92,6 @@ int run() {
   for (int i = 0; i < 16; ++i) squares[i] = float(i * i), values[i] = float(i) - 0.25f;
   __m512 roots = _mm512_maskz_sqrt_ps(-1, squares);
   __m512 back = _mm512_maskz_cvtph_ps(-1, _mm512_maskz_cvtps_ph(-1, values, 0));
-  _mm_sfence();
   for (int i = 0; i < 16; ++i)
     if (roots[i] != float(i) || back[i] != values[i]) {
       ++failures;
