@@ -24,7 +24,7 @@ import torch
 from fastadapters.crossover import LIMITS
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
-from .workloads import BOTTLENECK, RECTANGULAR, Bottleneck
+from .workloads import BOTTLENECK, Bottleneck
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
@@ -289,7 +289,7 @@ def section() -> str:
     lines = [HEADING, "", INTRODUCTION.strip(), ""]
     for gpu in GPUS:
         lines += head(gpu)
-        for w in [*BOTTLENECK, *RECTANGULAR]:
+        for w in BOTTLENECK:
             if LIMITS["bottleneck", "cuda", "other", torch.bfloat16].exceeded(w.dim, w.bottleneck):
                 continue
             costs = w.costs(training=True)

@@ -37,24 +37,26 @@ def leave_kink(
 
 def case(w: workloads.Bottleneck, device: str, dtype: torch.dtype) -> Case:
     randn = parameters(device, dtype)
-    d, r = w.dim, w.bottleneck
+    d, r, out = w.dim, w.bottleneck, w.out_dim or w.dim
     inputs = {
         "x": randn(w.batch, w.tokens, d),
         "down_weight": randn(r, d, std=d**-0.5),
-        "up_weight": randn(d, r, std=r**-0.5),
+        "up_weight": randn(out, r, std=r**-0.5),
     }
     if w.bias:
-        inputs |= {"down_bias": randn(r, std=0.1), "up_bias": randn(d, std=0.1)}
+        inputs |= {"down_bias": randn(r, std=0.1), "up_bias": randn(out, std=0.1)}
     if w.norm:
         inputs |= {"norm_weight": randn(d), "norm_bias": randn(d, std=0.1)}
     if w.residual == "other":
-        inputs["residual"] = randn(w.batch, w.tokens, d)
+        inputs["residual"] = randn(w.batch, w.tokens, out)
     if w.activation == "relu":
         leave_kink(**inputs)
 
     options: dict[str, Any] = {"activation": w.activation, "scale": w.scale}
     if w.dropout:
         options["dropout"] = w.dropout
+    if w.input_dropout:
+        options["input_dropout"] = w.input_dropout
 
     def on_residual(fn: Callable[..., Tensor], **more: Any) -> Callable[..., Tensor]:
         if w.residual == "other":
@@ -63,7 +65,7 @@ def case(w: workloads.Bottleneck, device: str, dtype: torch.dtype) -> Case:
 
     def definition(**tensors: Tensor) -> Tensor:
         """With the seed that the functional layer draws from the same state of the generator."""
-        seed = torch.randint(2**62, (2,), device=device) if w.dropout else None
+        seed = torch.randint(2**62, (2,), device=device) if w.dropout or w.input_dropout else None
         return on_residual(reference.bottleneck, seed=seed)(**tensors)
 
     return Case(

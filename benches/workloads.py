@@ -229,18 +229,21 @@ BOTTLENECK = [
         for d in (768, 1024)
     ),
     Bottleneck("LLM, D 4096", bottleneck=64, activation="silu", **_LLM),
-    Bottleneck(
-        "LoRA, D 4096", bottleneck=16, activation="identity", bias=False, residual="other", **_LLM
+    *(
+        Bottleneck(
+            f"LoRA{what}, D {d} to {out}",
+            bottleneck=16,
+            activation="identity",
+            scale=2.0,
+            bias=False,
+            residual="other",
+            out_dim=out,
+            input_dropout=p,
+            **{**_LLM, "dim": d},
+        )
+        for what, p in (("", 0.0), (", dropout in front", 0.05))
+        for d, out in ((4096, 4096), (4096, 11008), (4096, 1024))
     ),
-]
-
-_LORA = Bottleneck(
-    "LoRA", bottleneck=16, activation="identity", scale=2.0, bias=False, residual="other", **_LLM
-)
-RECTANGULAR = [
-    _LORA._replace(name=f"LoRA{what}, D {d} to {out}", dim=d, out_dim=out, input_dropout=p)
-    for what, p in (("", 0.0), (", dropout in front", 0.05))
-    for d, out in ((4096, 11008), (4096, 1024))
 ]
 
 OVERHEAD = [Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True)]

@@ -59,9 +59,9 @@ def no_tensors(*like: int) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def tensors(*shape: int, optional: bool = False) -> tuple[object, ...]:
-    """What is not of this shape, beside what is no tensor."""
-    sizes = ([*shape[:i], n + 1, *shape[i + 1 :]] for i, n in enumerate(shape))
+def tensors(*shape: int, optional: bool = False, free: int | None = None) -> tuple[object, ...]:
+    """What is not of this shape, but in dimension ``free``, beside what is no tensor."""
+    sizes = ([*shape[:i], n + 1, *shape[i + 1 :]] for i, n in enumerate(shape) if i != free)
     wrong = (torch.ones(size) for size in ([1, *shape], [], *sizes))
     return (
         *no_tensors(*shape), *wrong, torch.ones(shape, device="meta"), *([] if optional else [None])
@@ -213,7 +213,8 @@ TABLE: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, Iterable[ob
     ("bottleneck", functional.bottleneck, BOTTLENECK, {
         "x": X, "down_weight": (*no_tensors(R, D), None, torch.ones(R), torch.ones(0, D),
                                 torch.ones(R, D + 1), torch.ones(R, D, device="meta")),
-        "up_weight": tensors(D, R), "down_bias": tensors(R, optional=True),
+        "up_weight": tensors(D, R, free=0), "input_dropout": PROBABILITY,
+        "down_bias": tensors(R, optional=True),
         "up_bias": tensors(D, optional=True), "norm_weight": tensors(D, optional=True),
         "norm_bias": tensors(D, optional=True), "residual": tensors(4, D, optional=True),
         "scale": SCALES, **OPTIONS}),
@@ -228,7 +229,8 @@ TABLE: list[tuple[str, Callable[..., Any], dict[str, Any], dict[str, Iterable[ob
         "x": (*X, torch.ones(D)), "index": INDEX,
         "down_weight": (*no_tensors(2, R, D), None, torch.ones(R, D), torch.ones(0, R, D),
                         torch.ones(2, R, D + 1), torch.ones(2, R, D, device="meta")),
-        "up_weight": tensors(2, D, R), "down_bias": tensors(2, R, optional=True),
+        "up_weight": tensors(2, D, R, free=1), "input_dropout": PROBABILITY,
+        "down_bias": tensors(2, R, optional=True),
         "up_bias": tensors(2, D, optional=True), "norm_weight": tensors(2, D, optional=True),
         "norm_bias": tensors(2, D, optional=True), "residual": tensors(4, D, optional=True),
         "scale": (*(v for v in NUMBER if not isinstance(v, Tensor)), *tensors(2, D)[:-1]),
