@@ -183,7 +183,7 @@ def test_an_index_that_was_not_looked_at(backend: str) -> None:
     else:
         rows = index.repeat_interleave(5)
         y = eager.grouped.all_at_once(
-            x.flatten(0, 1), rows, None, 1.0, tensors, "relu", 1e-5, x.dtype
+            x.flatten(0, 1), rows, (None, None), 1.0, tensors, "relu", 1e-5, x.dtype
         ).reshape(x.shape)
     assert [bool(item.isnan().all()) for item in y] == [False, True, True]
     assert y[0].isfinite().all()
@@ -207,17 +207,17 @@ def arguments(**changes: object) -> dict[str, object]:
         ({"index": torch.tensor(0)}, r"index: expected leading dimensions of x .* got \[\]"),
         ({"index": torch.zeros(3, 5, 8).long()}, r"index: expected leading dimensions of x"),
         ({"index": torch.zeros(3, device="meta").long()}, "index: expected a tensor on cpu"),
-        ({"x": torch.randn(8)}, r"x: expected \[B, ..., D\]"),
+        ({"x": torch.randn(8)}, r"x: expected \[B, ..., D_in\]"),
         ({"x": None}, "x: expected a floating-point tensor"),
-        ({"down_weight": torch.randn(2, 8)}, r"down_weight: expected \[N, r, D\]"),
-        ({"down_weight": None}, r"down_weight: expected a floating-point tensor \[N, r, D\]"),
-        ({"up_weight": torch.randn(4, 2, 8)}, r"up_weight: expected \[N, D, r\] = \[4, 8, 2\]"),
+        ({"down_weight": torch.randn(2, 8)}, r"down_weight: expected \[N, r, D_in\]"),
+        ({"down_weight": None}, r"down_weight: expected a floating-point tensor \[N, r, D_in\]"),
+        ({"up_weight": torch.randn(4, 2, 8)}, r"up_weight: expected \[N, D_out, r\] = \[4, 2, 2\]"),
         ({"down_bias": torch.randn(2)}, r"down_bias: expected \[N, r\] = \[4, 2\]"),
-        ({"up_bias": torch.randn(3, 8)}, r"up_bias: expected \[N, D\] = \[4, 8\]"),
+        ({"up_bias": torch.randn(3, 8)}, r"up_bias: expected \[N, D_out\] = \[4, 8\]"),
         ({"norm_bias": torch.randn(4, 8)}, "norm_bias: expected None without norm_weight"),
-        ({"norm_weight": torch.randn(8)}, r"norm_weight: expected \[N, D\]"),
+        ({"norm_weight": torch.randn(8)}, r"norm_weight: expected \[N, D_in\]"),
         ({"scale": torch.randn(8)}, r"scale: expected \[N\] = \[4\]"),
-        ({"scale": torch.randn(4, 2)}, r"scale: expected \[N\] or \[N, D\] = \[4, 8\]"),
+        ({"scale": torch.randn(4, 2)}, r"scale: expected \[N\] or \[N, D_out\] = \[4, 8\]"),
         ({"residual": torch.randn(3, 8)}, "residual: expected the shape of x"),
         ({"activation": "tanh"}, "activation: expected one of"),
         ({"dropout": 2.0}, "dropout: expected a probability"),

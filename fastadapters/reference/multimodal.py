@@ -20,6 +20,14 @@ class MultiModalLayers(NamedTuple):
     """The layers of a multi-modal adapter, each a pair (weight [out, in], bias [out]).
 
     D is the width of the features, E that of the attention, R a hidden width.
+
+    Examples:
+        >>> def layer(width, *out):
+        ...     return torch.randn(*out, width), torch.zeros(*out)
+        >>> down, up = [layer(512, 128)], [layer(128, 32), layer(32, 512)]
+        >>> layers = MultiModalLayers(down, layer(128, 384), layer(128, 128), up)
+        >>> [list(weight.shape) for weight, _ in layers.up]
+        [[32, 128], [512, 32]]
     """
 
     down: Sequence[Layer]
