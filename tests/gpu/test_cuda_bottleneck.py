@@ -70,7 +70,9 @@ MIXED = [
         for dtype in (BF16, FP16)
         for case in mixed_cases(dtype)
     ),
-    Case((70,), 130, 70, BF16, x_dtype=FP32, norm="both", scale="learnable", activation="silu"),
+    Case(
+        (70,), 130, 70, dtype=BF16, x_dtype=FP32, norm="both", scale="learnable", activation="silu"
+    ),
     Case(rows=(5,), d=7, r=3, dtype=FP16, x_dtype=FP32, activation="silu"),
     Case(rows=(0,), d=64, r=8, dtype=BF16, x_dtype=FP32),
 ]
