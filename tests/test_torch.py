@@ -91,7 +91,8 @@ def test_opcheck_multiway() -> None:
     x, _, *first = op_arguments(Case(rows=(2, 9), d=20, r=6, norm="both", scale="channel"), True)
     _, _, *second = op_arguments(Case(rows=(2, 9), d=20, r=10, up_bias=False), True)
     n = len(PARAMETERS) + 1
-    rest = (*first[:n], *second[:n], 4, first[n], second[n], *first[n + 1 :])
+    eps, dropout, _, *codes = first[n + 1 :]
+    rest = (*first[:n], *second[:n], 4, first[n], second[n], eps, dropout, *codes)
     torch.library.opcheck(ops.multiway_forward.default, (x, None, *rest, True))
     with torch.no_grad():
         y, *saved = ops.multiway_forward(x, None, *rest, True)
