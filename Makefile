@@ -116,7 +116,7 @@ test-clients: setup build/clients.stamp ## Test `fastadapters.patch` on the pack
 CPP_TESTS = $(notdir $(basename $(wildcard tests/cpp/test_*.cpp)))
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
 	for kind in address,undefined thread; do \
-	  $(CMAKE) -S . -B build/sanitize-$$kind -DFASTADAPTERS_SANITIZE=$$kind && \
+	  $(CMAKE) -S . -B build/sanitize-$$kind -DFASTADAPTERS_SANITIZE=$$kind -DFASTADAPTERS_EMULATE=amx && \
 	  cmake --build build/sanitize-$$kind --target $(CPP_TESTS) && \
 	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
