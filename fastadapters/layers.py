@@ -51,7 +51,7 @@ class FeedForwardNetwork(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """For peft's LoRA around an `nn.Linear` with as many channels out as in."""
+    """For peft's LoRA around an `nn.Linear`."""
 
     can_torch_compile: bool = True
 
