@@ -176,11 +176,11 @@ wheel-check: wheel ## Test the wheel on a newer PyTorch (5 GB), from site-packag
 	build/newer/bin/pytest tests/test_bottleneck.py
 
 # The oldest and the newest interpreter and PyTorch, all combinations; what is not on disk is some GB each.
-RELEASE_PYTHONS ?= python3.10 python3.13
+RELEASE_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 RELEASE_TORCHES ?= 2.11.0 $(NEWER_TORCH)
 
 build/release-tools.stamp: $(VENV)/tools.stamp
-	pip install --quiet --upgrade --target build/release-tools twine==7.0.0 auditwheel==6.8.2
+	pip install --quiet --upgrade --target build/release-tools twine==7.0.0 auditwheel==6.8.2 uv==0.13.9 check-jsonschema==0.39.0
 	touch $@
 
 # The packages of `kernels` alone: PyTorch and huggingface_hub are those of $(VENV).
