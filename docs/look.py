@@ -21,7 +21,8 @@ OUT = ROOT / "build" / "look"
 STYLE = """
 body { font: 16px/1.5 sans-serif; color: #1f2328; max-width: 868px; margin: 32px auto; }
 code { font: 13.6px monospace; background: #eff1f3; padding: 2px 5px; border-radius: 6px; }
-pre { background: #f6f8fa; padding: 16px; overflow: hidden; } pre code { background: none; padding: 0; }
+pre { background: #f6f8fa; padding: 16px; overflow: hidden; }
+pre code { background: none; padding: 0; }
 table { border-collapse: collapse; font-size: 15px; }
 td, th { border: 1px solid #d1d9e0; padding: 6px 13px; }
 h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: 8px; }
