@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastadapters
 from fastadapters import backends, functional
+from fastadapters.crossover import Limit
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from fastadapters.ops.multimodal import ADAPT_CODES, PARAMETERS
 
@@ -258,6 +259,17 @@ def test_auto_takes_the_kernels_and_says_so() -> None:
     assert decision[:2] == ("multimodal", "cpu")
     double = {name: t.double() for name, t in tensors.items()}
     assert fastadapters.explain(logits, double)[0].backend == "eager"
+
+
+@pytest.mark.parametrize(("up", "rank"), [(1, 16), (2, 8)])
+def test_auto_goes_by_the_rank(up: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width before the last layer: R, or E where there is but one, never D."""
+    dtype = torch.float32
+    tensors = head_tensors(5, 3, 24, 16, 8, dtype, up=up)
+    key = ("multimodal", "cpu", backends.architecture(torch.device("cpu"), dtype), dtype)
+    for width, backend in ((rank, "cpu"), (rank - 1, "eager")):
+        monkeypatch.setitem(backends.LIMITS, key, Limit(width, 24 * rank, "here"))
+        assert fastadapters.explain(logits, tensors)[0].backend == backend
 
 
 def test_flops_of_both_directions() -> None:

@@ -278,7 +278,7 @@ def multimodal_logits(
     (dim, rank), width = up[-1][0].shape, layers.out_proj[0].shape[0]
     row = dim + 3 * width + (down[0][0].shape[0] if len(down) > 1 else 0)
     problem = backends.Problem(
-        image.shape[1], up[0][0].shape[0], dtype, dtype, others, sharded,
+        image.shape[1], rank, dtype, dtype, others, sharded,
         (text.shape[0], image.shape[0], row, num_heads, width, rank),
     )  # fmt: skip
     name = backends.resolve("multimodal", image, problem)
