@@ -23,7 +23,8 @@ using Single_ = Gemm<Single>;
 constexpr int kBlockRows = Single_::kRows;
 constexpr int kPanelVectors = Single_::kPanel;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
-constexpr int64_t kChain = 32;  // longest chain of additions, and what a panel holds of k
+constexpr int64_t kChain = 32;   // longest chain of additions
+constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
 
 // c += the product of kBlockRows rows of A, of which those from `rows` on repeat the last one, and
 // rows of B that are `ldb` apart.
@@ -46,26 +47,28 @@ FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const floa
 }
 
 // A block of C, of which `rows` rows and n columns exist. Where C is not added to it is the product
-// and a row `bias`, if there is one.
+// and a row `bias`, if there is one. What a chain has summed goes to C before the next one runs.
 template <int vectors>
 __attribute__((noinline)) void product_block(int64_t rows, int64_t n, int64_t k, View a,
                                              const float* b, int64_t ldb, float* c, int64_t ldc,
                                              bool add, const float* bias) {
-  Vec sum[kBlockRows][vectors] = {};
-  add_product<vectors>(rows, k, a, b, ldb, sum);
+  for (int64_t step = 0; step == 0 || step < k; step += kChain) {
+    Vec sum[kBlockRows][vectors] = {};
+    add_product<vectors>(rows, least(kChain, k - step), a.from(0, step), b + step * ldb, ldb, sum);
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlockRows; ++i) {
-    if (i >= rows) break;
-    float* to = c + i * ldc;
+    for (int i = 0; i < kBlockRows; ++i) {
+      if (i >= rows) break;
+      float* to = c + i * ldc;
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      int64_t left = n - j * kLanes;
-      Vec v = sum[i][j];
-      if (add)
-        v += load(to + j * kLanes, left);
-      else if (bias)
-        v += load(bias + j * kLanes, left);
-      store(to + j * kLanes, v, left);
+      for (int j = 0; j < vectors; ++j) {
+        int64_t left = n - j * kLanes;
+        Vec v = sum[i][j];
+        if (add || step)
+          v += load(to + j * kLanes, left);
+        else if (bias)
+          v += load(bias + j * kLanes, left);
+        store(to + j * kLanes, v, left);
+      }
     }
   }
 }
@@ -121,8 +124,8 @@ __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int6
   Panels<Single_> panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes, ldb = panels.size(p) * kLanes;
-    for (int64_t step = 0; step < k; step += kChain)
-      multiply_panel(panels.size(p), m, n - column, least(kChain, k - step), a.from(0, step),
+    for (int64_t step = 0; step < k; step += kDepth)
+      multiply_panel(panels.size(p), m, n - column, least(kDepth, k - step), a.from(0, step),
                      b + k * column + step * ldb, ldb, c + column, ldc, add || step > 0,
                      bias ? bias + column : nullptr);
   }
@@ -141,12 +144,12 @@ __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m
     int64_t begin = by_rows ? blocks * t / tasks * kBlockRows : 0;
     int64_t rows = (by_rows ? least(m, blocks * (t + 1) / tasks * kBlockRows) : m) - begin;
     int64_t last = by_rows ? panels.count : panels.count * (t + 1) / tasks;
-    alignas(64) float panel[kChain * kPanelColumns];
+    alignas(64) float panel[kDepth * kPanelColumns];
     for (int64_t p = by_rows ? 0 : panels.count * t / tasks; p < last; ++p) {
       int64_t column = panels.first(p) * kLanes, vectors = panels.size(p);
       float* block = c + begin * ldc + column;
-      for (int64_t step = 0; step == 0 || step < k; step += kChain) {
-        int64_t steps = least(kChain, k - step);
+      for (int64_t step = 0; step == 0 || step < k; step += kDepth) {
+        int64_t steps = least(kDepth, k - step);
         pack_panel(b.from(step, column), steps, n - column, vectors, panel);
         multiply_panel(vectors, rows, n - column, steps, a.from(begin, step), panel,
                        vectors * kLanes, block, ldc, add || step > 0,
