@@ -173,6 +173,8 @@ class Problem(NamedTuple):
     """why no kernel takes these arguments"""
     sizes: tuple[int, ...] = ()
     """those that the op's CUDA kernels have limits for, see cuda_limits"""
+    adapters: int = 0
+    """how many are stacked, where each row has one of its own"""
 
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
@@ -206,6 +208,8 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
 def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why the CUDA kernels of ``op`` do not take these sizes on such a GPU."""
     if op == "bottleneck":
+        if problem.adapters:
+            return "it has no kernel for an adapter per item"
         dtypes = (problem.compute, x.dtype, problem.out)
         if not cuda_fits(problem.r, *dtypes, capability):
             return f"r = {problem.r} is too large for the shared memory of this GPU"
@@ -220,8 +224,8 @@ def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]
 
 def _why_slower(op: str, x: Tensor, problem: Problem | None) -> str | None:
     """Why `eager` is faster than a kernel that can run."""
-    if problem is None:
-        return None
+    if problem is None or (problem.adapters > 1 and x.device.type == "cuda"):
+        return None  # there plain PyTorch multiplies so many times as much
     most = limit(op, x.device, problem.compute)
     return None if most is None else most.exceeded(problem.d, problem.r)
 

@@ -55,15 +55,20 @@ def _tuned(kernel: Any) -> Any:
     return triton.autotune(configs, key=["D", "R", "DTYPE"], cache_results=True)(kernel)
 
 
-def launch(kernel: Any, grid: Any, tile: Callable[[], Tile], *args: Any, **meta: Any) -> None:
-    """Run ``kernel`` with ``tile()``, or under tuning the fastest, on ``grid`` of its BLOCK_*."""
-    if os.environ.get("FASTADAPTERS_AUTOTUNE", "0") == "1":
-        _tuned(kernel)[grid](*args, **meta)
-        return
-    block_m, block_d, warps, stages = tile()
+def run(kernel: Any, grid: Any, tile: Tile, *args: Any, **meta: Any) -> None:
+    """Run ``kernel`` with a tile on ``grid``, which may depend on its BLOCK_*."""
+    block_m, block_d, warps, stages = tile
     kernel[grid](
         *args, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, num_stages=stages, **meta
     )
+
+
+def launch(kernel: Any, grid: Any, tile: Callable[[], Tile], *args: Any, **meta: Any) -> None:
+    """`run` with ``tile()``, or under tuning with the fastest."""
+    if os.environ.get("FASTADAPTERS_AUTOTUNE", "0") == "1":
+        _tuned(kernel)[grid](*args, **meta)
+    else:
+        run(kernel, grid, tile(), *args, **meta)
 
 
 def precision() -> str:

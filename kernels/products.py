@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .dropout import survivors
-from .rows import load_stats, load_vector, row_offsets
+from .rows import load_stats, load_vector, row_offsets, rows_at
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def contract(
 def expand(
     tile,
     stored,
-    rows,
+    places,
     in_rows,
     weight,
     weight_stride_r,
@@ -94,7 +94,7 @@ def expand(
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """tile W [BLOCK_M, BLOCK_D]; a tile of several blocks of R is read from stored [M, R]."""
+    """tile W [BLOCK_M, BLOCK_D]; of several blocks of R a tile is read at places of stored [M, R]."""
     product = tl.zeros([in_rows.shape[0], cols.shape[0]], tl.float32)
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
@@ -106,7 +106,7 @@ def expand(
         part = tile
         if R > BLOCK_R:
             part = tl.load(
-                stored + rows.to(tl.int64)[:, None] * R + units[None, :],
+                stored + places.to(tl.int64)[:, None] * R + units[None, :],
                 mask=in_rows[:, None],
                 other=0.0,
             )
@@ -119,6 +119,7 @@ def transposed_product(
     a,
     b,
     stats,
+    order,
     seed,
     threshold,
     begin,
@@ -140,9 +141,9 @@ def transposed_product(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """a^T b [BLOCK_D, BLOCK_R], columns ``first`` ... of a, over rows begin ... end - 1; and more.
+    """a^T b [BLOCK_D, BLOCK_R], columns ``first`` ... of a, over places begin ... end - 1; and more.
 
-    a is rounded to DTYPE, with stats after it was normalised (without gain and offset), with a seed
+    b and stats lie in the order of the places, a in its own. a is rounded to DTYPE, with stats after it was normalised (without gain and offset), with a seed
     after dropout (not yet multiplied by 1 / (1 - p)). With SUM also the sums of a [BLOCK_D], with
     KEPT ones in the place of a [BLOCK_D, BLOCK_R]. The sum of a 16-bit a is a product with ones: to
     take a from its buffer a second time, into registers, would race with the asynchronous products
@@ -156,8 +157,9 @@ def transposed_product(
     products = tl.zeros([BLOCK_D, 16], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        in_rows = rows < end
+        places = start + tl.arange(0, BLOCK_M)
+        in_rows = places < end
+        rows = rows_at(order, places, in_rows)
         offsets = row_offsets(rows, n1, n2, stride0, stride1, stride2, ROW_DIMS)
         a_tile = tl.load(
             a + offsets[:, None] + cols[None, :],
@@ -167,7 +169,7 @@ def transposed_product(
         if SUM and wide:
             sums += a_tile
         if stats is not None:
-            mean, rstd = load_stats(stats, rows, in_rows)
+            mean, rstd = load_stats(stats, places, in_rows)
             a_tile = (a_tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
         a_tile = a_tile.to(DTYPE)
         if seed is not None:
@@ -175,7 +177,7 @@ def transposed_product(
             a_tile = tl.where(kept, a_tile, 0.0).to(DTYPE)
         if b is not None:
             b_tile = tl.load(
-                b + rows.to(tl.int64)[:, None] * R + units[None, :],
+                b + places.to(tl.int64)[:, None] * R + units[None, :],
                 mask=in_rows[:, None],
                 other=0.0,
             )

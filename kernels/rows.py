@@ -20,6 +20,15 @@ def row_offsets(rows, n1, n2, stride0, stride1, stride2, ROW_DIMS: tl.constexpr)
 
 
 @triton.jit
+def rows_at(order, places, inside):
+    """The rows at places of an order; without one they are the places."""
+    if order is None:
+        return places
+    else:
+        return tl.load(order + places, mask=inside, other=0).to(places.dtype)
+
+
+@triton.jit
 def load_vector(pointer, index, inside, dtype: tl.constexpr):
     """A parameter's elements rounded to the compute dtype, in fp32."""
     return tl.load(pointer + index, mask=inside, other=0.0).to(dtype).to(tl.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import bottleneck_cases
+import grouped_cases
 import pytest
 import test_multiway
 import torch
@@ -164,3 +165,103 @@ def test_large_offsets_leave_the_gradient_of_layernorm() -> None:
     tensors["down_bias"] += 100
     out = bottleneck_cases.run(case, tensors, "triton")
     check_all(out, bottleneck_cases.reference_pair(case, tensors))
+
+
+def few_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastadapters.kernels.bottleneck import groups
+
+    monkeypatch.setattr(groups, "BLOCK_N", 4)
+
+
+@interpreted
+@pytest.mark.parametrize("adapters", [1, 2, 11])
+@pytest.mark.parametrize("rows_each", [1, 37])
+def test_rows_in_the_order_of_their_adapters(
+    adapters: int, rows_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row in one tile, in order, and every run of one adapter; -1 where it is none."""
+    from fastadapters.kernels.bottleneck.groups import make_groups
+
+    few_groups_at_a_time(monkeypatch)
+    for seed, count in enumerate((1, 2, 5, 64)):
+        gen = torch.Generator().manual_seed(seed)
+        index = torch.randint(-2, adapters + 2, (count,), generator=gen)
+        groups = make_groups(index, adapters, count * rows_each, 16, 128)
+        owners = index.repeat_interleave(rows_each)
+        owners = torch.where((owners < 0) | (owners >= adapters), -1, owners)
+        keys = index.clamp(-1, adapters).repeat_interleave(rows_each)
+        assert torch.equal(groups.order.long(), keys.argsort(stable=True))
+        counts = keys.add(1).bincount(minlength=adapters + 2)
+        for (table, firsts), length in ((groups.tiles, 16), (groups.splits, 128)):
+            full = table[: firsts[-1]].long()
+            assert table[firsts[-1] :, 1].equal(table[firsts[-1] :, 2])
+            runs = (counts + length - 1) // length
+            assert firsts.diff().tolist() == runs.tolist()
+            assert (full[:, 2] - full[:, 1]).min() > 0
+            places = torch.cat([torch.arange(begin, end) for _, begin, end in full.tolist()])
+            assert torch.equal(places, torch.arange(count * rows_each))
+            of_runs = full[:, 0].repeat_interleave(full[:, 2] - full[:, 1])
+            assert torch.equal(of_runs, owners[groups.order.long()])
+
+
+GROUPED = [
+    *(replace(case, dtype=dtype) for dtype, case in zip(
+        [FP32, torch.float16] * 9, option_cases(rows=(5, 40))[1:10], strict=False
+    )),
+    *rectangular_cases(rows=(5, 40), dtype=FP32)[:4],
+    *mixed_cases(torch.float16, rows=(5, 40), activation="silu")[1:8:3],
+    Case(rows=(5, 40), d=100, r=300, norm="both", activation="gelu", dropout=0.3),
+    Case(rows=(0, 7), norm="both", scale="learnable"),
+]  # fmt: skip
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_an_adapter_per_item(case: Case) -> None:
+    grouped_cases.check_backend(case, grouped_cases.index_of(case), "triton")
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("scale", ["learnable", "channel"])
+def test_an_adapter_per_token(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_groups_at_a_time(monkeypatch)
+    case = Case(rows=(3, 50), d=40, r=10, norm="both", scale=scale, dropout=0.2, layout="slice")
+    index = grouped_cases.index_of(case, 2).int()
+    out = grouped_cases.check_backend(case, index, "triton")
+    for name in ("down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "scale"):
+        occurs = [bool((g != 0).any()) for g in out[f"d_{name}"]]
+        assert occurs == [True, False, True, True], name
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+def test_what_occurs_nowhere_and_what_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absent adapters may be NaN; rows of none become NaN, and nothing else does."""
+    case = Case(rows=(5, 20), norm="both", scale="channel", residual="other")
+    tensors = grouped_cases.inputs(case)
+    index = torch.tensor([2, 0, 2, 3, 0])
+    expected = grouped_cases.run(case, tensors, index, "triton")
+    for name, t in tensors.items():
+        if name not in grouped_cases.UNSTACKED:
+            t[1] = torch.nan
+    tensors["x"][3] = torch.nan
+    monkeypatch.setattr(functional.grouped, "_check_index", lambda index, *rest: index)
+    index[3] = 4
+    out = grouped_cases.run(case, tensors, index, "triton")
+    known = torch.tensor([0, 1, 2, 4])
+    assert out["y"][3].isnan().all() and out["d_x"][3].eq(0).all()
+    for name in ("y", "d_x", "d_residual"):
+        assert torch.equal(out[name][known], expected[name][known]), name
+    for name, t in out.items():
+        if name not in ("y", "d_x", "d_residual"):
+            assert t[1].eq(0).all() and t[3].eq(0).all(), name
+            assert torch.equal(t[[0, 2]], expected[name][[0, 2]]), name
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("kind", ["widths", "dropout", "scales"])
+def test_any_number_of_modalities(kind: str) -> None:
+    test_multiway.check_many(kind, "x", "triton")

@@ -169,10 +169,9 @@ def grouped_bottleneck(
     (n, r, d_in), d_out = down_weight.shape, up_weight.shape[1]
     index = _check_index(index, x, n)
     compute, out = compute_and_out_dtype(x, residual, scale)
-    refusal = sharded if x.device.type == "cpu" else "it has no kernel for an adapter per item"
     problem = backends.Problem(
-        max(d_in, d_out), r, compute, out, (residual, index, *stack), refusal,
-    )  # fmt: skip
+        max(d_in, d_out), r, compute, out, (residual, index, *stack), sharded, adapters=n
+    )
     name = backends.resolve("bottleneck", x, problem)
     options: dict[str, Any] = {
         "activation": activation, "norm_eps": norm_eps, "dropout": dropout,

@@ -64,8 +64,7 @@ def multiway_bottleneck(
 
     Returns:
         y: [..., T, D], contiguous. All parts are written in place, without concatenation, where a
-        fused backend runs; with three and more that is on the CPU, if all or none of them have a
-        LayerNorm.
+        fused backend runs; with three and more if all or none of them have a LayerNorm.
 
     Raises:
         As `bottleneck`; ValueError if ``split`` is not in [-1, T], or if a sequence is not one per
@@ -126,7 +125,8 @@ def multiway_bottleneck(
     norm_eps, dropout, _ = check_options(activation, norm_eps, training, dropout)
     options |= {"norm_eps": norm_eps, "dropout": dropout}
     norms = {side.norm_weight is not None for side in sides}
-    if len(parts) > 2 and (x.device.type != "cpu" or len(norms) > 1):
+    many = len(parts) > 2
+    if many and len(norms) > 1:
         ys = []
         for side, part in zip(sides, tokens_of, strict=True):
             own = x[..., part, :]
@@ -136,14 +136,18 @@ def multiway_bottleneck(
     dtype, out = compute_and_out_dtype(x, residual, *(side.scale for side in sides))
     r = max(side.down_weight.shape[0] for side in sides)
     everything = (t for side in sides for t in side)
-    problem = backends.Problem(x.shape[-1], r, dtype, out, (residual, *everything), sharded)
+    problem = backends.Problem(
+        x.shape[-1], r, dtype, out, (residual, *everything), sharded,
+        adapters=len(parts) if many else 0,
+    )  # fmt: skip
     name = backends.resolve("bottleneck", x, problem)
     del options["training"]
     same_mask = dropout > 0.0 and backends.chosen_by_name()
-    if len(parts) > 2 and (name not in PLAIN or same_mask):
-        boundaries = torch.tensor([part.start for part in tokens_of[1:]], device=x.device)
+    if many and (name not in PLAIN or same_mask):
         places = torch.arange(tokens, device=x.device)
-        index = torch.bucketize(places, boundaries, right=True)
+        index = torch.zeros_like(places)
+        for part in tokens_of[1:]:  # a tensor of boundaries would be waited for
+            index += places >= part.start
         index = index.expand(x.shape[:-1]).contiguous()
         stack = _stacked(sides, r)
         return grouped.run(name, x, index, stack, residual, dtype, out, **options)

@@ -45,6 +45,7 @@ _triton = define(TRITON, ("CompositeExplicitAutograd",))
 for _op in _OPS:
     _stem = _op.__name__.rpartition(".")[2]
     implement_lazily(_triton, _op.SCHEMAS, f"..kernels.{_stem}")
+implement_lazily(_triton, grouped.SCHEMAS, "..kernels.bottleneck")
 
 flops.register(
     (COMPILED, TRITON),

@@ -69,7 +69,7 @@ def allocate_saved(
 
     On GPUs there is no z behind LayerNorm, whose gradient reads x: they make z of it once more.
     """
-    m, r = math.prod(x.shape[:-1]), down_weight.shape[0]
+    m, r = math.prod(x.shape[:-1]), down_weight.shape[-2]
     z_shape = (m, r) if save and (x.device.type == "cpu" or norm_weight is None) else (0,)
     z = x.new_empty(z_shape, dtype=DTYPES[compute_dtype])
     stats_shape = (m, 2) if save and norm_weight is not None else (0,)
@@ -143,7 +143,7 @@ def _reads(
     return *of_x, *of_parameters
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor, residual: Tensor | None, down_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     up_weight, norm_weight = rest[1], rest[3]
@@ -152,15 +152,15 @@ def _fake_forward(
     return y, *allocate_saved(x, down_weight, norm_weight, compute_dtype, save)
 
 
-def _fake_backward(
+def fake_backward(
     dy: Tensor, x: Tensor, z: Tensor, stats: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return allocate_gradients(dy, x, rest[: len(PARAMETERS)], rest[-1])
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "bottleneck_forward": _fake_forward,
-    "bottleneck_backward": _fake_backward,
+    "bottleneck_forward": fake_forward,
+    "bottleneck_backward": fake_backward,
     "bottleneck_forward_out": lambda *args: None,
     "bottleneck_backward_out": lambda *args: None,
 }
@@ -232,7 +232,7 @@ def flops_of_forward(a: Mapping[str, Any]) -> int:
     return 2 * int(math.prod(a["x"].shape[:-1])) * r * (d_in + d_out)
 
 
-def _bottleneck_backward(a: Mapping[str, Any]) -> int:
+def flops_of_backward(a: Mapping[str, Any]) -> int:
     if "needs" in a:
         needs = a["needs"]
     else:
@@ -245,8 +245,8 @@ def _bottleneck_backward(a: Mapping[str, Any]) -> int:
 FLOPS: dict[str, Formula] = {
     "bottleneck_forward": flops_of_forward,
     "bottleneck_forward_out": flops_of_forward,
-    "bottleneck_backward": _bottleneck_backward,
-    "bottleneck_backward_out": _bottleneck_backward,
+    "bottleneck_backward": flops_of_backward,
+    "bottleneck_backward_out": flops_of_backward,
 }
 
 

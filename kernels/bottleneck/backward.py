@@ -8,7 +8,8 @@ import triton.language as tl
 from ..activations import activate, activation_backward
 from ..dropout import survivors
 from ..products import contract, expand
-from ..rows import load_stats, load_vector, row_offsets, sum_of_products
+from ..rows import load_stats, load_vector, row_offsets, rows_at, sum_of_products
+from .groups import load_run
 from .pre_activation import pre_activation
 
 
@@ -16,6 +17,7 @@ from .pre_activation import pre_activation
 def d_input(
     dz,
     stored,
+    places,
     rows,
     in_rows,
     down_weight,
@@ -34,7 +36,7 @@ def d_input(
 ):
     """The gradient of the columns ``cols``, from ``first`` on, of what dropout in front takes."""
     out = expand(
-        dz, stored, rows, in_rows, down_weight, D, 1, cols, inside, r, R, PRECISION, BLOCK_R
+        dz, stored, places, in_rows, down_weight, D, 1, cols, inside, r, R, PRECISION, BLOCK_R
     )
     if input_seed is not None:
         kept = survivors(input_seed, rows, first, D, input_threshold, 1, BLOCK_D)
@@ -58,6 +60,8 @@ def backward_kernel(
     norm_bias,
     norm_products,
     scale,
+    order,
+    table,
     seed,
     input_seed,
     scale_value,
@@ -94,23 +98,39 @@ def backward_kernel(
     """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None.
 
     z is what the forward saved, [M, r]; with LayerNorm, whose gradient reads x, it is made of x.
+    Where a tile is one of a table's, of rows of one adapter, z, stats, dz and h are in its order.
     """
     width = D if D_out is None else D_out
-    rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < M
+    begin = tl.program_id(0).to(M.dtype) * BLOCK_M
+    end = M
+    if table is not None:
+        adapter, begin, end = load_run(table, tl.program_id(0), M)
+        if begin == end:
+            return
+        own = tl.maximum(adapter, 0)
+        down_weight += own * (r * D)
+        up_weight += own * (r * width)
+        down_bias = None if down_bias is None else down_bias + own * r
+        norm_weight = None if norm_weight is None else norm_weight + own * D
+        norm_bias = None if norm_bias is None else norm_bias + own * D
+        norm_products = None if norm_products is None else norm_products + own * (2 * R)
+        scale = None if scale is None else scale + own * (width if CHANNEL_SCALE else 1)
+    places = begin + tl.arange(0, BLOCK_M)
+    in_rows = places < end
+    rows = rows_at(order, places, in_rows)
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
     dy_rows = row_offsets(rows, n1, n2, dy_stride0, dy_stride1, dy_stride2, ROW_DIMS)
     mean = None
     rstd = None
     if norm_weight is not None:
-        mean, rstd = load_stats(stats, rows, in_rows)
+        mean, rstd = load_stats(stats, places, in_rows)
         along_ones = tl.zeros([BLOCK_M], tl.float32)
         along_x = tl.zeros([BLOCK_M], tl.float32)
 
     dz = tl.zeros([BLOCK_M, BLOCK_R], DTYPE)
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
-        tile = rows.to(tl.int64)[:, None] * R + units[None, :]
+        tile = places.to(tl.int64)[:, None] * R + units[None, :]
         if dx is not None or dz_out is not None:
             gain = scale if CHANNEL_SCALE else None
             dh = contract(
@@ -129,7 +149,7 @@ def backward_kernel(
             )  # fmt: skip
         else:
             z = tl.load(
-                z_in + rows.to(tl.int64)[:, None] * r + units[None, :],
+                z_in + places.to(tl.int64)[:, None] * r + units[None, :],
                 mask=in_rows[:, None] & (units < r)[None, :],
                 other=0.0,
             ).to(tl.float32)
@@ -161,7 +181,7 @@ def backward_kernel(
                 cols = k + tl.arange(0, BLOCK_D)
                 inside = cols < D
                 out = d_input(
-                    dz, dz_out, rows, in_rows, down_weight, D, cols, inside, r, input_seed,
+                    dz, dz_out, places, rows, in_rows, down_weight, D, cols, inside, r, input_seed,
                     input_keep, input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
                 )  # fmt: skip
                 gain = load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
@@ -183,14 +203,16 @@ def backward_kernel(
             if norm_weight is not None:
                 a = tl.load(x + x_rows[:, None] + cols[None, :], mask=whole, other=0.0)
             out = d_input(
-                dz, dz_out, rows, in_rows, down_weight, D, cols, inside, r, input_seed, input_keep,
-                input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
+                dz, dz_out, places, rows, in_rows, down_weight, D, cols, inside, r, input_seed,
+                input_keep, input_threshold, k, R, PRECISION, BLOCK_R, BLOCK_D,
             )  # fmt: skip
             if norm_weight is not None:
                 normed = (a.to(tl.float32) - mean[:, None]) * rstd[:, None]
                 out *= load_vector(norm_weight, cols, inside, x.dtype.element_ty)[None, :]
                 out -= (along_ones[:, None] + normed * along_x[:, None]) / D
                 out *= rstd[:, None]
+            if table is not None:
+                out = tl.where(adapter >= 0, out, 0.0)
             if ADD_X:
                 out += added.to(tl.float32)
             tl.store(dx + dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=whole)

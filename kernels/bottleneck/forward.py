@@ -8,7 +8,8 @@ import triton.language as tl
 from ..activations import activate
 from ..dropout import survivors
 from ..products import expand
-from ..rows import load_vector, moments, row_offsets
+from ..rows import load_vector, moments, row_offsets, rows_at
+from .groups import load_run
 from .pre_activation import pre_activation
 
 
@@ -28,6 +29,8 @@ def forward_kernel(
     norm_bias,
     norm_products,
     scale,
+    order,
+    table,
     seed,
     input_seed,
     scale_value,
@@ -61,10 +64,29 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """y, and what backward wants; seeds are None where nothing is dropped, D_out where it is D."""
+    """y, and what backward wants; seeds are None where nothing is dropped, D_out where it is D.
+
+    Where a tile is one of a table's, of rows of one adapter, z, stats and hidden are in its order.
+    """
     width = D if D_out is None else D_out
-    rows = tl.program_id(0).to(M.dtype) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < M
+    begin = tl.program_id(0).to(M.dtype) * BLOCK_M
+    end = M
+    if table is not None:
+        adapter, begin, end = load_run(table, tl.program_id(0), M)
+        if begin == end:
+            return
+        own = tl.maximum(adapter, 0)
+        down_weight += own * (r * D)
+        up_weight += own * (r * width)
+        down_bias = None if down_bias is None else down_bias + own * r
+        up_bias = None if up_bias is None else up_bias + own * width
+        norm_weight = None if norm_weight is None else norm_weight + own * D
+        norm_bias = None if norm_bias is None else norm_bias + own * D
+        norm_products = None if norm_products is None else norm_products + own * (2 * R)
+        scale = None if scale is None else scale + own * (width if CHANNEL_SCALE else 1)
+    places = begin + tl.arange(0, BLOCK_M)
+    in_rows = places < end
+    rows = rows_at(order, places, in_rows)
     x_rows = row_offsets(rows, n1, n2, x_stride0, x_stride1, x_stride2, ROW_DIMS)
     mean = None
     rstd = None
@@ -72,7 +94,7 @@ def forward_kernel(
         mean, variance = moments(x, x_rows, in_rows, D, BLOCK_D)
         rstd = tl.rsqrt(variance + norm_eps)
         if stats is not None:
-            pair = stats + rows.to(tl.int64) * 2
+            pair = stats + places.to(tl.int64) * 2
             tl.store(pair, mean, mask=in_rows)
             tl.store(pair + 1, rstd, mask=in_rows)
 
@@ -85,7 +107,7 @@ def forward_kernel(
             PRECISION, BLOCK_D,
         )  # fmt: skip
         if z_out is not None:
-            tile = rows.to(tl.int64)[:, None] * r + units[None, :]
+            tile = places.to(tl.int64)[:, None] * r + units[None, :]
             tl.store(z_out + tile, z.to(DTYPE), mask=in_rows[:, None] & (units < r)[None, :])
         active = activate(z, ACTIVATION)
         kept = (units < r)[None, :]  # beyond r z is NaN where x is infinite
@@ -95,7 +117,7 @@ def forward_kernel(
         h = tl.where(kept, active, 0.0).to(DTYPE)
         if R > BLOCK_R:
             tl.store(
-                hidden + rows.to(tl.int64)[:, None] * R + units[None, :], h, mask=in_rows[:, None]
+                hidden + places.to(tl.int64)[:, None] * R + units[None, :], h, mask=in_rows[:, None]
             )
     if R > BLOCK_R:
         tl.debug_barrier()
@@ -117,7 +139,7 @@ def forward_kernel(
                 residual + residual_rows[:, None] + cols[None, :], mask=whole, other=0.0
             )
         out = expand(
-            h, hidden, rows, in_rows, up_weight, 1, r, cols, inside, r, R, PRECISION, BLOCK_R
+            h, hidden, places, in_rows, up_weight, 1, r, cols, inside, r, R, PRECISION, BLOCK_R
         )
         if up_bias is not None:
             out += load_vector(up_bias, cols, inside, DTYPE)[None, :]
@@ -127,4 +149,6 @@ def forward_kernel(
             out *= s
         if residual is not None:
             out += added.to(tl.float32)
+        if table is not None:
+            out = tl.where(adapter >= 0, out, float("nan"))
         tl.store(y + y_rows[:, None] + cols[None, :], out.to(y.dtype.element_ty), mask=whole)

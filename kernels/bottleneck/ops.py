@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...ops.bottleneck import (
     PARAMETERS,
     allocate_gradients,
+    allocate_result,
     allocate_saved,
     asked_for,
 )
@@ -20,8 +22,10 @@ from ..rows import rows_of
 from . import tiles
 from .backward import backward_kernel
 from .forward import forward_kernel
-from .problem import per_channel, problem
+from .problem import problem
 from .weights import reduce_kernel, weights_kernel
+
+_TENSORS = len(PARAMETERS) + 1  # and the seed
 
 
 def bottleneck_forward_out(
@@ -46,10 +50,12 @@ def bottleneck_forward_out(
     compute_dtype: int,
     out_dtype: int,
     add_x: bool,
+    index: Tensor | None = None,
 ) -> None:
     """``fastadapters::bottleneck_forward_out``: fills y, and z and stats where given.
 
-    Behind LayerNorm z is not filled: backward makes it once more.
+    Behind LayerNorm z is not filled: backward makes it once more. With an index [...], of the
+    leading dimensions of x, parameters are stacked, and z and stats in the order of the adapters.
     """
     if x.numel() == 0:
         return
@@ -63,9 +69,11 @@ def bottleneck_forward_out(
     )  # type: ignore[assignment]
     row_dims, rows = rows_of(x, x if residual is None else residual, y)
     with guard(p.device):
+        if index is not None:
+            p = p.grouped(len(down_weight), index, forward_kernel)
         p.launch(
             forward_kernel,
-            lambda meta: (triton.cdiv(p.m, meta["BLOCK_M"]),),
+            p.tiles,
             x,
             residual,
             y,
@@ -80,6 +88,8 @@ def bottleneck_forward_out(
             None if p.input.seed is None else norm_bias,
             p.norm_products(down_weight, norm_weight, norm_bias),
             scale,
+            p.groups.order,
+            p.groups.tiles.table,
             p.hidden.seed,
             p.input.seed,
             scale_value,
@@ -91,7 +101,7 @@ def bottleneck_forward_out(
             *p.sizes,
             *rows,
             ACTIVATION=activation,
-            CHANNEL_SCALE=per_channel(scale, p.d_out),
+            CHANNEL_SCALE=p.per_channel(scale),
             ROW_DIMS=row_dims,
         )
 
@@ -125,10 +135,11 @@ def bottleneck_backward_out(
     compute_dtype: int,
     out_dtype: int,
     add_x: bool,
+    index: Tensor | None = None,
 ) -> None:
     """``fastadapters::bottleneck_backward_out``: fills what is not None.
 
-    z: as saved by the forward; not used behind LayerNorm.
+    z: as saved by the forward; not used behind LayerNorm. index: as the forward's.
     """
     parameter_gradients = (
         d_down_weight,
@@ -153,7 +164,6 @@ def bottleneck_backward_out(
         dy = dy.contiguous()
     if norm_weight is None:
         stats = None
-    channel_scale = per_channel(scale, p.d_out)
     down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale = contiguous(
         down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, scale
     )  # type: ignore[assignment]
@@ -172,12 +182,26 @@ def bottleneck_backward_out(
     if needs_up_product:
         h = x.new_empty(p.m, p.padded_r, dtype=p.dtype)
 
+    blocks_r = p.padded_r // p.block_r
+    # Two programs a processor with tiles of 128 columns; splits are whole tiles of any height.
+    widest = max(p.d, p.d_out)
+    tiles_of_columns = triton.cdiv(p.d, 128) + triton.cdiv(p.d_out, 128)
+    most = max(1, 2 * processors(p.device) // (tiles_of_columns * blocks_r))
+    rows_per_split = 128 * triton.cdiv(p.m, 128 * most)
+
     with guard(p.device):
+        if index is not None:
+            p = p.grouped(len(down_weight), index, backward_kernel, rows_per_split)
+        groups = p.groups
+        splits = triton.cdiv(p.m, rows_per_split)
+        if groups.splits.table is not None:
+            splits = len(groups.splits.table)
+        channel_scale = p.per_channel(scale)
         if dx is not None or dz is not None or h is not None:
             row_dims, rows = rows_of(dy, x, x if dx is None else dx)
             p.launch(
                 backward_kernel,
-                lambda meta: (triton.cdiv(p.m, meta["BLOCK_M"]),),
+                p.tiles,
                 dy,
                 x,
                 dx,
@@ -192,6 +216,8 @@ def bottleneck_backward_out(
                 None if p.input.seed is None else norm_bias,
                 p.norm_products(down_weight, norm_weight, norm_bias),
                 scale,
+                groups.order,
+                groups.tiles.table,
                 p.hidden.seed,
                 p.input.seed,
                 scale_value,
@@ -208,14 +234,6 @@ def bottleneck_backward_out(
             )
         if all(gradient is None for gradient in parameter_gradients):
             return
-
-        blocks_r = p.padded_r // p.block_r
-        # Two programs a processor with tiles of 128 columns; splits are whole tiles of any height.
-        widest = max(p.d, p.d_out)
-        tiles_of_columns = triton.cdiv(p.d, 128) + triton.cdiv(p.d_out, 128)
-        most = max(1, 2 * processors(p.device) // (tiles_of_columns * blocks_r))
-        rows_per_split = 128 * triton.cdiv(p.m, 128 * most)
-        splits = triton.cdiv(p.m, rows_per_split)
 
         def partial(needed: bool, *shape: int) -> Tensor | None:
             return x.new_empty(splits, *shape, dtype=torch.float32) if needed else None
@@ -236,6 +254,8 @@ def bottleneck_backward_out(
             dz,
             h,
             stats,
+            groups.order,
+            groups.splits.table,
             p.input.seed,
             p.input.threshold,
             *partials,
@@ -246,8 +266,8 @@ def bottleneck_backward_out(
         )
         d_scales = d_scale
         if d_scale is not None and not channel_scale:
-            d_scales = x.new_empty(p.d_out, dtype=torch.float32)
-        reduce_kernel[(triton.cdiv(widest, tiles.REDUCE_BLOCK_D),)](
+            d_scales = x.new_empty(groups.adapters, p.d_out, dtype=torch.float32)
+        reduce_kernel[triton.cdiv(widest, tiles.REDUCE_BLOCK_D), groups.adapters](
             *partials,
             down_weight,
             up_weight,
@@ -259,6 +279,7 @@ def bottleneck_backward_out(
             d_scales,
             scale_value,
             None if p.input.seed is None else p.input.keep,
+            groups.splits.firsts,
             splits,
             *p.sizes[1:],
             DTYPE=triton_dtype(p.dtype),
@@ -269,7 +290,21 @@ def bottleneck_backward_out(
             BLOCK_D=tiles.REDUCE_BLOCK_D,
         )
         if d_scale is not None and not channel_scale:
-            d_scale.copy_(d_scales.sum(0, keepdim=True))
+            d_scale.copy_(d_scales.sum(1))
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, inputs: Sequence[Any], save: bool, index: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    down_weight, up_weight, norm_weight = inputs[0], inputs[2], inputs[4]
+    compute_dtype, out_dtype, _ = inputs[-3:]
+    y = allocate_result(x, up_weight, out_dtype)
+    z, stats = allocate_saved(x, down_weight, norm_weight, compute_dtype, save)
+    if norm_weight is not None:  # as on a GPU, where an interpreter runs on the CPU
+        z = x.new_empty(0)
+    saved = (t if t.numel() else None for t in (z, stats))
+    bottleneck_forward_out(y, *saved, x, residual, *inputs, index)
+    return y, z, stats
 
 
 def bottleneck_forward(
@@ -277,14 +312,27 @@ def bottleneck_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``fastadapters::bottleneck_forward``."""
     *inputs, save = rest
-    compute_dtype, out_dtype, _ = inputs[-3:]
-    y = x.new_empty((*x.shape[:-1], inputs[2].shape[0]), dtype=DTYPES[out_dtype])
-    z, stats = allocate_saved(x, inputs[0], inputs[4], compute_dtype, save)
-    if inputs[4] is not None:  # as on a GPU, where an interpreter runs on the CPU
-        z = x.new_empty(0)
-    saved = (t if t.numel() else None for t in (z, stats))
-    bottleneck_forward_out(y, *saved, x, residual, *inputs)
-    return y, z, stats
+    return _forward(x, residual, inputs, save, None)
+
+
+def grouped_forward(
+    x: Tensor, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fastadapters::grouped_forward``."""
+    *tensors, index = rest[: _TENSORS + 1]
+    *options, save = rest[_TENSORS + 1 :]
+    return _forward(x, residual, (*tensors, *options), save, index)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, saved: Sequence[Tensor], inputs: Sequence[Any], needs: int,
+    index: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    parameters = inputs[: len(PARAMETERS)]
+    gradients = allocate_gradients(dy, x, parameters, needs)
+    wanted = asked_for(gradients, parameters, needs)
+    bottleneck_backward_out(*wanted, dy, x, *saved, *inputs, index)
+    return gradients
 
 
 def bottleneck_backward(
@@ -292,8 +340,13 @@ def bottleneck_backward(
 ) -> tuple[Tensor, ...]:
     """``fastadapters::bottleneck_backward``."""
     *inputs, needs = rest
-    parameters = inputs[: len(PARAMETERS)]
-    gradients = allocate_gradients(dy, x, parameters, needs)
-    wanted = asked_for(gradients, parameters, needs)
-    bottleneck_backward_out(*wanted, dy, x, z, stats, *inputs)
-    return gradients
+    return _backward(dy, x, (z, stats), inputs, needs, None)
+
+
+def grouped_backward(
+    dy: Tensor, x: Tensor, z: Tensor, stats: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """``fastadapters::grouped_backward``."""
+    *tensors, index = rest[: _TENSORS + 1]
+    *options, needs = rest[_TENSORS + 1 :]
+    return _backward(dy, x, (z, stats), (*tensors, *options), needs, index)

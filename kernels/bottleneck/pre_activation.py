@@ -15,6 +15,7 @@ def norm_kernel(
     down_weight,
     norm_weight,
     norm_bias,
+    firsts,
     D,
     r,
     DTYPE: tl.constexpr,
@@ -23,7 +24,19 @@ def norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums over D of Wd gamma and of Wd beta: [2, R]."""
+    """Sums over D of Wd gamma and of Wd beta: [2, R], of stacks [N, 2, R].
+
+    An adapter that occurs has a run: its first is not that of the next.
+    """
+    if firsts is not None:
+        own = tl.program_id(1).to(tl.int64)
+        if tl.load(firsts + own + 1) == tl.load(firsts + own + 2):
+            return
+        norm_products += own * (2 * R)
+        down_weight += own * (r * D)
+        norm_weight += own * D
+        if norm_bias is not None:
+            norm_bias += own * D
     units = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     gained = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     offset = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
