@@ -25,6 +25,7 @@ MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"),
 PRODUCTS = {
     "bottleneck": {"forward", "backward", "weights"},
     "dropout_in_front": {"forward", "backward", "weights"},
+    "grouped": {"forward", "backward", "weights"},
     "multimodal": set(),  # in fp32 always
     "cross_modal_attention": {
         "texts", "image_out", "text_queries", "image_queries", "text_keys", "image_keys",
@@ -105,7 +106,7 @@ def compile_for(pairs: list[tuple[str, str]]) -> list[list[Compiled]]:
 
 
 def _blocks(op: str, meta: dict[str, Any]) -> str:
-    if op in ("bottleneck", "dropout_in_front"):
+    if "BLOCK_D" in meta and op in ("bottleneck", "dropout_in_front", "grouped"):
         return f"{meta.get('BLOCK_M', '')} x {meta['BLOCK_D']}"
     sizes = {k.removeprefix("BLOCK_"): n for k, n in meta.items() if k.startswith("BLOCK")}
     return ", ".join(f"{name} {n}" if name != "BLOCK" else str(n) for name, n in sizes.items())

@@ -32,35 +32,43 @@ def _names(*dtypes: torch.dtype) -> str:
     return names[0] if len({*names}) == 1 else " ".join(names)
 
 
-def _bottleneck(x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool, d_out: int) -> None:
+def _bottleneck(
+    x_dtype: torch.dtype, compute: torch.dtype, r: int, full: bool, d_out: int, adapters: int = 0
+) -> None:
     """With each option there is and fp32 parameters, or with biases alone.
 
-    Where D_out is not D, with dropout in front, too.
+    Where D_out is not D, with dropout in front, too; of several adapters one for each item.
     """
     from fastadapters.kernels import bottleneck as kernels
 
     d, m = 768, 256
     x, dy = (torch.empty(m, n, dtype=x_dtype) for n in (d, d_out))
-    shapes = [(r, d), (r,), (d_out, r), (d_out,), (d,), (d,), (d_out,)]
+    shapes: list[tuple[int, ...]] = [(r, d), (r,), (d_out, r), (d_out,), (d,), (d,), (d_out,)]
+    forward, backward, index = kernels.bottleneck_forward, kernels.bottleneck_backward, []
+    if adapters:
+        shapes = [(adapters, *shape) for shape in shapes]
+        forward, backward = kernels.grouped_forward, kernels.grouped_backward
+        index = [torch.zeros(4, dtype=torch.int64)]
     parameters: list[Any] = [torch.empty(s, dtype=FP32 if full else compute) for s in shapes]
     if not full:
         parameters[4:] = [None] * 3
     seed = torch.empty(2, dtype=torch.int64) if full else None
     codes = DTYPE_CODES[compute], DTYPE_CODES[x_dtype]
     dropouts = (0.1 if full else 0.0, 0.0 if d_out == d else 0.1)
-    rest = (*parameters, seed, 1.0, 1e-5, *dropouts, 2, *codes, d_out == d)
-    _, z, stats = kernels.bottleneck_forward(x, None, *rest, True)
-    kernels.bottleneck_backward(dy, x, z, stats, *rest, 255)
+    rest = (*parameters, seed, *index, 1.0, 1e-5, *dropouts, 2, *codes, d_out == d)
+    _, z, stats = forward(x, None, *rest, True)
+    backward(dy, x, z, stats, *rest, 255)
 
 
 def _bottlenecks(
-    found: list[tuple[torch.dtype, torch.dtype, int, str]], *kernels: str
+    found: list[tuple[torch.dtype, torch.dtype, int, str]], *kernels: str, adapters: int = 0
 ) -> list[Step]:
     return [
         Step(
             _names(x, compute, x), r, options,
             functools.partial(
-                _bottleneck, x, compute, r, options != PLAIN, 1536 if options == IN_FRONT else 768
+                _bottleneck, x, compute, r, options != PLAIN, 1536 if options == IN_FRONT else 768,
+                adapters,
             ),
             kernels, ieee=compute == FP32,
         )
@@ -83,6 +91,13 @@ def dropout_in_front(arch: str) -> list[Step]:
     found = [(BF16, BF16, r, IN_FRONT) for r in (32, 64, 128)]
     found += [(FP32, BF16, 128, IN_FRONT), (FP32, FP32, 64, IN_FRONT)]
     return _bottlenecks(found, "forward", "backward", "weights")
+
+
+def grouped(arch: str) -> list[Step]:
+    """The bottleneck's kernels with an adapter per item, and the one that makes their tables."""
+    found = [(BF16, BF16, r, EVERYTHING) for r in (64, 128)]
+    found += [(FP32, BF16, 128, EVERYTHING), (FP32, FP32, 64, EVERYTHING), (BF16, BF16, 64, PLAIN)]
+    return _bottlenecks(found, adapters=16)
 
 
 def _sequence_fusion(
@@ -176,6 +191,7 @@ def cross_modal_attention(arch: str) -> list[Step]:
 OPS: dict[str, Callable[[str], list[Step]]] = {
     "bottleneck": bottleneck,
     "dropout_in_front": dropout_in_front,
+    "grouped": grouped,
     "multimodal": multimodal,
     "cross_modal_attention": cross_modal_attention,
     "sequence_fusion": sequence_fusion,
