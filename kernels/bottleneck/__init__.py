@@ -10,10 +10,10 @@ and forms every parameter's gradient.
 D_out may differ from D. Dropout of the input is drawn again wherever x is read; behind LayerNorm it
 leaves no sum over D that could be folded into a product: backward takes one more pass over D.
 
-With an adapter per row, parameters are stacked, and a program takes a tile of rows of one adapter:
-rows sorted on the device, their tiles and, for the parameters, their ranges in tables of a length
-that does not depend on how many adapters occur. x, residual, y, dy and dx stay where they are; what
-passes between the kernels lies in that order.
+With an adapter per row parameters are stacked, and a program takes a tile of rows of one adapter:
+rows are put in the order of their adapters, whose tiles and, for the gradients of the parameters,
+ranges are in tables as long as they may have to be. x, residual, y, dy and dx stay where they are;
+what passes between the kernels lies in that order.
 
 The row m of a tensor [n0, n1, n2, D] lies at any three strides. R is r rounded up to a multiple of
 BLOCK_R; where there are several blocks of R, h and dz pass through memory. Products accumulate in

@@ -1,7 +1,8 @@
 """An adapter per row: rows in the order of their adapters, and runs of them of one adapter each.
 
-A *place* is a position in that order. Beside the adapters 0 to N - 1 the index may name none, by
-what is negative or beyond: with these two there are N + 2 groups of rows.
+A *place* is a position in that order. Adapter n's rows are group n; group N are those for which the
+index names none. Two launches: entries of the index are counted, then they are placed, and runs are
+found. Nothing is read that would be waited for.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK_E = 64
+BLOCK_ROWS = 32
 BLOCK_RUNS = 8
-BLOCK_N = 256
+BLOCK_N = 128
 
 
 class Runs(NamedTuple):
@@ -23,7 +26,7 @@ class Runs(NamedTuple):
     table: Tensor | None = None
     """[runs, 3]: the adapter, -1 where the index names none; the first place; that behind"""
     firsts: Tensor | None = None
-    """[N + 3]: which run is the first of each group, and how many there are"""
+    """[N + 2]: which run is the first of each group, and how many there are"""
 
 
 class Groups(NamedTuple):
@@ -37,59 +40,123 @@ class Groups(NamedTuple):
 
 
 @triton.jit
-def count_below(keys, n, count):
-    """How many of the sorted keys [count] are less than each of ``n``."""
-    below = tl.zeros(n.shape, tl.int64)
-    span = count
-    while span > 1:
-        half = span // 2
-        below += tl.where(tl.load(keys + below + half - 1) < n, half, 0)
-        span -= half
-    return below + (tl.load(keys + below) < n).to(tl.int64)
+def groups_of(index, entries, count, adapters):
+    """The groups of entries of the index; -1 beyond its end."""
+    inside = entries < count
+    named = tl.load(index + entries, mask=inside, other=0)
+    group = tl.where((named >= 0) & (named < adapters), named, adapters)
+    return tl.where(inside, group, -1)
+
+
+@triton.jit(do_not_specialize=["count", "adapters"])
+def count_kernel(
+    counts, index, count, adapters, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """How many entries each block of BLOCK_E has of each group: [blocks, N + 1]."""
+    entries = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = groups_of(index, entries, count, adapters)
+    counted = tl.sum((own[:, None] == n[None, :]).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0) * (adapters + 1) + n, counted, mask=n <= adapters)
 
 
 @triton.jit
-def write_runs(
-    table,
-    firsts,
-    keys,
+def counted(counts, n, block, count, adapters, BLOCK_E: tl.constexpr):
+    """How many entries there are of groups ``n``, and how many of them before a block."""
+    all_of_them = tl.zeros(n.shape, count.dtype)
+    earlier = tl.zeros(n.shape, count.dtype)
+    blocks = tl.cdiv(count, BLOCK_E)
+    for start in range(0, blocks, 32):
+        b = start + tl.arange(0, 32)
+        found = tl.load(
+            counts + b[:, None] * (adapters + 1) + n[None, :],
+            mask=(b < blocks)[:, None] & (n <= adapters)[None, :],
+            other=0,
+        )
+        all_of_them += tl.sum(found, 0)
+        earlier += tl.sum(tl.where((b < block)[:, None], found, 0), 0)
+    return all_of_them, earlier
+
+
+@triton.jit
+def place_rows(
+    order,
+    counts,
+    index,
     count,
     rows_each,
-    groups,
-    length,
+    adapters,
+    BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_ROWS of the rows of each of BLOCK_E entries."""
+    chunks = tl.cdiv(rows_each, BLOCK_ROWS)
+    block = tl.program_id(0) // chunks
+    entries = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    own = groups_of(index, entries, count, adapters)
+    places = tl.zeros([BLOCK_E], count.dtype)
+    before = count * 0
+    for start in range(0, adapters + 1, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        total, earlier = counted(counts, n, block, count, adapters, BLOCK_E)
+        begins = before + tl.cumsum(total, 0) - total + earlier
+        same = own[:, None] == n[None, :]
+        behind = tl.cumsum(same.to(tl.int32), 0)
+        places += tl.sum(tl.where(same, begins[None, :] + behind - 1, 0), 1)
+        before += tl.sum(total, 0)
+    rows = tl.program_id(0) % chunks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = (entries < count)[:, None] & (rows < rows_each)[None, :]
+    to = places.to(tl.int64)[:, None] * rows_each + rows[None, :]
+    tl.store(order + to, entries.to(tl.int64)[:, None] * rows_each + rows[None, :], mask=inside)
+
+
+@triton.jit
+def find_runs(
+    table,
+    firsts,
     runs,
+    length,
+    counts,
+    count,
+    rows_each,
+    adapters,
+    BLOCK_E: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_RUNS of the runs, of up to ``length`` places; their first places, and those behind."""
+    """BLOCK_RUNS of the runs, of up to ``length`` places."""
     run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
-    group = tl.zeros([BLOCK_RUNS], tl.int64)
+    adapter = tl.full([BLOCK_RUNS], -1, tl.int64)
     begin = tl.zeros([BLOCK_RUNS], tl.int64)
     end = tl.zeros([BLOCK_RUNS], tl.int64)
+    place = tl.full([], 0, tl.int64)
     before = tl.full([], 0, tl.int64)
-    for start in range(0, groups + 1, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        begins = count_below(keys, n - 1, count) * rows_each
-        ends = count_below(keys, n, count) * rows_each
-        own = (ends - begins + length - 1) // length
+    for start in range(0, adapters + 2, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        total, _ = counted(counts, n, 0, count, adapters, BLOCK_E)
+        total = total.to(tl.int64) * rows_each
+        own = (total + length - 1) // length
+        ends = place + tl.cumsum(total, 0)
         behind = before + tl.cumsum(own, 0)
         first = behind - own
         if tl.program_id(0) == 0:
-            tl.store(firsts + n, first, mask=n <= groups)
+            tl.store(firsts + n, first, mask=n < adapters + 2)
         holds = (first[None, :] <= run[:, None]) & (run[:, None] < behind[None, :])
-        places = begins[None, :] + (run[:, None] - first[None, :]) * length
-        group += tl.sum(tl.where(holds, n[None, :], 0), 1)
-        begin += tl.sum(tl.where(holds, places, 0), 1)
-        end += tl.sum(tl.where(holds, tl.minimum(places + length, ends[None, :]), 0), 1)
+        begins = (ends - total)[None, :] + (run[:, None] - first[None, :]) * length
+        known = holds & (n < adapters)[None, :]
+        adapter += tl.sum(tl.where(known, n[None, :] + 1, 0), 1)
+        begin += tl.sum(tl.where(holds, begins, 0), 1)
+        end += tl.sum(tl.where(holds, tl.minimum(begins + length, ends[None, :]), 0), 1)
+        place += tl.sum(total, 0)
         before += tl.sum(own, 0)
-    tl.store(table + 3 * run, tl.where(group < groups - 1, group - 1, -1), mask=run < runs)
+    tl.store(table + 3 * run, adapter, mask=run < runs)
     tl.store(table + 3 * run + 1, begin, mask=run < runs)
     tl.store(table + 3 * run + 2, end, mask=run < runs)
-    return begin, end
 
 
 @triton.jit(
-    do_not_specialize=["count", "rows_each", "groups", "tiles", "rows_per_split", "splits"]
+    do_not_specialize=["count", "rows_each", "adapters", "tiles", "block_m", "splits", "per_split"]
 )
 def groups_kernel(
     order,
@@ -97,72 +164,83 @@ def groups_kernel(
     tiles_firsts,
     splits_table,
     splits_firsts,
-    keys,
-    items,
+    counts,
+    index,
     count,
     rows_each,
-    groups,
+    adapters,
     tiles,
-    rows_per_split,
+    block_m,
     splits,
-    BLOCK_M: tl.constexpr,
+    per_split,
+    BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The order of rows, tiles of BLOCK_M of them, and if there is a table for them the splits.
+    """The order of the rows, and by the second axis of the grid tiles and splits of them.
 
-    keys, items [count]: sorted adapters of the items, and which items these are, of rows_each rows.
+    index [count]: of items of rows_each rows each.
     """
-    begin, end = write_runs(
-        tiles_table, tiles_firsts, keys, count, rows_each, groups, BLOCK_M, tiles, BLOCK_RUNS,
-        BLOCK_N,
-    )  # fmt: skip
-    places = begin[:, None] + tl.arange(0, BLOCK_M)[None, :]
-    inside = places < end[:, None]
-    item = tl.load(items + places // rows_each, mask=inside, other=0)
-    tl.store(order + places, item * rows_each + places % rows_each, mask=inside)
-    if splits_table is not None:
-        write_runs(
-            splits_table, splits_firsts, keys, count, rows_each, groups, rows_per_split, splits,
+    if tl.program_id(1) == 0:
+        place_rows(
+            order, counts, index, count, rows_each, adapters, BLOCK_E, BLOCK_ROWS, BLOCK_N
+        )  # fmt: skip
+    elif tl.program_id(1) == 1:
+        find_runs(
+            tiles_table, tiles_firsts, tiles, block_m, counts, count, rows_each, adapters, BLOCK_E,
             BLOCK_RUNS, BLOCK_N,
+        )  # fmt: skip
+    elif splits_table is not None:
+        find_runs(
+            splits_table, splits_firsts, splits, per_split, counts, count, rows_each, adapters,
+            BLOCK_E, BLOCK_RUNS, BLOCK_N,
         )  # fmt: skip
 
 
 def make_groups(
     index: Tensor, adapters: int, m: int, block_m: int, rows_per_split: int = 0
 ) -> Groups:
-    """Of M rows, so many for each entry of the index; nothing is read that would be waited for.
+    """Of M rows, so many for each entry of the index.
 
     Tiles are of up to block_m rows; there are no splits of 0.
     """
     count, device = index.numel(), index.device
-    # A radix sort passes over each byte of a key.
-    narrow = torch.int16 if adapters < 2**15 - 1 else torch.int64
-    keys, items = index.reshape(-1).clamp(-1, adapters).to(narrow).sort(stable=True)
+    rows_each = m // count
     dtype = torch.int32 if m < 2**31 else torch.int64
-    order = torch.empty(m, dtype=dtype, device=device)
-    # Each group may end in a run that is not full.
-    lengths = (block_m, rows_per_split or m)
-    tiles, splits = (m // length + min(adapters + 2, count) for length in lengths)
 
-    def runs(most: int) -> Runs:
-        table = torch.empty(most, 3, dtype=dtype, device=device)
-        return Runs(table, torch.empty(adapters + 3, dtype=dtype, device=device))
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    groups = Groups(adapters, order, runs(tiles), runs(splits) if rows_per_split else Runs())
-    groups_kernel[(triton.cdiv(max(tiles, splits), BLOCK_RUNS),)](
-        order,
+    def runs(length: int) -> Runs:
+        if length == 0:
+            return Runs()
+        # Each group may end in a run that is not full.
+        return Runs(empty(m // length + min(adapters + 1, count), 3), empty(adapters + 2))
+
+    groups = Groups(adapters, empty(m), runs(block_m), runs(rows_per_split))
+    tiles, splits = (0 if r.table is None else len(r.table) for r in groups[2:])
+    blocks = triton.cdiv(count, BLOCK_E)
+    counts = torch.empty(blocks, adapters + 1, dtype=torch.int32, device=device)
+    count_kernel[blocks, triton.cdiv(adapters + 1, BLOCK_N)](
+        counts, index, count, adapters, BLOCK_E=BLOCK_E, BLOCK_N=BLOCK_N
+    )
+    programs = blocks * triton.cdiv(rows_each, BLOCK_ROWS), triton.cdiv(tiles, BLOCK_RUNS)
+    groups_kernel[max(programs), 3 if splits else 2](
+        groups.order,
         *groups.tiles,
         *groups.splits,
-        keys,
-        items,
+        counts,
+        index,
         count,
-        m // count,
-        adapters + 2,
+        rows_each,
+        adapters,
         tiles,
-        rows_per_split,
+        block_m,
         splits,
-        BLOCK_M=block_m,
+        rows_per_split,
+        BLOCK_E=BLOCK_E,
+        BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_RUNS=BLOCK_RUNS,
         BLOCK_N=BLOCK_N,
     )

@@ -30,7 +30,7 @@ def norm_kernel(
     """
     if firsts is not None:
         own = tl.program_id(1).to(tl.int64)
-        if tl.load(firsts + own + 1) == tl.load(firsts + own + 2):
+        if tl.load(firsts + own) == tl.load(firsts + own + 1):
             return
         norm_products += own * (2 * R)
         down_weight += own * (r * D)

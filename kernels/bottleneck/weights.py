@@ -167,8 +167,8 @@ def reduce_kernel(
     occurs = True
     if firsts is not None:
         own = tl.program_id(1).to(tl.int64)
-        split = tl.load(firsts + own + 1)
-        behind = tl.load(firsts + own + 2)
+        split = tl.load(firsts + own)
+        behind = tl.load(firsts + own + 1)
         occurs = split < behind
         down_weight += own * (r * D)
         up_weight += own * (r * width)
