@@ -94,7 +94,7 @@ def expand(
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """tile W [BLOCK_M, BLOCK_D]; of several blocks of R a tile is read at places of stored [M, R]."""
+    """tile W [BLOCK_M, BLOCK_D]; a tile of several blocks of R is read from stored [M, R]."""
     product = tl.zeros([in_rows.shape[0], cols.shape[0]], tl.float32)
     for first in range(0, R, BLOCK_R):
         units = first + tl.arange(0, BLOCK_R)
@@ -141,9 +141,10 @@ def transposed_product(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """a^T b [BLOCK_D, BLOCK_R], columns ``first`` ... of a, over places begin ... end - 1; and more.
+    """a^T b [BLOCK_D, BLOCK_R], columns ``first`` ... of a, over places begin to end - 1; more.
 
-    b and stats lie in the order of the places, a in its own. a is rounded to DTYPE, with stats after it was normalised (without gain and offset), with a seed
+    Rows of b and stats are at the places, those of a at the rows that the order has there. a is
+    rounded to DTYPE, with stats after it was normalised (without gain and offset), with a seed
     after dropout (not yet multiplied by 1 / (1 - p)). With SUM also the sums of a [BLOCK_D], with
     KEPT ones in the place of a [BLOCK_D, BLOCK_R]. The sum of a 16-bit a is a product with ones: to
     take a from its buffer a second time, into registers, would race with the asynchronous products

@@ -264,14 +264,12 @@ def test_which_backend_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton at any width: plain PyTorch multiplies N times as much. CUDA has no kernel."""
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         x, index = torch.empty(4, 5, 8), torch.zeros(4, dtype=torch.int64)
         down, up = torch.empty(3, 999, 8), torch.empty(3, 8, 999)
-        norm = torch.empty(3, 8, requires_grad=True)
-        call = partial(grouped_bottleneck, x, index, down, up, norm_weight=norm, residual=x)
+        call = partial(grouped_bottleneck, x, index, down, up, residual=x)
         (decision,) = fastadapters.explain(call)
         assert decision.backend == "triton"
         assert "not cuda: it has no kernel for an adapter per item" in decision.reason
-        assert call().sum().grad_fn is not None
         with fastadapters.backend("cuda"), pytest.raises(RuntimeError, match="no kernel for an ad"):
             call()

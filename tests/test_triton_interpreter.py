@@ -174,8 +174,7 @@ def few_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("adapters", [1, 2, 11])
-@pytest.mark.parametrize("rows_each", [1, 37])
+@pytest.mark.parametrize(("adapters", "rows_each"), [(1, 20), (6, 1)])
 def test_rows_in_the_order_of_their_adapters(
     adapters: int, rows_each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,15 +182,15 @@ def test_rows_in_the_order_of_their_adapters(
     from fastadapters.kernels.bottleneck.groups import make_groups
 
     few_groups_at_a_time(monkeypatch)
-    for seed, count in enumerate((1, 5, 64, 150)):
+    for seed, count in enumerate((1, 5, 70 // rows_each)):
         gen = torch.Generator().manual_seed(seed)
         index = torch.randint(-1, adapters + 2, (count,), generator=gen)
-        groups = make_groups(index, adapters, count * rows_each, 16, 128)
+        groups = make_groups(index, adapters, count * rows_each, 16, 48)
         owners = index.repeat_interleave(rows_each)
         owners = torch.where((owners < 0) | (owners >= adapters), adapters, owners)
         assert torch.equal(groups.order.long(), owners.argsort(stable=True))
         counts = owners.bincount(minlength=adapters + 1)
-        for (table, firsts), length in ((groups.tiles, 16), (groups.splits, 128)):
+        for (table, firsts), length in ((groups.tiles, 16), (groups.splits, 48)):
             full = table[: firsts[-1]].long()
             assert table[firsts[-1] :, 1].equal(table[firsts[-1] :, 2])
             runs = (counts + length - 1) // length
@@ -204,14 +203,13 @@ def test_rows_in_the_order_of_their_adapters(
 
 
 GROUPED = [
-    *(replace(case, dtype=dtype) for dtype, case in zip(
-        [FP32, torch.float16] * 9, option_cases(rows=(5, 40))[1:10], strict=False
-    )),
-    *rectangular_cases(rows=(5, 40), dtype=FP32)[:4],
-    *mixed_cases(torch.float16, rows=(5, 40), activation="silu")[1:8:3],
-    Case(rows=(5, 40), d=100, r=300, norm="both", activation="gelu", dropout=0.3),
+    Case(rows=(4, 40), dtype=torch.float16, activation="gelu", scale="learnable"),
+    Case(rows=(4, 40), activation="silu", residual="none", norm="weight", layout="transposed"),
+    *rectangular_cases(rows=(4, 30), dtype=FP32)[2:4],
+    mixed_cases(torch.float16, rows=(4, 40), activation="silu")[7],
+    Case(rows=(2, 20), d=40, r=140, activation="gelu", dropout=0.3),
     Case(rows=(0, 7), norm="both", scale="learnable"),
-]  # fmt: skip
+]
 
 
 @interpreted
@@ -223,10 +221,9 @@ def test_an_adapter_per_item(case: Case) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("scale", ["learnable", "channel"])
-def test_an_adapter_per_token(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
     few_groups_at_a_time(monkeypatch)
-    case = Case(rows=(3, 50), d=40, r=10, norm="both", scale=scale, dropout=0.2, layout="slice")
+    case = Case(rows=(3, 25), d=40, r=10, norm="both", scale="channel", layout="slice")
     index = grouped_cases.index_of(case, 2).int()
     out = grouped_cases.check_backend(case, index, "triton")
     for name in ("down_weight", "up_weight", "down_bias", "up_bias", "norm_weight", "scale"):
@@ -261,6 +258,5 @@ def test_what_occurs_nowhere_and_what_names_none(monkeypatch: pytest.MonkeyPatch
 
 @interpreted
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("kind", ["widths", "dropout", "scales"])
-def test_any_number_of_modalities(kind: str) -> None:
-    test_multiway.check_many(kind, "x", "triton")
+def test_any_number_of_modalities() -> None:
+    test_multiway.check_many("widths", "x", "triton")

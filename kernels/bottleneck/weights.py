@@ -207,9 +207,7 @@ def reduce_kernel(
                 tl.store(d_down_bias + units, dz_total, mask=units < r)
         of_ones = None
         if kept_product is not None:
-            of_ones = input_keep * sum_of_splits(
-                kept_product, split, behind, D * R, place, inside
-            )
+            of_ones = input_keep * sum_of_splits(kept_product, split, behind, D * R, place, inside)
         elif down_sum is not None:
             of_ones = dz_total[None, :]
         if d_norm_weight is not None or d_norm_bias is not None:
