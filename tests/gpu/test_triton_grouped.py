@@ -108,7 +108,7 @@ def test_traffic_is_that_of_one_adapter(arch: int) -> None:
 
 
 def test_many_rows_of_an_adapter_are_split() -> None:
-    """Several partial sums of one adapter, equal to those of the bottleneck on its rows alone."""
+    """Several partial sums of one adapter: the bottleneck on its rows, but for the last bit."""
     case = Case(rows=(600,), d=96, r=16, dtype=BF16, norm="both", scale="learnable", dropout=0.3)
     tensors = grouped_cases.inputs(case)
     index = torch.full((600,), 2)
@@ -121,4 +121,4 @@ def test_many_rows_of_an_adapter_are_split() -> None:
     assert single.grid[2] > 1 and grouped.grid[2] > single.grid[2]
     for name, t in alone.items():
         found = out[name] if name in ("y", "d_x") else out[name][2]
-        assert torch.equal(found.reshape(t.shape), t), name
+        torch.testing.assert_close(found.reshape(t.shape), t)
