@@ -31,14 +31,12 @@ EVERYTHING = Case(
     residual="other", dropout=0.3, input_dropout=0.2,
 )  # fmt: skip
 CASES = [
-    (Case(rows=(5, 40), dtype=BF16, activation="silu", scale="learnable"), 1, 80),
+    (Case(rows=(2, 3, 30), dtype=FP16, scale="learnable", layout="slice"), 2, 80),
     (Case(rows=(3, 70), dtype=BF16, activation="gelu", norm="both", dropout=0.3), 2, 80),
     (Case(rows=(5, 40), dtype=FP32, norm="both", activation="silu", scale="channel"), 1, 80),
     (Case(rows=(4, 40), d=200, r=300, dtype=BF16, activation="silu", residual="none"), 2, 80),
-    (replace(EVERYTHING, dtype=FP16), 1, 80),
     (replace(EVERYTHING, x_dtype=FP32, param_dtype=FP32, residual_dtype=FP32), 2, 80),
     (Case(rows=(3, 70), d=130, r=33, dtype=BF16, activation="silu", norm="both"), 2, 90),
-    (Case(rows=(2, 3, 50), d=256, r=64, dtype=BF16, scale="learnable", layout="slice"), 2, 90),
     (EVERYTHING, 1, 90),
 ]
 
@@ -67,7 +65,7 @@ STEP = "count groups norm forward count groups norm backward weights reduce"
 
 def test_as_many_launches_whatever_the_number_of_adapters() -> None:
     case = Case(rows=(6, 20), d=32, r=8, dtype=BF16, norm="both")
-    for adapters in (1, 2, 9):
+    for adapters in (1, 9):
         index = index_of(case, adapters=adapters)
         with device.simulate(80) as run:
             grouped_cases.run(case, grouped_cases.inputs(case, adapters), index, "triton")
