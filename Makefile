@@ -15,10 +15,10 @@ CLANG_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name
 CMAKE := cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-isas test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check release-check hub-check clean
+.PHONY: help setup hooks info lint format test test-main test-gpu test-triton-versions test-clients test-seeds test-isas test-aarch64 sanitize sanitize-device bench bench-full bench-auto interop docs docs-check examples wheel wheel-check wheel-aarch64 release-check hub-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Pins of the tools are in pyproject.toml. The pure build is only the way to install them: it needs no PyTorch.
 $(VENV)/tools.stamp: pyproject.toml
@@ -32,7 +32,7 @@ $(VENV)/library.stamp: $(VENV)/tools.stamp setup.py $(CSRC)
 	python -c 'import sys; from fastadapters import backends; sys.exit(backends.library_error)'
 	touch $@
 
-setup: $(VENV)/library.stamp ## Create $(VENV), install the tools and the package with its compiled library
+setup: $(VENV)/library.stamp ## Create .venv, install the tools and the package with its compiled library
 
 info: setup ## Print what is installed and what runs
 	python -m fastadapters.info
@@ -53,13 +53,13 @@ format: setup ## Fix the style
 	clang-format -i $(CLANG_FORMATTED)
 
 # A lane is a process of pytest of its own. New lanes become prerequisites here.
-test: lint test-main test-gpu ## Everything but the sanitizers
+test: lint test-main test-gpu ## Style, types and the tests that need nothing more
 
 # Two processes with two threads each would wait for each other; what threads change is tested apart.
-test-main: setup hooks
+test-main: setup hooks ## The tests but for those of the GPU kernels
 	OMP_NUM_THREADS=1 pytest -n 2 tests --ignore tests/gpu --ignore tests/clients
 
-test-gpu: setup
+test-gpu: setup ## The GPU kernels, executed without a GPU
 	pytest -n 2 tests/gpu
 
 # Two at a time, each quiet unless it fails.
@@ -175,7 +175,7 @@ wheel-check: wheel ## Test the wheel on a newer PyTorch (5 GB), from site-packag
 	cd build && newer/bin/python -m fastadapters.info
 	build/newer/bin/pytest tests/test_bottleneck.py
 
-# The oldest and the newest interpreter and PyTorch, all combinations; what is not on disk is some GB each.
+# Each interpreter, the oldest and the newest PyTorch, all combinations; what is not on disk is some GB each.
 RELEASE_PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 RELEASE_TORCHES ?= 2.11.0 $(NEWER_TORCH)
 
@@ -197,5 +197,9 @@ hub-check: setup build/hub-tools.stamp ## The package as Hugging Face's `kernels
 release-check: setup build/release-tools.stamp ## The sdist and the wheel as others get them: contents, metadata, tag, installations (GBs)
 	RELEASE_TOOLS=$(abspath build/release-tools) RELEASE_PYTHONS='$(RELEASE_PYTHONS)' RELEASE_TORCHES='$(RELEASE_TORCHES)' .ci/release-check
 
-clean: ## Remove what was built, but for $(VENV)
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user; the script fetches Python for arm64 itself.
+wheel-aarch64: setup build/release-tools.stamp ## The wheel for 64-bit ARM, built and used by an aarch64 Python under qemu-user (4 GB)
+	RELEASE_TOOLS=$(abspath build/release-tools) TORCH=2.13.0 .ci/aarch64-wheel
+
+clean: ## Remove what was built, but for .venv
 	rm -rf build dist *.egg-info fastadapters/_C.abi3.so fastadapters/_build.json $(VENV)/library.stamp

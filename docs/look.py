@@ -7,10 +7,13 @@ Fails where there is no Chromium, or a picture shows next to nothing.
 
 from __future__ import annotations
 
+import functools
+import http.server
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import markdown
@@ -32,7 +35,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--window-size=1280,1000",
+    "--hide-scrollbars", "--window-size=1280,1000", "--virtual-time-budget=5000",
 )  # fmt: skip
 
 
@@ -47,11 +50,16 @@ def readme() -> Path:
     return page
 
 
-def shoot(browser: str, page: Path, name: str) -> None:
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def shoot(browser: str, page: str, name: str) -> None:
     picture = OUT / name
     picture.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as profile:
-        places = [f"--user-data-dir={profile}", f"--screenshot={picture}", page.as_uri()]
+        places = [f"--user-data-dir={profile}", f"--screenshot={picture}", page]
         subprocess.run([browser, *FLAGS, *places], check=True, capture_output=True, timeout=120)
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
@@ -65,8 +73,13 @@ def main() -> None:
     if browser is None:
         sys.exit(f"no browser: one of {', '.join(BROWSERS)} (Debian: apt-get install chromium)")
     OUT.mkdir(parents=True, exist_ok=True)
-    shoot(browser, readme(), "readme.png")
-    shoot(browser, ROOT / "build" / "site" / "index.html", "start.png")
+    shoot(browser, readme().as_uri(), "readme.png")
+    # From a server: the theme hides the search of pages that are files.
+    handler = functools.partial(Handler, directory=ROOT / "build" / "site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        shoot(browser, f"http://127.0.0.1:{server.server_port}/index.html", "start.png")
+        server.shutdown()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # With relu a rounding can turn the gradient of an element on or off, which no tolerance covers.
 CASES = [
     *option_cases(dtype=torch.float32),
-    *option_cases(dtype=torch.float16),
+    *option_cases(dtype=torch.float16)[1::3],
     *(
         replace(case, activation="silu") if case.activation == "relu" else case
         for case in mixed_cases(torch.float16)
