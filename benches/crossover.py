@@ -1,7 +1,7 @@
 """The table of `auto`: up to which sizes each kernel beats the best plain PyTorch.
 
     python -m benches.crossover          # measures this CPU, in about 15 minutes
-    python -m benches.crossover --gpu    # computes what the model of benches/model.py knows
+    python -m benches.crossover --gpu    # computes what benches/model_bottleneck.py knows
 
 Both print what they find and put the entries into fastadapters/crossover.py.
 
@@ -132,14 +132,15 @@ def this_cpu(dtypes: Iterable[torch.dtype], budget: float) -> dict[Key, Limit]:
 
 def modelled(dtypes: Iterable[torch.dtype]) -> dict[Key, Limit]:
     """The entries of the GPUs of benches/model.py; the least of them for all others."""
-    from . import model
+    from .model import GPUS
+    from .model_bottleneck import points
 
     found: dict[Key, Limit] = {}
     for dtype in dtypes:
         kind = "float32" if dtype == torch.float32 else "bfloat16"  # float16 costs the same
         limits = []
-        for gpu in model.GPUS:
-            limits.append(sum_up(model.points(gpu, kind), f"model: {gpu.name}"))
+        for gpu in GPUS:
+            limits.append(sum_up(points(gpu, kind), f"model: {gpu.name}"))
             found["bottleneck", "cuda", f"sm_{gpu.arch}", dtype] = limits[-1]
         least = Limit(
             min(limit.width for limit in limits), min(limit.weight for limit in limits), "the least"

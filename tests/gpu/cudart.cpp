@@ -121,6 +121,15 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
     *value = found->second;
   else if (attribute == 16)
     *value = multiprocessors;
+  else if (attribute == 36)
+    *value = arch == 80                  ? 1593000
+             : arch == 90 || arch == 100 ? 2619000
+                                         : 10501000;  // kHz of the memory
+  else if (attribute == 37)
+    *value = (arch == 80                  ? 47
+              : arch == 90 || arch == 100 ? 39
+                                          : 3) *
+             multiprocessors;  // bits of its bus
   else if (attribute == 38)
     *value = (arch == 80 ? 370 : arch < 90 ? 562 : 378) * 1000 * multiprocessors;  // L2 bytes
   else if (attribute == 39)

@@ -1,4 +1,4 @@
-"""The CUDA bottleneck with D_in other than D_out, input dropout, and by columns: PTX machine."""
+"""The CUDA bottleneck with D_in other than D_out and input dropout, and backward's ways."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import device
 import pytest
 import torch
 from bottleneck_cases import Case
+from compare import check_all
 from schedules import check_schedules
 
 from fastadapters import backends, ops
@@ -59,8 +60,16 @@ MIXED = [
     ),
 ]  # fmt: skip
 ACCUMULATED = [
-    replace(LORA, rows=(330,), d=200, d_out=72, dtype=BF16, input_dropout=0.2),
-    replace(LORA, rows=(330,), d=72, d_out=130, r=10, dtype=FP16, layout="slice"),
+    (80, replace(LORA, rows=(330,), d=200, d_out=72, dtype=BF16, input_dropout=0.2)),
+    (80, replace(LORA, rows=(330,), d=72, d_out=130, r=10, dtype=FP16, layout="slice")),
+    (89, Case(rows=(300,), d=1024, r=8, dtype=BF16, activation="gelu")),
+]
+# So many rows that the x and dy of all are more than the L2 cache has, those of 512 rows are not.
+SHARES = [
+    Case(rows=(600,), d=512, r=40, dtype=BF16, scale="learnable", dropout=0.3, activation="gelu"),
+    Case(rows=(600,), d=500, r=40, dtype=FP16, norm="both", input_dropout=0.2, activation="silu"),
+    Case(rows=(6, 100), d=340, r=70, dtype=BF16, x_dtype=FP32, residual="other", layout="slice"),
+    Case(rows=(600,), d=256, r=40, norm="both", activation="silu"),
 ]
 # So wide that the rows under way are more than the L2 cache of the machine's four processors has.
 COLUMNS = [
@@ -75,10 +84,10 @@ def test_matches_reference(case: Case) -> None:
     check_schedules(case, "cuda", 80)
 
 
-@pytest.mark.parametrize("case", ACCUMULATED, ids=str)
-def test_accumulates(case: Case) -> None:
-    check_schedules(case, "cuda", 80)
-    with device.simulate(80) as run:
+@pytest.mark.parametrize(("arch", "case"), ACCUMULATED, ids=str)
+def test_accumulates(arch: int, case: Case) -> None:
+    check_schedules(case, "cuda", arch)
+    with device.simulate(arch) as run:
         bottleneck_cases.run(case, bottleneck_cases.inputs(case), "cuda")
     assert sum("ELb1ELb1E" in report.name for report in run.launches) == 1
 
@@ -150,3 +159,51 @@ def test_traffic_by_columns(arch: int, simulated: Any) -> None:
         for t in (x, dy, dx):
             traffic = report.traffic(t)
             assert traffic.partial_read_lines == traffic.partial_written_lines == 0
+
+
+@pytest.mark.parametrize("case", SHARES, ids=str)
+def test_in_shares(case: Case) -> None:
+    """On a memory so slow that it pays: where dy is in the cache for the weight pass, and x."""
+    with device.simulate(89) as run:
+        bottleneck_cases.check_backend(case, "cuda")
+    passes = [r for r in run.launches if "_pass" in r.name]
+    assert [r.grid[0] for r in passes if "ELb1E" in r.name] == [5, 5]
+    assert len(passes) == 1 + (2 + (case.x_dtype is not None)) * 2
+
+
+def test_in_one_share_where_memory_is_fast() -> None:
+    case = SHARES[0]
+    with device.simulate(90) as run:
+        bottleneck_cases.run(case, bottleneck_cases.inputs(case), "cuda")
+    assert [r.grid[0] for r in run.launches if "data_pass" in r.name] == [10, 10]
+
+
+def test_shares_and_splits_add_up() -> None:
+    """Each share's splits add to those of the shares before."""
+    case = Case(rows=(1600,), d=256, r=40, dtype=BF16, norm="both", activation="silu")
+    wanted = {"needs": lambda name: name == "down_weight"}
+    tensors = bottleneck_cases.inputs(case)
+    with device.simulate(89) as run:
+        out = bottleneck_cases.run(case, tensors, "cuda", **wanted)
+    check_all(out, bottleneck_cases.reference_pair(case, tensors, **wanted))
+    assert [r.grid[:2] for r in run.launches if "weight_pass" in r.name] == [(4, 2)] * 2
+
+
+def test_traffic_in_shares(simulated: Any) -> None:
+    """All that is read and written is so as often as without."""
+    m, d, r = 600, 512, 64
+    gen = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
+    down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
+    codes = DTYPE_CODES[BF16], DTYPE_CODES[BF16]
+    weights = (down, None, up, *[None] * 5, 2.0, 1e-5, 0.0, 0.0, 1, *codes, False)
+    with device.simulate(89) as run:
+        _, z, stats = simulated.bottleneck_forward(x, dy, *weights, True)
+        dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b1011)
+    _, *passes, _ = run.launches
+    backward, gradients = (sum(passes[i::2], device.Report()) for i in range(2))
+    assert len(passes) == 4
+    assert backward.traffic(dy).read == gradients.traffic(dy).read == dy.nbytes
+    assert gradients.traffic(x).read == x.nbytes and backward.traffic(x).read == 0
+    assert backward.traffic(z).read == z.nbytes and backward.traffic(dx).written == dx.nbytes
+    assert gradients.conflict_ratio == 1.0

@@ -35,16 +35,16 @@ struct UpGradient {
   // `dy`: the panels of a chunk; `h`: panels that begin with its first column.
   __device__ __forceinline__ void add(const char* dy, const char* h, int first, int chunk) {
     const float no_shift[1][2] = {};
-    for (int n = 0; n < units / 16; ++n) {
-      float4* const place = products + (chunk * units / 8 + 2 * n) * kThreads + threadIdx.x;
-      const float4 a = place[0], b = place[kThreads];
+    for (int n = 0; n < units; n += 16) {
+      float4* const place = products + (chunk * units + n) / 8 * kThreads + threadIdx.x;
+      const bool both = n + 8 < units;
+      const float4 a = place[0], b = both ? place[kThreads] : float4{};
       float acc[1][2][4] = {{{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}}}, total[1][4] = {};
       multiply<E, kRows* int(sizeof(typename E::T)) / 32, true, true, Y, true>(
-          acc, {dy, kPanel, int(threadIdx.x / 32 * 16)}, {h, kPanel, first + 16 * n}, no_shift,
-          total);
+          acc, {dy, kPanel, int(threadIdx.x / 32 * 16)}, {h, kPanel, first + n}, no_shift, total);
       const auto& [c, d] = acc[0];
       place[0] = {c[0], c[1], c[2], c[3]};
-      place[kThreads] = {d[0], d[1], d[2], d[3]};
+      if (both) place[kThreads] = {d[0], d[1], d[2], d[3]};
       if (n == 0 && threadIdx.x % 4 == 0) {
         sums[column(chunk)] += total[0][0];
         sums[column(chunk) + 8] += total[0][2];

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2) column_pass(const __grid_constant
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunk = blockIdx.x, split = blockIdx.y, width = p.width;
   const int first_row = split * p.rows_per_split;
-  const int last_row = min(first_row + p.rows_per_split, p.rows);
+  const int last_row = min(first_row + p.rows_per_split, p.end_row);
   const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
 
   const auto load_next = [&](int step) {

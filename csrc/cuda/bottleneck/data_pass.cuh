@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, kAccumulate ? 1 : 2)
     }
     up.store(p);
   } else {
-    pass_tile<E, kWidth, kBackward, false, X, Y>(p, blockIdx.x, shared);
+    pass_tile<E, kWidth, kBackward, false, X, Y>(p, p.first_tile + blockIdx.x, shared);
   }
 }
 

@@ -22,7 +22,8 @@ struct WeightPass : Problem {
   const char* hidden = nullptr;
   const char* d_hidden = nullptr;
   int down_blocks = 0, mask_blocks = 0;  // of a split, in the order of the jobs
-  int rows_per_split = 0;
+  int begin_row = 0, end_row = 0, rows_per_split = 0;
+  bool add = false;  // to the partial sums of the rows before
   Partial partials[kJobs];
 };
 
@@ -53,8 +54,9 @@ __device__ __forceinline__ void store_products(const WeightPass& p, const Partia
     for (int n = 0; n < kN; ++n) {
       const int column = warp % 2 * (kWidth / 2) + n * 8 + 2 * pair;
       if (part * kWidth + column >= p.width) break;
-      *reinterpret_cast<float2*>(to + int64_t(row) * p.width + column) = {
-          acc[i / 2][n][i % 2 * 2], acc[i / 2][n][i % 2 * 2 + 1]};
+      float2& sum = *reinterpret_cast<float2*>(to + int64_t(row) * p.width + column);
+      const float2 before = p.add ? sum : float2{0, 0};
+      sum = {before.x + acc[i / 2][n][i % 2 * 2], before.y + acc[i / 2][n][i % 2 * 2 + 1]};
     }
   }
 }
@@ -81,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   const bool drop = job != kUp && p.input_dropout.seed != nullptr;
   const bool sum = job == kUp ? part == 0 : job == kDown && chunk == 0;
   const int width = p.width;
-  const int first_row = split * p.rows_per_split;
-  const int last_row = min(first_row + p.rows_per_split, p.rows);
+  const int first_row = p.begin_row + split * p.rows_per_split;
+  const int last_row = min(first_row + p.rows_per_split, p.end_row);
   const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
   const Activations& wide = job == kUp ? p.dy : p.x;
   const char* const narrow = (job == kUp ? p.hidden : p.d_hidden) + int64_t(part) * kWidth * kSize;
@@ -197,11 +199,11 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
         const float2 v = scratch[lane_of / 32 * kThreads + w * 32 + lane_of % 32];
         total += i % per_lane == 0 ? v.x : v.y;
       }
-      if (job == kDown && part * kWidth + i < width) {
-        p.partials[kDown].sums[split * width + part * kWidth + i] = total;
-      } else if (job == kUp && chunk * kChunk + i < dim) {
-        p.partials[kUp].sums[int64_t(split) * dim + chunk * kChunk + i] = total;
-      }
+      const int at = job == kDown ? part * kWidth + i : chunk * kChunk + i;
+      const int size = job == kDown ? width : dim;
+      if (at >= size) continue;
+      float& of_split = p.partials[job].sums[int64_t(split) * size + at];
+      of_split = (p.add ? of_split : 0) + total;
     }
   }
 }

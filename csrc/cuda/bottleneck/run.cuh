@@ -10,6 +10,7 @@
 #include "data_pass.cuh"
 #include "finish.cuh"
 #include "prepare.cuh"
+#include "shares.cuh"
 
 namespace fastadapters::cuda {
 
@@ -101,15 +102,14 @@ bool arrange(DataPass& p, const Device& device) {
 }
 
 template <class E, int kWidth, bool kBackward, class X, class Y>
-void run_data_pass(DataPass& p, const Device& device, cudaStream_t stream) {
+void run_data_pass(DataPass& p, int tiles, const Device& device, cudaStream_t stream) {
   if (!arrange<E, kWidth, kBackward, X, Y>(p, device)) {
     throw std::runtime_error("fastadapters: r = " + std::to_string(p.bottleneck) +
                              " is too large for the CUDA kernels: a block would take " +
                              std::to_string(p.shared) + " bytes of shared memory of " +
                              std::to_string(device.shared_per_block));
   }
-  launch(data_pass<E, kWidth, kBackward, false, X, Y>, (p.rows + kRows - 1) / kRows, kThreads,
-         p.shared, stream, p);
+  launch(data_pass<E, kWidth, kBackward, false, X, Y>, tiles, kThreads, p.shared, stream, p);
 }
 
 // Whether there is a kernel that accumulates dWu: in 16 bits, where r may be at most 32.
@@ -134,7 +134,8 @@ void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
   p.keep_tail = op.residual.data == op.x.data && op.dim == op.out_dim &&
                 op.x_dtype == op.out_dtype && !p.input_dropout.seed &&
                 std::equal(op.x.strides, op.x.strides + 3, op.residual.strides);
-  run_data_pass<E, kWidth, false, X, Y>(p, current_device(), stream);
+  const int tiles = (p.rows + kRows - 1) / kRows;
+  run_data_pass<E, kWidth, false, X, Y>(p, tiles, current_device(), stream);
 }
 
 template <class E, int kWidth, class S>
@@ -148,6 +149,9 @@ void run_weight_pass(WeightPass p, int splits, bool down, bool up, cudaStream_t 
          stream, p);
 }
 
+// Columns of dWu where it is accumulated.
+inline int units(const BottleneckBackward& op) { return int(round_up(op.bottleneck, 8)); }
+
 // In how many blocks the data pass accumulates dWu, or 0: it does where shared memory has room for
 // [D_out, r] and the partial sums are fewer bytes than the dy that a pass of its own would read.
 template <class E, int kWidth, class X, class Y>
@@ -159,7 +163,7 @@ int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& 
   const int64_t tiles_per_block =
       std::max<int64_t>(round_up(tiles, device.processors) / device.processors, 1);
   const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-  p.units = p.width;
+  p.units = units(op);
   const int64_t saved = tiles * kRows * int64_t(sizeof(typename Y::T));
   if (saved <= blocks * p.units * 8 || !arrange<E, kWidth, true, X, Y>(p, device)) return 0;
   return int(blocks);
@@ -196,21 +200,29 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
 
   // The rows are split so that two blocks on each processor share the work.
   const int tiles = (p.rows + kRows - 1) / kRows;
+  int shares = 1;
+  if (!blocks && !columns && (down || up) && op.needs_z()) {
+    const int64_t spared = (up && op.needs_dz() ? op.out_dim * int64_t(sizeof(typename Y::T)) : 0) +
+                           (down && p.norm ? op.dim * int64_t(sizeof(typename X::T)) : 0);
+    shares = count_shares<X, Y>(p, spared, device);
+  }
+  const int tiles_per_share = (tiles + shares - 1) / shares;
   const bool masks =
       p.input_dropout.seed && (op.d_norm_bias.data || (op.norm_bias.data && op.d_down_weight.data));
   const int chunks = (down ? p.chunks : 0) + (masks ? p.chunks : 0) +
                      (up && !blocks && !columns ? p.out_chunks : 0);
   const int wanted = std::max(2 * device.processors / std::max(chunks * p.parts, 1), 1);
-  const int tiles_per_split = std::max((tiles + wanted - 1) / wanted, 1);
-  const int splits = (tiles + tiles_per_split - 1) / tiles_per_split;
+  const int tiles_per_split = std::max((tiles_per_share + wanted - 1) / wanted, 1);
+  const int splits = (tiles_per_share + tiles_per_split - 1) / tiles_per_split;
   Partial partials[kJobs];
-  const auto take = [&](Job job, int count, int64_t dim, int64_t sums) {
-    partials[job] = {count, p.width, arena->take<float>(count * dim * p.width * 4),
+  const auto take = [&](Job job, int count, int64_t dim, int width, int64_t sums) {
+    partials[job] = {count, width, arena->take<float>(count * dim * width * 4),
                      arena->take<float>(count * sums * 4)};
   };
-  if (down) take(kDown, splits, op.dim, p.width);
-  if (masks) take(kMasks, splits, op.dim, 0);
-  if (up) take(kUp, blocks ? blocks : splits, op.out_dim, op.out_dim);
+  if (down) take(kDown, splits, op.dim, p.width, p.width);
+  if (masks) take(kMasks, splits, op.dim, p.width, 0);
+  if (up && !blocks) take(kUp, splits, op.out_dim, p.width, op.out_dim);
+  if (blocks) take(kUp, blocks, op.out_dim, units(op), op.out_dim);
   float* const d_scales = arena->take<float>(op.out_dim * 4);
   if (arena->counting) return;
 
@@ -225,16 +237,13 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     p.read_tail = op.needs_dz();
     if constexpr (kAccumulates<E, kWidth, X, Y>) {
       if (blocks) {
-        p.units = p.width;
+        p.units = units(op);
         p.up_products = partials[kUp].products;
         p.up_sums = partials[kUp].sums;
         arrange<E, kWidth, true, X, Y>(p, device);
         launch(data_pass<E, kWidth, true, true, X, Y>, blocks, kThreads, p.shared, stream, p);
       }
     }
-    if (op.needs_z() && !blocks) run_data_pass<E, kWidth, true, X, Y>(p, device, stream);
-    if (!(down || up)) return;
-
     WeightPass w;
     static_cast<Problem&>(w) = p;
     w.dy = p.tail;
@@ -242,6 +251,21 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     w.d_hidden = p.d_hidden;
     w.rows_per_split = tiles_per_split * kRows;
     std::copy(partials, partials + kJobs, w.partials);
+    for (int share = 0; share < shares; ++share) {
+      p.first_tile = share * tiles_per_share;
+      const int count = std::min(tiles_per_share, tiles - p.first_tile);
+      if (op.needs_z() && !blocks) run_data_pass<E, kWidth, true, X, Y>(p, count, device, stream);
+      w.begin_row = p.first_tile * kRows;
+      w.end_row = std::min(w.begin_row + count * kRows, p.rows);
+      w.add = share > 0;
+      if (columns || !(down || up)) continue;
+      if (std::is_same_v<X, Y> || !up || blocks) {
+        run_weight_pass<E, kWidth, X>(w, splits, down, up && !blocks, stream);
+      } else {
+        run_weight_pass<E, kWidth, X>(w, splits, down, false, stream);
+        run_weight_pass<E, kWidth, Y>(w, splits, false, true, stream);
+      }
+    }
     if (columns) {
       if constexpr (kHasColumns<E, X, Y>) {
         ColumnPass c;
@@ -250,11 +274,6 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
         launch(column_pass<E, kWidth>, dim3(p.chunks, splits), kThreads,
                ColumnStages<E, kWidth>::kShared, stream, c);
       }
-    } else if (std::is_same_v<X, Y> || !up || blocks) {
-      run_weight_pass<E, kWidth, X>(w, splits, down, up && !blocks, stream);
-    } else {
-      run_weight_pass<E, kWidth, X>(w, splits, down, false, stream);
-      run_weight_pass<E, kWidth, Y>(w, splits, false, true, stream);
     }
   }
   if (!(down || up)) return;

@@ -22,12 +22,13 @@ struct DataPass : Problem {
   bool keep_tail = false;  // the tail is what the last pass down has left in the ring
   bool add_tail = false;
   bool read_x = true, read_tail = false;  // by the passes down
+  int first_tile = 0;                     // of a launch
   int ring = 0, lookahead = 0, shared = 0;
   char* z = nullptr;       // [M, r]: forward may store it, backward without norm loads it
   char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, width]
   char* d_hidden = nullptr;
-  // backward: columns of dWu that a block accumulates, or 0; what it makes, [blocks, D_out, units]
-  // and [blocks, D_out]
+  // backward: columns of dWu that a block accumulates, a multiple of 8, or 0; what it makes,
+  // [blocks, D_out, units] and [blocks, D_out]
   int units = 0;
   float* up_products = nullptr;
   float* up_sums = nullptr;
