@@ -21,6 +21,9 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # The most shared memory of a program. sm_86 and sm_89 run sm_80's tiles.
 SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), strict=True))
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
+# The bytes of a thread that a version of Triton spills where each other tile spills as well, or has
+# products of a shape that leaves the newest tensor cores unused.
+SPILLED = {("3.9.0", "sm_100", "backward", "bfloat16", 128): 24}
 # Kernels with a product of tiles in compute dtype.
 PRODUCTS = {
     "bottleneck": {"forward", "backward", "weights"},
@@ -144,7 +147,9 @@ def check(op: str, arch: str) -> None:
     for c in kernels:
         r = c.resources
         # AMD's scalar registers spill into lanes of vector registers: no memory, so `stack` tells.
-        assert r.stack == 0 and (r.spills == 0 or arch == "gfx942"), c
+        key = (triton.__version__, arch, c.kernel, c.step.dtypes, c.step.size)
+        most = SPILLED.get(key, 0)
+        assert r.stack <= most and (r.spills == 0 or most or arch == "gfx942"), c
         assert r.shared <= SHARED[arch], c
         if c.kernel in PRODUCTS[op]:
             # Where there are too few rows for the warp groups of newer tensor cores, the old ones.
