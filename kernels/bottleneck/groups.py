@@ -17,7 +17,7 @@ from torch import Tensor
 BLOCK_E = 64
 BLOCK_ROWS = 32
 BLOCK_RUNS = 8
-BLOCK_N = 128
+BLOCK_N = 64
 
 
 class Runs(NamedTuple):
@@ -45,7 +45,7 @@ def groups_of(index, entries, count, adapters):
     inside = entries < count
     named = tl.load(index + entries, mask=inside, other=0)
     group = tl.where((named >= 0) & (named < adapters), named, adapters)
-    return tl.where(inside, group, -1)
+    return tl.where(inside, group, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["count", "adapters"])

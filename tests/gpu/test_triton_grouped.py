@@ -31,7 +31,11 @@ EVERYTHING = Case(
     residual="other", dropout=0.3, input_dropout=0.2,
 )  # fmt: skip
 CASES = [
-    (Case(rows=(2, 3, 30), dtype=FP16, scale="learnable", layout="slice"), 2, 80),
+    (
+        Case(rows=(2, 3, 30), dtype=FP16, activation="silu", scale="learnable", layout="slice"),
+        2,
+        80,
+    ),
     (Case(rows=(3, 70), dtype=BF16, activation="gelu", norm="both", dropout=0.3), 2, 80),
     (Case(rows=(5, 40), dtype=FP32, norm="both", activation="silu", scale="channel"), 1, 80),
     (Case(rows=(4, 40), d=200, r=300, dtype=BF16, activation="silu", residual="none"), 2, 80),
