@@ -86,14 +86,14 @@ __device__ inline float length_squared(const Problem& p, const float* e) {
     sum = fmaf(f, f, sum);
   }
   const float corner = p.s.factor[int64_t(p.rank + 1) * p.padded];
-  return block_total(sum) + corner * corner;
+  return block_total<4>(sum) + corner * corner;
 }
 
 __device__ inline float dot(const float* a, const float* b, int stride, int size) {
   float sum = 0;
   for (int i = threadIdx.x; i < size; i += kItemThreads)
     sum = fmaf(a[i], b[int64_t(i) * stride], sum);
-  return block_total(sum);
+  return block_total<5>(sum);
 }
 
 // Blocks of items: their unit rows and what the last layer makes of them. Blocks of texts, where e
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
     sums[0] = fmaf(v, v, sums[0]);
     sums[1] = fmaf(w, w, sums[1]);
   }
-  const float length = sqrtf(block_total(sums[0])), u_length = sqrtf(block_total(sums[1]));
+  const float length = sqrtf(block_total<0>(sums[0])), u_length = sqrtf(block_total<1>(sums[1]));
   const float scale = 1 / fmaxf(length, 1e-12f), u_scale = 1 / fmaxf(u_length, 1e-12f);
   const float from_item = !p.adapts_item               ? scale
                           : p.op.adapt == Adapt::image ? mix.rest
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
     unit[i] = v;
     sum = fmaf(v, v, sum);
   }
-  const float blended = sqrtf(block_total(sum));
+  const float blended = sqrtf(block_total<2>(sum));
   for (int i = threadIdx.x; i < p.dim; i += kItemThreads) unit[i] /= fmaxf(blended, 1e-12f);
   if (threadIdx.x == 0) {
     s.lengths[item] = u_length;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
   for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
     sum = fmaf(unit[i], load(p.c.data, p.c.dtype, i), sum);
   }
-  const float along_c = block_total(sum);
+  const float along_c = block_total<3>(sum);
   if (threadIdx.x == 0) s.item_c[item] = along_c;
   if (p.form != Form::item) return;
   const float* const e = s.e + int64_t(item) * p.padded;
@@ -239,7 +239,7 @@ __device__ inline void item_backward(const Rows& a, int item) {
     g.d_item[at + i] = d;
     sum = fmaf(d, s.unit[at + i], sum);
   }
-  const UnitGradient to_blended(block_total(sum), blended);
+  const UnitGradient to_blended(block_total<0>(sum), blended);
   const float own_share = p.adapts_item ? mix.rest : 1;
   float along_u = 0, along_item = 0;
   for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
@@ -248,7 +248,7 @@ __device__ inline void item_backward(const Rows& a, int item) {
     if (p.adapts_item) along_u = fmaf(d, s.u[at + i] * u_scale, along_u);
     along_item = fmaf(d, feature(p.op.image, item, i) * scale, along_item);
   }
-  along_u = block_total(along_u), along_item = block_total(along_item);
+  along_u = block_total<1>(along_u), along_item = block_total<2>(along_item);
   if (threadIdx.x == 0) g.d_blend[item] = p.adapts_item ? along_u - along_item : 0;
   const UnitGradient to_u(mix.blend * along_u, u_length);
   const UnitGradient to_item(own_share * along_item, length);

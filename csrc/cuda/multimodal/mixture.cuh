@@ -96,13 +96,12 @@ __device__ __forceinline__ void store_logits(const Problem& p, const Place& at, 
   }
 }
 
-// ... and their gradients, 0 where there is no such pair.
+// ... and their gradients, 0 where there is no such pair. What was staged before has been read.
 __device__ __forceinline__ void load_logits(const Problem& p, const Place& at, int tile,
                                             float (&logits)[2]) {
   __shared__ float staged[8 * 36];
   const Staged s(at);
   const int text = tile * s.across + s.text;
-  __syncthreads();
   for (int i = s.item; i < 32; i += 16) {
     const int item = at.item_tile * 32 + i;
     const bool there = item < p.items && text < p.texts;
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(128) mix_backward(const __grid_constant__ MixB
     a.d_text_dot[to] = d.text_dot;
     a.d_item_dot[to] = d.item_dot;
   }
-  d_scale = block_total(d_scale), d_blend = block_total(d_blend);
+  d_scale = block_total<0>(d_scale), d_blend = block_total<1>(d_blend);
   if (threadIdx.x > 0) return;
   a.d_scale[blockIdx.x] = d_scale;
   a.d_blend[blockIdx.x] = d_blend;

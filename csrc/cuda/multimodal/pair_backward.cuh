@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
     const bool first = tile == begin;
     const int text[2] = {min(at.text(tile, 0), p.texts - 1), min(at.text(tile, 1), p.texts - 1)};
     float d_logits[2];
-    load_logits(p, at, tile, d_logits);  // with a barrier: the last tile's sums are done
+    load_logits(p, at, tile, d_logits);
     put_weights(p, at, weights, text);
     float d_square_of[2], d_text_dot[2], d_item_dot[2];
 #pragma unroll
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
       if (at.lane == 0) add(a.d_item_c + item_slab + item, c_sum);
     }
     __syncthreads();
-    sum_squares(p, at, e, scalars, dz, form, first);  // with a barrier at its end
+    sum_squares(p, at, e, scalars, dz, form, first);  // and a barrier: all has been read
   }
 
   const int64_t last = int64_t(p.rank) * p.padded;
@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
     for (int w = 0; w < at.warps; ++w) sum += sums[w * p.padded + r];
     if (r != p.rank) form[last + r] = sum;
   }
-  d_square = block_total(d_square), d_scale = block_total(d_scale), d_blend = block_total(d_blend);
+  d_square = block_total<0>(d_square), d_scale = block_total<1>(d_scale);
+  d_blend = block_total<2>(d_blend);
   if (threadIdx.x > 0) return;
   form[last + p.rank] = 2 * d_square;
   if (p.rank < p.padded) form[last + p.padded] = 0;

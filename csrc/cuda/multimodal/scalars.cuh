@@ -72,11 +72,12 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Over a block of up to 8 warps, in a fixed order; all threads have the result.
+// Over a block of up to 8 warps, in a fixed order; all threads have the result. kUse: another
+// number for each use in a kernel, so that none has to wait until the one before has been read.
+template <int kUse>
 __device__ __forceinline__ float block_total(float value) {
   __shared__ float warps[8];
   value = warp_sum(value);
-  __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
   value = 0;
