@@ -158,11 +158,15 @@ void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
 #endif
 }
 
+void check_x(const BottleneckBackward& args) {
+  STD_TORCH_CHECK(args.x.data || !args.norm_weight.data || !args.needs_z() || !args.count(),
+                  "x: expected values, of which z is made anew");
+}
+
 void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
 #ifdef FASTADAPTERS_CUDA
   if (on_cuda(x)) {
-    STD_TORCH_CHECK(args.x.data || !args.norm_weight.data || !args.needs_z() || !args.count(),
-                    "x: expected values, of which z is made anew");
+    check_x(args);
     return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_backward_workspace,
                     &cuda::bottleneck_backward);
   }
@@ -244,13 +248,38 @@ AllGradients bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Te
   return results(gradients, x);
 }
 
+void run(const BottleneckForward& args, const Groups& groups, [[maybe_unused]] const Tensor& x) {
+#ifdef FASTADAPTERS_CUDA
+  if (on_cuda(x)) {
+    return run_cuda(cuda::GroupedForward{args, groups}, x, args.dtype == Dtype::float32,
+                    &cuda::grouped_forward_workspace, &cuda::grouped_forward);
+  }
+#endif
 #ifndef FASTADAPTERS_SIMULATION
+  cpu::grouped_forward(args, groups, threads());
+#endif
+}
+
+void run(const BottleneckBackward& args, const Groups& groups, [[maybe_unused]] const Tensor& x) {
+#ifdef FASTADAPTERS_CUDA
+  if (on_cuda(x)) {
+    check_x(args);
+    return run_cuda(cuda::GroupedBackward{args, groups}, x, args.dtype == Dtype::float32,
+                    &cuda::grouped_backward_workspace, &cuda::grouped_backward);
+  }
+#endif
+#ifndef FASTADAPTERS_SIMULATION
+  cpu::grouped_backward(args, groups, threads());
+#endif
+}
+
 // After finish(): the index of the rows' adapters.
-void marshal_index(Groups& groups, const Tensor& index, const Bottleneck& args) {
+void marshal_index(Groups& groups, const Tensor& index, const Tensor& x, const Bottleneck& args) {
   int64_t rows = args.all_rows(), entries = index.numel();
-  STD_TORCH_CHECK(index.is_cpu() && index.scalar_type() == ScalarType::Long &&
+  STD_TORCH_CHECK(same_device(index, x) && index.scalar_type() == ScalarType::Long &&
                       index.is_contiguous() && (entries ? rows % entries == 0 : rows == 0),
-                  "index: expected a contiguous int64 tensor, one for each so many rows");
+                  "index: expected a contiguous int64 tensor on x's device, one for each so many "
+                  "rows");
   groups.index = (const int64_t*)index.const_data_ptr();
   groups.rows_each = entries && rows ? rows / entries : 1;
 }
@@ -263,13 +292,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_forward(
     int64_t out_dtype, bool add_x, bool save) {
   Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
             norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
-  auto [y, z, stats] = allocate(x, down_weight, up_weight, o, save, save);
+  bool save_z = save && !(on_cuda(x) && norm_weight);
+  auto [y, z, stats] = allocate(x, down_weight, up_weight, o, save_z, save);
   BottleneckForward args;
   Groups groups;
   Marshal m(x, args.rows);
   marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o, &groups);
-  marshal_index(groups, index, args);
-  cpu::grouped_forward(args, groups, threads());
+  marshal_index(groups, index, x, args);
+  run(args, groups, x);
   return {y, z, stats};
 }
 
@@ -287,11 +317,10 @@ AllGradients grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tenso
   Groups groups;
   Marshal m(dy, args.rows);
   marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o, &groups);
-  marshal_index(groups, index, args);
-  cpu::grouped_backward(args, groups, threads());
+  marshal_index(groups, index, dy, args);
+  run(args, groups, x);
   return results(gradients, x);
 }
-#endif
 
 }  // namespace
 
@@ -300,10 +329,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CPU, m) {
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
   m.impl("bottleneck_forward_out", TORCH_BOX(&bottleneck_forward_out));
   m.impl("bottleneck_backward_out", TORCH_BOX(&bottleneck_backward_out));
-#ifndef FASTADAPTERS_SIMULATION
   m.impl("grouped_forward", TORCH_BOX(&grouped_forward));
   m.impl("grouped_backward", TORCH_BOX(&grouped_backward));
-#endif
 }
 
 #if defined(FASTADAPTERS_CUDA) && !defined(FASTADAPTERS_SIMULATION)
@@ -312,5 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTADAPTERS_NAMESPACE, CUDA, m) {
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
   m.impl("bottleneck_forward_out", TORCH_BOX(&bottleneck_forward_out));
   m.impl("bottleneck_backward_out", TORCH_BOX(&bottleneck_backward_out));
+  m.impl("grouped_forward", TORCH_BOX(&grouped_forward));
+  m.impl("grouped_backward", TORCH_BOX(&grouped_backward));
 }
 #endif

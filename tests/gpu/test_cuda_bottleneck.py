@@ -361,12 +361,12 @@ def mutated_cases(kernel: str, dtype: torch.dtype) -> list[Case]:
 
 
 KERNELS = {
-    "forward": (BF16, "data_pass.*BFloat16ELi64ELb0ELb0ES2_S2_"),
-    "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ELb0ES2_S2_"),
+    "forward": (BF16, "data_pass.*BFloat16ELi64ELb0ELb0ES2_S2_Lb0E"),
+    "backward": (BF16, "data_pass.*BFloat16ELi64ELb1ELb0ES2_S2_Lb0E"),
     "accumulate": (BF16, "data_pass.*BFloat16ELi32ELb1ELb1ES2_S2_"),
-    "gradients": (BF16, "weight_pass.*BFloat16ELi64ES2_"),
+    "gradients": (BF16, "weight_pass.*BFloat16ELi64ES2_Lb0E"),
     "columns": (BF16, "column_pass.*BFloat16ELi64E"),
-    "forward_fp32": (FP32, "data_passINS0_7Float32ILb0EEELi64ELb0"),
+    "forward_fp32": (FP32, "data_passINS0_7Float32ILb0EEELi64ELb0ELb0E.*Lb0E"),
 }
 
 

@@ -43,8 +43,8 @@ class Kernel(NamedTuple):
     """A kernel that multiplies matrices, for r up to ``width``.
 
     forward, backward, accumulate (backward that makes dWu, too), gradients of the parameters or
-    columns (they and dx); the dtypes of its products, of x (or what the gradients are products
-    with) and of y.
+    columns (they and dx), or one of these for rows of several adapters (grouped); the dtypes of its
+    products, of x (or what the gradients are products with) and of y.
     """
 
     kind: str
@@ -75,6 +75,9 @@ def every() -> set[Kernel]:
             found.add(Kernel("accumulate", products, x, y, width))
         if products in HALVES and {x, y} == {products}:
             found.add(Kernel("columns", products, x, y, width))
+        if products not in HALVES or width == 64:
+            grouped = ("forward", x, y), ("backward", x, y), ("gradients", x, ""), ("gradients", y, "")
+            found |= {Kernel(f"grouped {k}", products, a, b, width) for k, a, b in grouped}
     return found
 
 
@@ -92,12 +95,13 @@ def parse(name: str) -> Kernel | None:
     stored = [DTYPES[s] for s in rest if s in DTYPES]
     if found[1] == "column_pass":
         return Kernel("columns", *[DTYPES[products]] * 3, int(width))
+    grouped = "grouped " * (rest[-1] == "true")
     if found[1] == "weight_pass":
-        return Kernel("gradients", DTYPES[products], stored[0], "", int(width))
+        return Kernel(f"{grouped}gradients", DTYPES[products], stored[0], "", int(width))
     kind = {"false false": "forward", "true false": "backward"}.get(
         " ".join(rest[:2]), "accumulate"
     )
-    return Kernel(kind, DTYPES[products], stored[0], stored[1], int(width))
+    return Kernel(f"{grouped}{kind}", DTYPES[products], stored[0], stored[1], int(width))
 
 
 @functools.cache
@@ -152,6 +156,9 @@ def shared(arch: int, dim: int) -> dict[Kernel, int]:
             alike = [n.replace("bfloat16", "float16") for n in names]
             asked[Kernel("accumulate", *alike, width)] = asked[accumulate]
     torch.set_float32_matmul_precision(precision)
+    for kernel in every():
+        if kernel.kind.startswith("grouped"):  # for which it is laid out in the same way
+            asked[kernel] = asked[kernel._replace(kind=kernel.kind.split()[1])]
     return asked
 
 
@@ -320,7 +327,8 @@ def table() -> str:
         "Shared memory as the launchers ask for it at D = 768. r is the largest whose h is one",
         "part; wider ones go part by part. Gradients are products with x or with dy, whose dtype",
         "is named. `accumulate`: a backward that makes dWu, too, in one block on a multiprocessor,",
-        "its shared memory at r = 16; where it is missing it has no room. 128 threads a block.",
+        "its shared memory at r = 16; where it is missing it has no room. `grouped`: for rows of",
+        "several adapters. 128 threads a block.",
         "",
         *heading((*of_bottleneck, *rest)),
         *itertools.chain(*map(lines, sorted(ARCHITECTURES))),

@@ -6,14 +6,29 @@
 
 namespace fastadapters::cuda {
 
+// Rows of several adapters, whose parameters and gradients are stacks. z and stats are in the order
+// of the rows sorted by adapter. Rows whose index names none become NaN, and have no part in the
+// gradients of parameters.
+struct GroupedForward : BottleneckForward {
+  Groups groups;
+};
+
+struct GroupedBackward : BottleneckBackward {
+  Groups groups;
+};
+
 // Bytes of device memory that the call below needs, aligned to 256.
 int64_t bottleneck_forward_workspace(const BottleneckForward& op);
 int64_t bottleneck_backward_workspace(const BottleneckBackward& op);
+int64_t grouped_forward_workspace(const GroupedForward& op);
+int64_t grouped_backward_workspace(const GroupedBackward& op);
 
 // On the current device and `stream` (a cudaStream_t). `tf32`: whether fp32 products may be rounded
 // to TF32. Throw std::runtime_error if r is too large for the shared memory of a block, or with
 // what the launch said.
 void bottleneck_forward(const BottleneckForward& op, bool tf32, void* workspace, void* stream);
 void bottleneck_backward(const BottleneckBackward& op, bool tf32, void* workspace, void* stream);
+void grouped_forward(const GroupedForward& op, bool tf32, void* workspace, void* stream);
+void grouped_backward(const GroupedBackward& op, bool tf32, void* workspace, void* stream);
 
 }  // namespace fastadapters::cuda

@@ -11,7 +11,7 @@
 
 namespace fastadapters::cuda {
 
-template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y>
+template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y, bool kGrouped>
 __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* shared) {
   using T = typename E::T;
   using Out = std::conditional_t<kBackward, X, Y>;
@@ -30,31 +30,42 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
-  const int first_row = tile * kRows, rows = min(p.rows - first_row, kRows);
+  const Run run = tile_at<kGrouped>(p, tile);
+  const int first_row = run.first, rows = run.rows, adapter = run.adapter;
+  if (kGrouped && rows == 0) return;
+  const int end_row = kGrouped ? first_row + rows : p.rows;
+  const auto number_of = [&](int row) { return row_at<kGrouped>(p, row, end_row); };
   const int back_chunks = kBackward ? p.chunks : p.out_chunks;
   const int back_dim = kBackward ? p.dim : p.out_dim;
   // LayerNorm that is not folded has the sums over a row of dx made on a way of their own.
   const int summed_chunks = kBackward && norm && !folded && expand ? back_chunks : 0;
 
   if (threadIdx.x < kRows) {
-    const int i = threadIdx.x, row = first_row + i;
+    const int i = threadIdx.x, row = number_of(first_row + i);
     tables.x[i] = i < rows ? row_offset(p, p.x, row) : 0;
     tables.tail[i] = i < rows ? row_offset(p, p.tail, row) : 0;
     tables.out[i] = i < rows ? row_offset(p, p.out, row) : 0;
     if (kBackward || (norm && !folded)) {
-      tables.stats[i] = i < rows && norm ? p.stats[row] : float2{0, 0};
+      tables.stats[i] = i < rows && norm ? p.stats[first_row + i] : float2{0, 0};
     }
     if (kBackward) tables.row_sums[0][i] = tables.row_sums[1][i] = {0, 0};
   }
   __syncthreads();
-
+  if (kGrouped && adapter < 0) {
+    return fill_with_nan<Out>(p.out.data, tables.out, expand ? rows : 0, back_dim);
+  }
+  // From `column` on, of the adapter's `columns`.
+  const auto load_own = [&](auto& to, const Vector& v, int column, int columns) {
+    load_columns<E>(to, v, adapter * columns + column, (adapter + 1) * columns);
+  };
   const auto load_x = [&](char* panels, int chunk) {
     load_chunk<E, X>(panels, rows, chunk, p.dim, p.x.aligned,
                      [&](int i) { return p.x.data + tables.x[i]; });
   };
   const auto load_weights = [&](char* panels, bool up, int part, int chunk) {
     if (up) {
-      const char* const data = p.up.data + chunk * kChunk * p.up.stride + part * kWidth * kSize;
+      const int64_t first = int64_t(adapter) * p.out_dim + chunk * kChunk;
+      const char* const data = p.up.data + first * p.up.stride + part * kWidth * kSize;
 #pragma unroll
       for (int i = 0; i < L::kHiddenPanels; ++i) {
         load_panel<T, kChunk, L::kHiddenLine>(
@@ -63,7 +74,8 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
             [&](int row) { return data + i * kLine + row * p.up.stride; });
       }
     } else {
-      const char* const data = p.down.data + part * kWidth * p.down.stride + chunk * kLine;
+      const int64_t first = int64_t(adapter) * p.bottleneck + part * kWidth;
+      const char* const data = p.down.data + first * p.down.stride + chunk * kLine;
       load_panel<T, kWidth>(panels, p.bottleneck - part * kWidth, p.dim * kSize - chunk * kLine,
                             true, [&](int row) { return data + row * p.down.stride; });
     }
@@ -104,7 +116,6 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     load_next();
   };
   for (int i = 0; i < p.lookahead; ++i) load_next();
-
   // From fp32 the mean (or, before it is known, that of the first chunk) is taken off each row of x
   // before it is multiplied, lest LayerNorm's sums cancel. In 16 bits the products are exact; but a
   // row of equal elements must vanish altogether, so its rstd is stored with a minus.
@@ -113,7 +124,8 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   const float no_shift[2][2] = {};
   float2 sums = {0, 0};  // of a half row of x and of its squares, about the mean of the first chunk
   float about = 0;
-  const float scale = p.channel_scale ? 1 : p.scale.data ? load<E>(p.scale, 0) : p.scale_value;
+  const float number = p.scale.data ? load<E>(p.scale, adapter) : p.scale_value;
+  const float scale = p.channel_scale ? 1 : number;
 
   // The four lanes of a row add up what they have for LayerNorm.
   const auto add_to_row = [&](int i, float2 row_sums) {
@@ -131,7 +143,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   Walk now(p);
   for (int part = 0; part < p.parts; ++part) {
     const Hidden<E, kDownN> at(p.bottleneck, part * kWidth + warp_column * (kWidth / 2) + 2 * pair,
-                               first_row + warp_row + group, p.rows);
+                               first_row + warp_row + group, end_row);
     float z[2][kDownN][4] = {};
     if (kBackward && !norm) at.load(z, p.z);
     for (int chunk = 0; !kAccumulate && p.read_x && chunk < p.chunks; ++chunk) {
@@ -141,8 +153,8 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
         const int row = threadIdx.x / 2;
         change_half_row<E, X>(slot, [&](auto& v, int at) {
           at += chunk * kChunk;
-          if (norm) normalise<E>(p, v, tables.stats[row], at);
-          p.input_dropout.apply(v, first_row + row, at, p.dim);
+          if (norm) normalise<E>(p, v, tables.stats[row], at, adapter);
+          p.input_dropout.apply(v, number_of(first_row + row), at, p.dim);
         });
         __syncthreads();
       }
@@ -190,9 +202,9 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     }
 
     float bias[kDownN][2], down_sums[kDownN][2];
-    load_columns<E>(bias, p.down_bias, at.column, p.bottleneck);
+    load_own(bias, p.down_bias, at.column, p.bottleneck);
     if (folded) {
-      load_columns<E>(down_sums, {p.down_sums, Dtype::float32, true}, at.column, p.bottleneck);
+      load_own(down_sums, {p.down_sums, Dtype::float32, true}, at.column, p.bottleneck);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 stats = tables.stats[warp_row + 8 * i + group];
@@ -210,8 +222,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
         z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
     }
     if (!kBackward && p.z) at.store(p.z, z);
-
-    const uint32_t kept = p.dropout.seed ? at.kept(p.dropout) : 0;
+    const uint32_t kept = p.dropout.seed ? at.kept(p.dropout, number_of) : 0;
     char* const panels = hidden + part * L::kHiddenPanels * kPanel;
     const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
     constexpr int kFirst = L::kBeside ? kWidth : 0;  // column of h where dWu is accumulated
@@ -235,7 +246,6 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
       }
     }
     if (!kBackward || !p.read_tail) continue;
-
     float gradient[2][kDownN][4] = {}, unused[2][kDownN][4];
     for (int chunk = 0; chunk < p.out_chunks; ++chunk) {
       begin_step();
@@ -272,7 +282,6 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     }
   }
   if (!expand) return;
-
   const Fragment<Out> place(warp_row, warp_column * (kChunk / 2), kPanel);
   for (int step = -summed_chunks; step < back_chunks; ++step) {
     const int chunk = p.keep_tail ? back_chunks - 1 - step : step < 0 ? step + summed_chunks : step;
@@ -280,9 +289,9 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     float out[2][kUpN][4] = {};
     float bias[kUpN][2], scales[kUpN][2];
     if constexpr (!kBackward) {
-      load_columns<E>(bias, p.up_bias, column, p.out_dim);
+      load_own(bias, p.up_bias, column, p.out_dim);
       if (p.channel_scale) {
-        load_columns<E>(scales, p.scale, column, p.out_dim);
+        load_own(scales, p.scale, column, p.out_dim);
       } else {
 #pragma unroll
         for (int i = 0; i < 2 * kUpN; ++i) scales[i / 2][i % 2] = scale;
@@ -304,14 +313,14 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     }
 
     if (kBackward && p.input_dropout.seed) {
-      drop_gradients(p.input_dropout, out, first_row + warp_row,
+      drop_gradients(p.input_dropout, out, number_of(first_row + warp_row + lane),
                      chunk * kChunk + warp_column * (kChunk / 2), p.dim);
     }
     if (kBackward && norm) {
       const char* const x = extra + (step + summed_chunks) % (p.lookahead + 1) * L::kX;
       if (!folded) {
         float gamma[kUpN][2];
-        load_columns<E>(gamma, p.norm_weight, column, p.dim);
+        load_own(gamma, p.norm_weight, column, p.dim);
 #pragma unroll
         for (int i = 0; i < 8 * kUpN; ++i) {
           out[i / (4 * kUpN)][i / 4 % kUpN][i % 4] *= gamma[i / 4 % kUpN][i % 2];
@@ -370,8 +379,8 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   }
 }
 
-// A block has one tile of rows; where it accumulates dWu, one after another.
-template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y>
+// A block has one tile of rows, of one adapter; where it accumulates dWu, one after another.
+template <class E, int kWidth, bool kBackward, bool kAccumulate, class X, class Y, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, kAccumulate ? 1 : 2)
     data_pass(const __grid_constant__ DataPass p) {
   extern __shared__ __align__(128) char shared[];
@@ -379,12 +388,12 @@ __global__ void __launch_bounds__(kThreads, kAccumulate ? 1 : 2)
     UpGradient<E, Y> up(shared + Layout<E, kWidth, X, Y>(p, false).accumulators, p);
     up.clear(p.out_chunks);
     for (int tile = blockIdx.x; tile * kRows < p.rows; tile += gridDim.x) {
-      pass_tile<E, kWidth, kBackward, true, X, Y>(p, tile, shared);
+      pass_tile<E, kWidth, kBackward, true, X, Y, kGrouped>(p, tile, shared);
       __syncthreads();
     }
     up.store(p);
   } else {
-    pass_tile<E, kWidth, kBackward, false, X, Y>(p, p.first_tile + blockIdx.x, shared);
+    pass_tile<E, kWidth, kBackward, false, X, Y, kGrouped>(p, p.first_tile + blockIdx.x, shared);
   }
 }
 

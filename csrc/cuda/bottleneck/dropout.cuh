@@ -37,8 +37,8 @@ struct Dropout {
   }
 };
 
-// Input dropout on the gradients of a warp's 32 rows and 8 kN columns of x [M, columns], from `row`
-// and `column` on, which has them as products do. Each lane makes the bits of one row.
+// Input dropout on the gradients of a warp's 32 rows and 8 kN columns of x [M, columns], from
+// `column` on, which has them as products do. Each lane makes the bits of one row, its `row`.
 template <int kN>
 __device__ __forceinline__ void drop_gradients(const Dropout& dropout, float (&out)[2][kN][4],
                                                int64_t row, int column, int columns) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void drop_gradients(const Dropout& dropout, float (&o
   uint32_t bits = 0;
 #pragma unroll 1
   for (int i = 0; i < 8 * kN; i += 4) {
-    bits |= dropout.kept(row + lane, column + i, columns) << i;
+    bits |= dropout.kept(row, column + i, columns) << i;
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

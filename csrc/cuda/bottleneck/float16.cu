@@ -2,7 +2,7 @@
 
 namespace fastadapters::cuda {
 
-template void run<Float16>(const BottleneckForward&, Arena*, cudaStream_t);
-template void run<Float16>(const BottleneckBackward&, Arena*, cudaStream_t);
+template void run<Float16, false>(const BottleneckForward&, const Groups&, Arena*, cudaStream_t);
+template void run<Float16, false>(const BottleneckBackward&, const Groups&, Arena*, cudaStream_t);
 
 }  // namespace fastadapters::cuda

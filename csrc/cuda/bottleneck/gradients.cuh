@@ -62,8 +62,8 @@ __device__ __forceinline__ void store_products(const WeightPass& p, const Partia
 }
 
 // Block (job, chunk and part; split) takes a chunk of D_in or D_out, a part of r and a share of the
-// rows.
-template <class E, int kWidth, class S>
+// rows, which are one adapter's.
+template <class E, int kWidth, class S, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant__ WeightPass p) {
   using T = typename E::T;
   using L = Sizes<E, kWidth>;
@@ -83,8 +83,10 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   const bool drop = job != kUp && p.input_dropout.seed != nullptr;
   const bool sum = job == kUp ? part == 0 : job == kDown && chunk == 0;
   const int width = p.width;
-  const int first_row = p.begin_row + split * p.rows_per_split;
-  const int last_row = min(first_row + p.rows_per_split, p.end_row);
+  if (kGrouped && p.splits[split].rows == 0) return;
+  const int first_row = kGrouped ? p.splits[split].first : p.begin_row + split * p.rows_per_split;
+  const int last_row =
+      kGrouped ? first_row + p.splits[split].rows : min(first_row + p.rows_per_split, p.end_row);
   const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
   const Activations& wide = job == kUp ? p.dy : p.x;
   const char* const narrow = (job == kUp ? p.hidden : p.d_hidden) + int64_t(part) * kWidth * kSize;
@@ -95,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
       const int row = first_row + step * kRows, rows = last_row - row;
       if (job != kMasks) {
         load_chunk<E, S>(stage, rows, chunk, dim, wide.aligned, [&](int i) {
-          return wide.data + row_offset(p, wide, row + min(i, rows - 1));
+          return wide.data +
+                 row_offset(p, wide, row_at<kGrouped>(p, row + min(i, rows - 1), last_row));
         });
       }
 #pragma unroll
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
           for (float& value : v) value = 1;
         }
         if (normalised) normalise(v, row, column);
-        p.input_dropout.apply(v, row, column, dim);
+        p.input_dropout.apply(v, row_at<kGrouped>(p, row, last_row), column, dim);
       });
     } else if (normalised) {
       each_segment(std::integral_constant<int, kRows>{}, normalise);

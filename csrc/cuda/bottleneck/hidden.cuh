@@ -62,13 +62,14 @@ struct Hidden {
     if (m < rows && at < width) store_pair<E>(to + (int64_t(m) * width + at) * kSize, a, b);
   }
 
-  // Which elements dropout keeps, as bits in the order i, n, column.
-  __device__ __forceinline__ uint32_t kept(const Dropout& dropout) const {
+  // Which elements dropout keeps, as bits in the order i, n, column. row_at(place): a row's number.
+  template <class RowAt>
+  __device__ __forceinline__ uint32_t kept(const Dropout& dropout, RowAt row_at) const {
     uint32_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < 4 * kN; ++i) {
       const int at = column + i % kN * 8;
-      const uint32_t four = dropout.kept(row + i / kN * 8, at & ~3, bottleneck);
+      const uint32_t four = dropout.kept(row_at(row + i / kN * 8), at & ~3, bottleneck);
       bits |= (four >> at % 4 & 3) << 2 * i;
     }
     return bits;

@@ -4,6 +4,7 @@
 #include "../../bottleneck.h"
 #include "../tensors.cuh"
 #include "dropout.cuh"
+#include "groups.cuh"
 
 namespace fastadapters::cuda {
 
@@ -26,18 +27,46 @@ struct Problem {
   Activation activation = Activation::identity;
   Dropout input_dropout, dropout;  // of norm(x) and of h
   float2* stats = nullptr;         // [M]
+  // Grouped rows: see groups.cuh. What is kept for each row, stats, z, h and dz, is in the order of
+  // their places; parameters are stacks.
+  const int* order = nullptr;
+  const Run* tiles = nullptr;
+  const Run* splits = nullptr;
 };
+
+// A tile of the data pass.
+template <bool kGrouped>
+__device__ __forceinline__ Run tile_at(const Problem& p, int tile) {
+  return kGrouped ? p.tiles[tile] : Run{tile * kRows, min(p.rows - tile * kRows, kRows), 0};
+}
+
+// The row at a place, of those before `end`.
+template <bool kGrouped>
+__device__ __forceinline__ int row_at(const Problem& p, int place, int end) {
+  return kGrouped ? p.order[min(place, end - 1)] : place;
+}
+
+// Rows of no adapter, which start at `rows`.
+template <class S>
+__device__ __forceinline__ void fill_with_nan(char* data, const int64_t* rows, int count,
+                                              int columns) {
+  for (int row = 0; row < count; ++row) {
+    auto* const to = reinterpret_cast<typename S::T*>(data + rows[row]);
+    for (int d = threadIdx.x; d < columns; d += kThreads) to[d] = typename S::T(NAN);
+  }
+}
 
 // LayerNorm that is not folded, on elements side by side of a row; zeros from D_in on.
 template <class E, int kN>
 __device__ __forceinline__ void normalise(const Problem& p, float (&v)[kN], float2 stats,
-                                          int column) {
+                                          int column, int adapter) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) {
     const int d = column + i;
     if (d < p.dim) {
-      const float beta = p.norm_bias.data ? load<E>(p.norm_bias, d) : 0;
-      v[i] = (v[i] - stats.x) * stats.y * load<E>(p.norm_weight, d) + beta;
+      const int at = adapter * p.dim + d;
+      const float beta = p.norm_bias.data ? load<E>(p.norm_bias, at) : 0;
+      v[i] = (v[i] - stats.x) * stats.y * load<E>(p.norm_weight, at) + beta;
     }
   }
 }

@@ -9,6 +9,7 @@
 #include "columns.cuh"
 #include "data_pass.cuh"
 #include "finish.cuh"
+#include "groups.cuh"
 #include "prepare.cuh"
 #include "shares.cuh"
 
@@ -20,9 +21,11 @@ inline Dropout dropout(const int64_t* seed, int stream, double probability) {
           probability < 1 ? float(1 / (1 - probability)) : 0};
 }
 
-// Fills in what forward and backward share, and prepares the weights.
+// Fills in what forward and backward share; how the weights of each of the adapters are to be
+// prepared.
 template <class E, int kWidth>
-void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t stream, Problem* p) {
+Preparation set_up(const Bottleneck& op, int64_t adapters, bool fold_scale, Arena* arena,
+                   Problem* p) {
   constexpr int kSize = sizeof(typename E::T);
   p->rows = int(op.count());
   p->middle = int(op.rows[1]);
@@ -58,13 +61,14 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   work.up_stride = round_up(op.bottleneck * kSize, 16);
   const bool down = folded || !usable(op.down_weight, op.dim);
   const bool up = fold_scale || !usable(op.up_weight, op.bottleneck);
-  if (down) work.down = arena->take<char>(op.bottleneck * work.down_stride);
-  if (up) work.up = arena->take<char>(op.out_dim * work.up_stride);
+  work.adapters = int(adapters);
+  work.blocks = int((down ? op.bottleneck : 0) + (up ? (op.out_dim + kUpRows - 1) / kUpRows : 0));
+  if (down) work.down = arena->take<char>(adapters * op.bottleneck * work.down_stride);
+  if (up) work.up = arena->take<char>(adapters * op.out_dim * work.up_stride);
   if (folded) {
-    work.down_sums = arena->take<float>(op.bottleneck * 4);
-    work.down_bias = arena->take<float>(op.bottleneck * 4);
+    work.down_sums = arena->take<float>(adapters * op.bottleneck * 4);
+    work.down_bias = arena->take<float>(adapters * op.bottleneck * 4);
   }
-  if (arena->counting) return;
   p->down = {down ? work.down : static_cast<const char*>(op.down_weight.data), work.down_stride};
   p->up = {up ? work.up : static_cast<const char*>(op.up_weight.data), work.up_stride};
   p->down_sums = folded ? work.down_sums : nullptr;
@@ -72,9 +76,21 @@ void set_up(const Bottleneck& op, bool fold_scale, Arena* arena, cudaStream_t st
   const bool exact = op.x_dtype != op.dtype;  // the norm computes in x's dtype
   p->norm_weight = {op.norm_weight.data, op.norm_weight.dtype, exact};
   p->norm_bias = {op.norm_bias.data, op.norm_bias.dtype, exact};
-  if (!(down || up) || p->rows == 0) return;
-  const int blocks = (down ? p->bottleneck : 0) + (up ? (p->out_dim + kUpRows - 1) / kUpRows : 0);
-  launch(prepare_weights<E>, blocks, 256, 0, stream, work);
+  return work;
+}
+
+// What has to be done first: the adapters' rows found, the weights prepared.
+template <class E>
+void begin(const Plan& plan, Preparation work, Problem* p, cudaStream_t stream) {
+  if (plan.order) {
+    make_plan(plan, stream);
+    p->order = plan.order;
+    p->tiles = plan.tiles;
+    p->splits = plan.splits;
+    work.tile_begin = plan.tile_begin;
+  }
+  const int blocks = work.blocks * work.adapters;
+  if (blocks > 0) launch(prepare_weights<E>, blocks, 256, 0, stream, work);
 }
 
 // Divides shared memory: two blocks should share a processor, so that one computes while the other
@@ -101,7 +117,7 @@ bool arrange(DataPass& p, const Device& device) {
   return false;
 }
 
-template <class E, int kWidth, bool kBackward, class X, class Y>
+template <class E, int kWidth, bool kBackward, class X, class Y, bool kGrouped>
 void run_data_pass(DataPass& p, int tiles, const Device& device, cudaStream_t stream) {
   if (!arrange<E, kWidth, kBackward, X, Y>(p, device)) {
     throw std::runtime_error("fastadapters: r = " + std::to_string(p.bottleneck) +
@@ -109,21 +125,28 @@ void run_data_pass(DataPass& p, int tiles, const Device& device, cudaStream_t st
                              std::to_string(p.shared) + " bytes of shared memory of " +
                              std::to_string(device.shared_per_block));
   }
-  launch(data_pass<E, kWidth, kBackward, false, X, Y>, tiles, kThreads, p.shared, stream, p);
+  launch(data_pass<E, kWidth, kBackward, false, X, Y, kGrouped>, tiles, kThreads, p.shared, stream,
+         p);
 }
 
-// Whether there is a kernel that accumulates dWu: in 16 bits, where r may be at most 32.
-template <class E, int kWidth, class X, class Y>
-constexpr bool kAccumulates =
-    sizeof(typename E::T) == 2 && (kWidth == 32 || !std::is_same_v<X, E> || !std::is_same_v<Y, E>);
+// Whether there is a kernel that accumulates dWu, of one adapter: in 16 bits, where r may be at
+// most 32.
+template <class E, int kWidth, class X, class Y, bool kGrouped>
+constexpr bool kAccumulates = !kGrouped && sizeof(typename E::T) == 2 &&
+                              (kWidth == 32 || !std::is_same_v<X, E> || !std::is_same_v<Y, E>);
 
-template <class E, int kWidth, class X, class Y>
-void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
+inline int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
+
+template <class E, int kWidth, class X, class Y, bool kGrouped>
+void run(const BottleneckForward& op, const Groups& groups, Arena* arena, cudaStream_t stream) {
   DataPass p;
-  set_up<E, kWidth>(op, false, arena, stream, &p);
+  const Preparation work = set_up<E, kWidth>(op, groups.adapters, false, arena, &p);
+  Plan plan;
+  if constexpr (kGrouped) plan = take_plan(groups, p.rows, 0, arena);
   const bool needs_stats = p.norm && p.input_dropout.seed;
   if (needs_stats && !p.stats) p.stats = arena->take<float2>(p.rows * int64_t(sizeof(float2)));
   if (arena->counting || p.rows == 0) return;
+  begin<E>(plan, work, &p, stream);
   if (needs_stats) {
     launch(row_stats<X>, (p.rows + 7) / 8, 256, 0, stream, static_cast<const Problem&>(p));
   }
@@ -134,19 +157,19 @@ void run(const BottleneckForward& op, Arena* arena, cudaStream_t stream) {
   p.keep_tail = op.residual.data == op.x.data && op.dim == op.out_dim &&
                 op.x_dtype == op.out_dtype && !p.input_dropout.seed &&
                 std::equal(op.x.strides, op.x.strides + 3, op.residual.strides);
-  const int tiles = (p.rows + kRows - 1) / kRows;
-  run_data_pass<E, kWidth, false, X, Y>(p, tiles, current_device(), stream);
+  run_data_pass<E, kWidth, false, X, Y, kGrouped>(p, kGrouped ? plan.tile_count : tiles_of(p.rows),
+                                                  current_device(), stream);
 }
 
-template <class E, int kWidth, class S>
+template <class E, int kWidth, class S, bool kGrouped>
 void run_weight_pass(WeightPass p, int splits, bool down, bool up, cudaStream_t stream) {
   using Stage = Stages<E, kWidth, S>;
   p.down_blocks = down ? p.chunks * p.parts : 0;
   p.mask_blocks = down && p.partials[kMasks].splits ? p.chunks * p.parts : 0;
   const int blocks = p.down_blocks + p.mask_blocks + (up ? p.out_chunks * p.parts : 0);
   if (blocks == 0) return;
-  launch(weight_pass<E, kWidth, S>, dim3(blocks, splits), kThreads, Stage::kCount * Stage::kBytes,
-         stream, p);
+  launch(weight_pass<E, kWidth, S, kGrouped>, dim3(blocks, splits), kThreads,
+         Stage::kCount * Stage::kBytes, stream, p);
 }
 
 // Columns of dWu where it is accumulated.
@@ -154,12 +177,12 @@ inline int units(const BottleneckBackward& op) { return int(round_up(op.bottlene
 
 // In how many blocks the data pass accumulates dWu, or 0: it does where shared memory has room for
 // [D_out, r] and the partial sums are fewer bytes than the dy that a pass of its own would read.
-template <class E, int kWidth, class X, class Y>
+template <class E, int kWidth, class X, class Y, bool kGrouped>
 int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& device) {
-  constexpr bool kThere = kAccumulates<E, kWidth, X, Y>;
+  constexpr bool kThere = kAccumulates<E, kWidth, X, Y, kGrouped>;
   const bool wanted = op.needs_dz() && (op.d_up_weight.data || op.d_scale.data);
   if (!kThere || !wanted || op.norm_weight.data || op.bottleneck > 32) return 0;
-  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  const int64_t tiles = tiles_of(p.rows);
   const int64_t tiles_per_block =
       std::max<int64_t>(round_up(tiles, device.processors) / device.processors, 1);
   const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
@@ -171,37 +194,38 @@ int accumulating_blocks(const BottleneckBackward& op, DataPass p, const Device& 
 
 // Whether there is a kernel that makes dx beside the gradients of the parameters, and whether it is
 // worth while: see columns.cuh.
-template <class E, class X, class Y>
+template <class E, class X, class Y, bool kGrouped>
 constexpr bool kHasColumns =
-    sizeof(typename E::T) == 2 && std::is_same_v<X, E> && std::is_same_v<Y, E>;
+    !kGrouped && sizeof(typename E::T) == 2 && std::is_same_v<X, E> && std::is_same_v<Y, E>;
 
-template <class E, class X, class Y>
+template <class E, class X, class Y, bool kGrouped>
 bool by_columns(const BottleneckBackward& op, const DataPass& p, const Device& device) {
   const int64_t under_way = 2 * int64_t(device.processors) * kRows * op.dim * 2;
-  return kHasColumns<E, X, Y> && op.add_dy && op.dx.data && op.d_down_weight.data &&
+  return kHasColumns<E, X, Y, kGrouped> && op.add_dy && op.dx.data && op.d_down_weight.data &&
          (op.d_up_weight.data || op.d_scale.data) && p.parts == 1 && !p.norm &&
          !p.input_dropout.seed && under_way > device.l2;
 }
 
-template <class E, int kWidth, class X, class Y>
-void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
+template <class E, int kWidth, class X, class Y, bool kGrouped>
+void run(const BottleneckBackward& op, const Groups& groups, Arena* arena, cudaStream_t stream) {
   DataPass p;
-  set_up<E, kWidth>(op, op.channel_scale, arena, stream, &p);
+  const int64_t adapters = groups.adapters;
+  const Preparation work = set_up<E, kWidth>(op, adapters, op.channel_scale, arena, &p);
   const Device device = current_device();
 
   const bool down =
       op.d_down_weight.data || op.d_down_bias.data || op.d_norm_weight.data || op.d_norm_bias.data;
   const bool up = op.d_up_weight.data || op.d_up_bias.data || op.d_scale.data;
-  const int blocks = accumulating_blocks<E, kWidth, X, Y>(op, p, device);
-  const bool columns = !blocks && by_columns<E, X, Y>(op, p, device);
+  const int blocks = accumulating_blocks<E, kWidth, X, Y, kGrouped>(op, p, device);
+  const bool columns = !blocks && by_columns<E, X, Y, kGrouped>(op, p, device);
   const int64_t hidden_bytes = int64_t(p.rows) * p.width * int64_t(sizeof(typename E::T));
   if (up && !blocks) p.hidden = arena->take<char>(hidden_bytes);
   if (down) p.d_hidden = arena->take<char>(hidden_bytes);
 
   // The rows are split so that two blocks on each processor share the work.
-  const int tiles = (p.rows + kRows - 1) / kRows;
+  const int tiles = tiles_of(p.rows);
   int shares = 1;
-  if (!blocks && !columns && (down || up) && op.needs_z()) {
+  if (!kGrouped && !blocks && !columns && (down || up) && op.needs_z()) {
     const int64_t spared = (up && op.needs_dz() ? op.out_dim * int64_t(sizeof(typename Y::T)) : 0) +
                            (down && p.norm ? op.dim * int64_t(sizeof(typename X::T)) : 0);
     shares = count_shares<X, Y>(p, spared, device);
@@ -213,7 +237,10 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
                      (up && !blocks && !columns ? p.out_chunks : 0);
   const int wanted = std::max(2 * device.processors / std::max(chunks * p.parts, 1), 1);
   const int tiles_per_split = std::max((tiles_per_share + wanted - 1) / wanted, 1);
-  const int splits = (tiles_per_share + tiles_per_split - 1) / tiles_per_split;
+  Plan plan;
+  if constexpr (kGrouped) plan = take_plan(groups, p.rows, tiles_per_split, arena);
+  const int splits =
+      kGrouped ? plan.split_count : (tiles_per_share + tiles_per_split - 1) / tiles_per_split;
   Partial partials[kJobs];
   const auto take = [&](Job job, int count, int64_t dim, int width, int64_t sums) {
     partials[job] = {count, width, arena->take<float>(count * dim * width * 4),
@@ -223,10 +250,11 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
   if (masks) take(kMasks, splits, op.dim, p.width, 0);
   if (up && !blocks) take(kUp, splits, op.out_dim, p.width, op.out_dim);
   if (blocks) take(kUp, blocks, op.out_dim, units(op), op.out_dim);
-  float* const d_scales = arena->take<float>(op.out_dim * 4);
+  float* const d_scales = arena->take<float>(adapters * op.out_dim * 4);
   if (arena->counting) return;
 
   if (p.rows > 0) {
+    begin<E>(plan, work, &p, stream);
     p.tail = activations(op.rows, op.out_dtype, op.dy);
     const Activations dx = activations(op.rows, op.x_dtype, op.dx);
     if (!columns) p.out = dx;
@@ -235,13 +263,14 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     p.z = static_cast<char*>(op.z);
     p.read_x = p.norm;
     p.read_tail = op.needs_dz();
-    if constexpr (kAccumulates<E, kWidth, X, Y>) {
+    if constexpr (kAccumulates<E, kWidth, X, Y, kGrouped>) {
       if (blocks) {
         p.units = units(op);
         p.up_products = partials[kUp].products;
         p.up_sums = partials[kUp].sums;
         arrange<E, kWidth, true, X, Y>(p, device);
-        launch(data_pass<E, kWidth, true, true, X, Y>, blocks, kThreads, p.shared, stream, p);
+        launch(data_pass<E, kWidth, true, true, X, Y, false>, blocks, kThreads, p.shared, stream,
+               p);
       }
     }
     WeightPass w;
@@ -253,21 +282,24 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
     std::copy(partials, partials + kJobs, w.partials);
     for (int share = 0; share < shares; ++share) {
       p.first_tile = share * tiles_per_share;
-      const int count = std::min(tiles_per_share, tiles - p.first_tile);
-      if (op.needs_z() && !blocks) run_data_pass<E, kWidth, true, X, Y>(p, count, device, stream);
+      const int count =
+          kGrouped ? plan.tile_count : std::min(tiles_per_share, tiles - p.first_tile);
+      if (op.needs_z() && !blocks) {
+        run_data_pass<E, kWidth, true, X, Y, kGrouped>(p, count, device, stream);
+      }
       w.begin_row = p.first_tile * kRows;
       w.end_row = std::min(w.begin_row + count * kRows, p.rows);
       w.add = share > 0;
       if (columns || !(down || up)) continue;
       if (std::is_same_v<X, Y> || !up || blocks) {
-        run_weight_pass<E, kWidth, X>(w, splits, down, up && !blocks, stream);
+        run_weight_pass<E, kWidth, X, kGrouped>(w, splits, down, up && !blocks, stream);
       } else {
-        run_weight_pass<E, kWidth, X>(w, splits, down, false, stream);
-        run_weight_pass<E, kWidth, Y>(w, splits, false, true, stream);
+        run_weight_pass<E, kWidth, X, kGrouped>(w, splits, down, false, stream);
+        run_weight_pass<E, kWidth, Y, kGrouped>(w, splits, false, true, stream);
       }
     }
     if (columns) {
-      if constexpr (kHasColumns<E, X, Y>) {
+      if constexpr (kHasColumns<E, X, Y, kGrouped>) {
         ColumnPass c;
         static_cast<WeightPass&>(c) = w;
         c.dx = dx;
@@ -276,33 +308,36 @@ void run(const BottleneckBackward& op, Arena* arena, cudaStream_t stream) {
       }
     }
   }
-  if (!(down || up)) return;
+  if (!(down || up) || adapters == 0) return;
 
-  Finish f{op, {}, d_scales, 0, blocks ? kFinishWarps : 1};
+  Finish f{op, {}, d_scales, 0, 0, blocks ? kFinishWarps : 1};
   std::copy(partials, partials + kJobs, f.partials);
   f.down_blocks = down ? (p.dim + kFinishWarps - 1) / kFinishWarps : 0;
-  const int up_blocks = up ? (p.out_dim * f.warps + kFinishWarps - 1) / kFinishWarps : 0;
-  launch(finish_gradients<E>, f.down_blocks + up_blocks, 32 * kFinishWarps, 0, stream, f);
+  f.up_blocks = up ? (p.out_dim * f.warps + kFinishWarps - 1) / kFinishWarps : 0;
+  if (p.rows > 0) f.split_begin = plan.split_begin;
+  launch(finish_gradients<E>, int(adapters) * (f.down_blocks + f.up_blocks), 32 * kFinishWarps, 0,
+         stream, f);
   if (!op.d_scale.data || op.channel_scale) return;
-  finish_scale<<<1, 256, 0, stream>>>(d_scales, op.out_dim, op.d_scale);
+  finish_scale<<<int(adapters), 256, 0, stream>>>(d_scales, op.out_dim, op.d_scale);
   check(cudaGetLastError());
 }
 
 // Calls run for the dtypes of x and y and the width of the parts that r is cut into. There is one
-// width where x or y is wider than the products: the more its bytes cost, the less products do.
-template <class E, class Op>
-void run(const Op& op, Arena* arena, cudaStream_t stream) {
-  if constexpr (sizeof(typename E::T) == 2) {
+// width where x or y is wider than the products, and in 16 bits for rows of several adapters: the
+// more its bytes cost, the less products do.
+template <class E, bool kGrouped, class Op>
+void run(const Op& op, const Groups& groups, Arena* arena, cudaStream_t stream) {
+  constexpr bool kHalf = sizeof(typename E::T) == 2;
+  if constexpr (kHalf) {
     const bool wide_x = op.x_dtype == Dtype::float32, wide_y = op.out_dtype == Dtype::float32;
-    if (wide_x && wide_y) return run<E, 64, Full, Full>(op, arena, stream);
-    if (wide_x) return run<E, 64, Full, E>(op, arena, stream);
-    if (wide_y) return run<E, 64, E, Full>(op, arena, stream);
+    if (wide_x && wide_y) return run<E, 64, Full, Full, kGrouped>(op, groups, arena, stream);
+    if (wide_x) return run<E, 64, Full, E, kGrouped>(op, groups, arena, stream);
+    if (wide_y) return run<E, 64, E, Full, kGrouped>(op, groups, arena, stream);
   }
-  if (op.bottleneck <= 32) {
-    run<E, 32, E, E>(op, arena, stream);
-  } else {
-    run<E, 64, E, E>(op, arena, stream);
+  if constexpr (!(kHalf && kGrouped)) {
+    if (op.bottleneck <= 32) return run<E, 32, E, E, kGrouped>(op, groups, arena, stream);
   }
+  run<E, 64, E, E, kGrouped>(op, groups, arena, stream);
 }
 
 }  // namespace fastadapters::cuda

@@ -1,0 +1,8 @@
+#include "run.cuh"
+
+namespace fastadapters::cuda {
+
+template void run<BFloat16, true>(const BottleneckForward&, const Groups&, Arena*, cudaStream_t);
+template void run<BFloat16, true>(const BottleneckBackward&, const Groups&, Arena*, cudaStream_t);
+
+}  // namespace fastadapters::cuda
