@@ -26,9 +26,11 @@ def index_of(case: Case, dims: int = 1, adapters: int = ADAPTERS, seed: int = 0)
     return torch.where(index == 1, 0, index) if adapters > 2 else index
 
 
-def inputs(case: Case, adapters: int = ADAPTERS, seed: int = 0) -> Tensors:
+def inputs(
+    case: Case, adapters: int = ADAPTERS, seed: int = 0, device: str = "cpu"
+) -> Tensors:
     """The tensors of a sample; a scale is [N] or [N, D]."""
-    samples = [bottleneck_cases.inputs(case, seed + 1000 * n) for n in range(adapters)]
+    samples = [bottleneck_cases.inputs(case, seed + 1000 * n, device) for n in range(adapters)]
     tensors = {
         name: t if name in UNSTACKED else torch.stack([sample[name] for sample in samples])
         for name, t in samples[0].items()
@@ -59,7 +61,7 @@ def run(
         arguments["scale"] = 0.6
     x = arguments.pop("x")
     torch.manual_seed(7)
-    autocast = torch.autocast("cpu", case.dtype, enabled=case.mixed)
+    autocast = torch.autocast(x.device.type, case.dtype, enabled=case.mixed)
     with fastadapters.backend(backend), autocast:
         y = op(
             x,
@@ -75,9 +77,11 @@ def run(
     return {"y": y.detach(), **{f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}}
 
 
-def check_backend(case: Case, index: Tensor, backend: str, **kwargs: Any) -> Tensors:
+def check_backend(
+    case: Case, index: Tensor, backend: str, device: str = "cpu", **kwargs: Any
+) -> Tensors:
     """Outputs and all gradients of ``backend``, under the tolerance rule; inputs untouched."""
-    tensors = inputs(case)
+    tensors, index = inputs(case, device=device), index.to(device)
     before = {name: t.clone() for name, t in tensors.items()}
     out = run(case, tensors, index, backend, **kwargs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import grouped_cases
 import pytest
 import sequence_fusion_cases as fusion
 import torch
@@ -37,6 +38,26 @@ def test_matches_reference(case: Case, dtype: torch.dtype, backend: str) -> None
 def test_mixed_dtypes(dtype: torch.dtype, param_dtype: torch.dtype, backend: str) -> None:
     case = Case(dtype=dtype, param_dtype=param_dtype, norm="both", scale="channel")
     check_backend(case, backend, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", option_cases(rows=(6, 17), activation="silu"), ids=str)
+def test_grouped_matches_reference(case: Case, dtype: torch.dtype, backend: str) -> None:
+    case = replace(case, dtype=dtype)
+    for dims in (1, 2):
+        index = grouped_cases.index_of(case, dims)
+        grouped_cases.check_backend(case, index, backend, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_gives_equal_bits(dtype: torch.dtype, backend: str) -> None:
+    case = Case(rows=(10_000,), d=768, r=64, dtype=dtype, norm="both", scale="channel", dropout=0.1)
+    tensors = grouped_cases.inputs(case, 16, device=DEVICE)
+    index = grouped_cases.index_of(case, adapters=16).to(DEVICE)
+    first = grouped_cases.run(case, tensors, index, backend)
+    for _ in range(100):
+        for name, t in grouped_cases.run(case, tensors, index, backend).items():
+            assert torch.equal(first[name], t), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
