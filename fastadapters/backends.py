@@ -27,7 +27,13 @@ from torch.autograd import forward_ad
 from ._ops import add_op_namespace_prefix
 from .checks import check_choice
 from .crossover import LIMITS, Limit
-from .cuda_limits import attention_refusal, cuda_fits, fusion_refusal, head_refusal
+from .cuda_limits import (
+    MOST_ADAPTERS,
+    attention_refusal,
+    cuda_fits,
+    fusion_refusal,
+    head_refusal,
+)
 from .options import BackendName
 
 _P = ParamSpec("_P")
@@ -208,8 +214,8 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
 def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why the CUDA kernels of ``op`` do not take these sizes on such a GPU."""
     if op == "bottleneck":
-        if problem.adapters:
-            return "it has no kernel for an adapter per item"
+        if problem.adapters > MOST_ADAPTERS:
+            return f"N = {problem.adapters} adapters are too many for it: at most {MOST_ADAPTERS}"
         dtypes = (problem.compute, x.dtype, problem.out)
         if not cuda_fits(problem.r, *dtypes, capability):
             return f"r = {problem.r} is too large for the shared memory of this GPU"

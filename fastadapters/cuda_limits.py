@@ -21,6 +21,9 @@ SHARED_MEMORY = {
     (12, 1): 101_376,
 }
 
+# Of a stack, each of which may have a block of the weight pass beside what others have.
+MOST_ADAPTERS = 60_000
+
 _LINE = 128
 _PANEL = 64 * _LINE
 _TABLES = 3072

@@ -26,9 +26,7 @@ def index_of(case: Case, dims: int = 1, adapters: int = ADAPTERS, seed: int = 0)
     return torch.where(index == 1, 0, index) if adapters > 2 else index
 
 
-def inputs(
-    case: Case, adapters: int = ADAPTERS, seed: int = 0, device: str = "cpu"
-) -> Tensors:
+def inputs(case: Case, adapters: int = ADAPTERS, seed: int = 0, device: str = "cpu") -> Tensors:
     """The tensors of a sample; a scale is [N] or [N, D]."""
     samples = [bottleneck_cases.inputs(case, seed + 1000 * n, device) for n in range(adapters)]
     tensors = {

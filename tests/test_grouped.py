@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -260,16 +261,27 @@ def test_which_backend_runs() -> None:
     assert grouped_bottleneck(**meta).shape == (3, 5, 8)
 
 
-def test_which_backend_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton at any width: plain PyTorch multiplies N times as much. CUDA has no kernel."""
+@pytest.mark.parametrize(
+    ("adapters", "r", "expected", "reason"),
+    [
+        (3, 300, "cuda", "fastest available"),
+        (3, 999, "triton", "not cuda: r = 999 is too large for the shared memory"),
+        (60_001, 2, "triton", "not cuda: N = 60001 adapters are too many for it: at most 60000"),
+    ],
+)
+def test_which_backend_runs_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, adapters: int, r: int, expected: str, reason: str
+) -> None:
+    """A kernel at any width: plain PyTorch multiplies N times as much."""
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         x, index = torch.empty(4, 5, 8), torch.zeros(4, dtype=torch.int64)
-        down, up = torch.empty(3, 999, 8), torch.empty(3, 8, 999)
+        down, up = torch.empty(adapters, r, 8), torch.empty(adapters, 8, r)
         call = partial(grouped_bottleneck, x, index, down, up, residual=x)
         (decision,) = fastadapters.explain(call)
-        assert decision.backend == "triton"
-        assert "not cuda: it has no kernel for an adapter per item" in decision.reason
-        with fastadapters.backend("cuda"), pytest.raises(RuntimeError, match="no kernel for an ad"):
-            call()
+        assert decision.backend == expected and reason in decision.reason
+        if expected != "cuda":
+            message = re.escape(reason.removeprefix("not cuda: "))
+            with fastadapters.backend("cuda"), pytest.raises(RuntimeError, match=message):
+                call()

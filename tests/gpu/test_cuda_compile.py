@@ -76,7 +76,12 @@ def every() -> set[Kernel]:
         if products in HALVES and {x, y} == {products}:
             found.add(Kernel("columns", products, x, y, width))
         if products not in HALVES or width == 64:
-            grouped = ("forward", x, y), ("backward", x, y), ("gradients", x, ""), ("gradients", y, "")
+            grouped = (
+                ("forward", x, y),
+                ("backward", x, y),
+                ("gradients", x, ""),
+                ("gradients", y, ""),
+            )
             found |= {Kernel(f"grouped {k}", products, a, b, width) for k, a, b in grouped}
     return found
 

@@ -13,7 +13,8 @@ void run(const Op& op, const Groups& groups, Arena* arena, cudaStream_t stream);
 
 namespace {
 
-constexpr int64_t kMostAdapters = 60000;  // a split is one of 65535 blocks
+// A split is one of 65535 blocks. See fastadapters/cuda_limits.py.
+constexpr int64_t kMostAdapters = 60000;
 
 template <bool kGrouped, class Op>
 void dispatch(const Op& op, const Groups& groups, bool tf32, Arena* arena, void* stream) {
