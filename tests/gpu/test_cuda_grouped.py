@@ -164,10 +164,10 @@ def test_many_modalities_are_one_launch(kind: str) -> None:
 
 
 def test_every_synchronisation_of_the_plan_is_needed(simulated: Any) -> None:
-    """More than 256 entries of the index, and more than 256 sums of each kind."""
+    """Several rows an entry; more than 256 entries, and more than 256 sums of each kind."""
     gen = torch.Generator().manual_seed(0)
     index = torch.randint(9, (300,), generator=gen) * 32
-    x = torch.randn(300, 8, generator=gen).to(BF16)
+    x = torch.randn(300, 2, 8, generator=gen).to(BF16)
     down, up = (torch.randn(260, *shape, generator=gen).to(BF16) for shape in ((2, 8), (8, 2)))
     weights = (down, None, up, None, None, None, None, None, index)
     options = (0.5, 1e-5, 0.0, 0.0, 1, DTYPE_CODES[BF16], DTYPE_CODES[BF16], True)
@@ -176,7 +176,7 @@ def test_every_synchronisation_of_the_plan_is_needed(simulated: Any) -> None:
         return [simulated.grouped_forward(x, None, *weights, *options, False)[0]]
 
     def backward() -> list[Tensor]:
-        z, stats = x.new_ones(300, 2), torch.zeros(0)
+        z, stats = x.new_ones(600, 2), torch.zeros(0)
         return list(simulated.grouped_backward(x, x, z, stats, *weights, *options, 0b1010)[1:4:2])
 
     runs: list[Callable[[], list[Tensor]]] = [forward, backward]
