@@ -113,6 +113,24 @@ def test_double_backward_raises() -> None:
             gradient.sum().backward()
 
 
+def test_batched_gradients() -> None:
+    """One result for each of several cotangents, by both kinds of batched tensors PyTorch has."""
+    leaves = {name: t.requires_grad_() for name, t in sample(rank=2).items()}
+    with fastadapters.backend("cpu"):
+        y = fuse(leaves)
+    cotangents = torch.randn(3, *y.shape)
+
+    def gradients(dy: Tensor, batched: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            y, [*leaves.values()], dy, retain_graph=True, is_grads_batched=batched
+        )
+
+    expected = map(torch.stack, zip(*map(gradients, cotangents), strict=True))
+    found = gradients(cotangents, True), torch.func.vmap(gradients)(cotangents)
+    for gradient, *others in zip(expected, *found, strict=True):
+        assert all(torch.equal(other, gradient) for other in others)
+
+
 def saved_bytes(tensors: Tensors, trained: tuple[str, ...]) -> int:
     """Bytes kept for backward beside the parameters where those named so want a gradient."""
     leaves = {name: t.requires_grad_(name.split()[0] in trained) for name, t in tensors.items()}

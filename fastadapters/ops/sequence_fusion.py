@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, schemas
+from . import autograd, schemas, vmap
 from .codes import DTYPES
 from .flops import Formula
 
@@ -160,3 +160,4 @@ def define(library: torch.library.Library) -> None:
         return dx, dy if need_residual else None, *others, None
 
     autograd.register(library, "sequence_fusion_forward", backward, _reads)
+    vmap.register(library, "sequence_fusion_backward")

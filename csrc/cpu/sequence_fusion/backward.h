@@ -33,7 +33,7 @@ inline void write_gradients(const SequenceFusionBackward& p, int i, BackwardModa
     return sums[0].total;
   };
   if (own.needs.down)
-    write_panels(total(own.d_down), m.width, m.dim, own.columns, out.d_down_weight, 0);
+    write_transposed(total(own.d_down), own.r_stride, m.width, m.dim, out.d_down_weight);
   if (own.needs.bias) write_totals(total(own.d_bias), m.width, out.d_down_bias, 0);
   if (own.needs.up) {
     const double* sums = total(own.d_up);

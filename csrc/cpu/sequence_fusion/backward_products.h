@@ -73,9 +73,11 @@ inline void differentiate_products(const SequenceFusionBackward& p, BackwardShar
   for (int64_t panel = 0; panel < columns.count; ++panel) {
     int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
     float* to = task.dy;
+    int64_t size = item_size(p.out_dtype), next = (column + width) * size;
     with_reader(p.out_dtype, p.out_dtype, [&](auto read) {
       for (int64_t row = 0; row < rows; ++row) {
         const char* dy = task.dy_rows[row];
+        prefetch_columns<0, 3>(dy + next, width * size);
         for (int64_t j = 0; j < width; j += kLanes)
           store(to + row * width + j, read(dy, column + j, d - column - j));
       }

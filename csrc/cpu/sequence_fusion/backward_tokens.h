@@ -7,28 +7,32 @@ namespace fastadapters::cpu {
 namespace {
 
 struct UnitTask {
-  float *stage, *h, *dz, *transposed, *x_panels, *d_products;
-  const char **x, **next, **add;
+  float *stage, *h, *dz, *staged, *d_products;
+  const char **x, **next, **add;  // rows of this unit, of the next one, of what joins dx
   char** dx;
+  const float** values;  // rows of x in fp32
   UnitTask(Carver& c, const SequenceFusionBackward& p)
       : stage(c.take<float>(stage_size(p))),
         h(c.take<float>(kMostRows * widest(p) + kLanes)),
         dz(c.take<float>(kMostRows * widest(p) + kLanes)),
-        transposed(c.take<float>(widest(p) * kMostRows)),
-        x_panels(c.take<float>(largest_unit(p))),
+        staged(c.take<float>(largest_unit(p))),
         d_products(c.take<float>(widest(p) * round_up(p.rank() * p.out_len, kLanes))),
         x(c.take<const char*>(kMostRows)),
         next(c.take<const char*>(kMostRows)),
         add(c.take<const char*>(kMostRows)),
-        dx(c.take<char*>(kMostRows)) {}
+        dx(c.take<char*>(kMostRows)),
+        values(c.take<const float*>(kMostRows)) {}
 
   static int64_t largest_unit(const SequenceFusionBackward& p) {
     int64_t n = 0;
-    for (int m = 0; m < p.modalities; ++m) {
-      int64_t d = p.modality[m].dim;
-      n = greatest(n, unit_rows(d) * round_up(d, kLanes));
+    for (int i = 0; i < p.modalities; ++i) {
+      const Modality& m = p.modality[i];
+      if (!in_place(p, m)) n = greatest(n, unit_rows(m.dim) * round_up(m.dim, kLanes));
     }
     return n;
+  }
+  static bool in_place(const SequenceFusion& p, const Modality& m) {
+    return m.x_dtype == p.dtype && p.dtype == Dtype::float32;
   }
 };
 
@@ -36,7 +40,7 @@ struct UnitTask {
 inline void find_z(const SequenceFusionBackward& p, const BackwardModality& own, const Unit& unit,
                    const UnitTask& task) {
   const Modality& m = p.modality[unit.modality];
-  if (!p.z) return project(p, m, own.down, task.x, unit.rows, task.stage, task.h);
+  if (!p.z) return project(p, m, own.down, task.x, unit.rows, 0, task.stage, task.h);
   unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
     read_values(z_of(p, unit.modality, item, unit.token), p.dtype, p.dtype, n * m.width,
                 task.h + row * m.width);
@@ -76,40 +80,83 @@ void write_dx(const Modality& m, const BackwardModality& own, int64_t rows, cons
     }
 }
 
-// Packs the rows of a unit as the B of dz^T x.
-inline void pack_unit(const SequenceFusion& p, const Modality& m, Columns columns, int64_t rows,
-                      const char* const* x, float* out) {
-  const int64_t d = m.dim;
-  with_reader(m.x_dtype, p.dtype, [&](auto read) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const char* from = x[row];
-      for (int64_t panel = 0; panel < columns.count; ++panel) {
-        int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
-        float* to = out + rows * column + row * width;
-        for (int64_t j = 0; j < width; j += kLanes)
-          store(to + j, read(from, column + j, d - column - j));
-      }
+// What the products see of the rows of a unit.
+inline const float* const* values_of(const SequenceFusion& p, const Modality& m, int64_t rows,
+                                     const UnitTask& task) {
+  if (UnitTask::in_place(p, m)) return (const float* const*)task.x;
+  int64_t stride = round_up(m.dim, kLanes);
+  for (int64_t i = 0; i < rows; ++i) {
+    read_values(task.x[i], m.x_dtype, p.dtype, m.dim, task.staged + i * stride);
+    task.values[i] = task.staged + i * stride;
+  }
+  return task.values;
+}
+
+// Fetches n rows of as many lines into the second-level cache, a share with each call.
+struct Fetch {
+  const char* const* rows;
+  int64_t n, lines, share;
+  int64_t row = 0, line = 0;
+
+  FASTADAPTERS_INLINED void operator()() {
+    for (int64_t left = share; left > 0 && row < n; --left) {
+      __builtin_prefetch(rows[row] + 64 * line, 0, 2);
+      if (++line == lines) line = 0, ++row;
     }
+  }
+};
+
+// sums [columns, vectors] += x^T dz for `wanted` columns of x and a panel of dz, n rows.
+template <int columns, int vectors, class Column>
+FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Column& column,
+                                     int64_t wanted, const float* dz, int64_t r, float* sums,
+                                     int64_t stride) {
+  Vec sum[columns][vectors];
+  clear(sum);
+  for (int64_t t = 0; t < n; ++t) {
+    Vec row[vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) row[j] = read<Vec>(dz + t * r + j * kLanes);
+#pragma GCC unroll 8
+    for (int l = 0; l < columns; ++l) {
+      Vec value = splat<int32_t>((const char*)(x[t] + column(l)));
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) sum[l][j] = Single::multiply_add(value, row[j], sum[l][j]);
+    }
+  }
+  each_vector(sum, wanted, [&](Vec v, int l, int j) {
+    float* to = sums + l * stride + j * kLanes;
+    store(to, read<Vec>(to) + v);
   });
 }
 
-// dWd += dz^T x of a packed unit; the n rows in `next`, of `bytes` each, are fetched meanwhile.
-inline void add_down_gradient(int64_t r, int64_t rows, const float* dz, int64_t stride,
-                              const float* x, Columns columns, float* sums, const char* const* next,
-                              int64_t n, int64_t bytes) {
-  int64_t lines = divide_up(bytes, 64), row = 0, line = 0;
-  int64_t share = divide_up(n * lines, columns.count * divide_up(r, 8));
-  for (int64_t panel = 0; panel < columns.count; ++panel) {
-    int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
-    for (int64_t c = 0; c < r; c += 8) {
-      for (int64_t left = share; left > 0 && row < n; --left) {
-        __builtin_prefetch(next[row] + 64 * line, 0, 2);
-        if (++line == lines) line = 0, ++row;
+// dWd^T [D, r] += x^T dz, a few rows at a time: the lines where they are read, which may be some
+// multiple of 1 KB apart, then have room in the first-level cache.
+inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, const float* dz,
+                              int64_t r, float* sums, Fetch fetch) {
+  constexpr int64_t strip = 48, few = 16;  // a strip is whole blocks of any panel
+  const Columns panels(r);
+  for (int64_t t = 0; t < rows; t += few)
+    for (int64_t first = 0; first < d; first += strip)
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        int64_t at = panels.first(panel) * kLanes;
+        with_size(panels.size(panel), [&](auto vectors) {
+          constexpr int block = kBlockRows<vectors>;
+          int64_t n = least(few, rows - t), stride = panels.columns();
+          const float* right = dz + t * r + at;
+          for (int64_t column = first; column < least(d, first + strip); column += block) {
+            float* to = sums + column * stride + at;
+            fetch();
+            if (d - column >= block)
+              add_columns<block, vectors>(
+                  n, x + t, [&](int l) { return column + l; }, block, right, r, to, stride);
+            else
+              add_columns<block, vectors>(
+                  n, x + t, [&](int l) { return least(column + l, d - 1); }, d - column, right, r,
+                  to, stride);
+          }
+        });
       }
-      multiply<true>(least(8, r - c), rows, dz + c * stride, stride, x + rows * column, width,
-                     width, sums + r * column + c * width, width);
-    }
-  }
 }
 
 // Everything behind dP, for the tokens of a unit; those of the `next` one are fetched meanwhile.
@@ -117,7 +164,7 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
                                  const Unit& unit, const Unit* next, const UnitTask& task) {
   const Modality& m = p.modality[unit.modality];
   const auto& gradients = p.gradients[unit.modality];
-  int64_t r = m.width, products = p.rank() * p.out_len, stride = kMostRows;
+  int64_t r = m.width, products = p.rank() * p.out_len;
   auto products_of_item = [&](int64_t item) {
     return own.products + item * products * own.r_stride;
   };
@@ -131,7 +178,7 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
     });
   for (int64_t j = 0; j < unit.rows * r; j += kLanes) {
     Vec z = read<Vec>(task.h + j);
-    Activated a = activate(p.activation, z);
+    Activated a = activated(p.activation, z);
     store(task.h + j, a.value);
     if (own.needs.dz) store(task.dz + j, backpropagate(p.activation, z, a, read<Vec>(task.dz + j)));
   }
@@ -144,21 +191,20 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
     });
     own.d_time[t].advance(unit.rows);
   }
-  if (own.needs.down || own.needs.bias)
-    transpose_into(task.dz, r, unit.rows, r, task.transposed, stride);
-  for (int64_t c = 0; own.needs.bias && c < r; ++c) {
-    Vec total = {};
-    for (int64_t i = 0; i < unit.rows; i += kLanes)
-      total += read<Vec>(task.transposed + c * stride + i);
-    own.d_bias[t].total[c] += sum(total);
-  }
+  for (int64_t c = 0; own.needs.bias && c < r; c += kLanes)
+    for (int64_t first = 0; first < unit.rows; first += kChain) {
+      Vec total = {};
+      for (int64_t i = first; i < least(unit.rows, first + kChain); ++i)
+        total += read<Vec>(task.dz + i * r + c);
+      for (int64_t l = 0; l < least(kLanes, r - c); ++l) own.d_bias[t].total[c + l] += total[l];
+    }
   if (own.needs.down) {
     bool follows = next && next->modality == unit.modality;
     if (follows) collect_rows(m, m.x, m.x_dtype, *next, task.next);
-    pack_unit(p, m, own.columns, unit.rows, task.x, task.x_panels);
-    add_down_gradient(r, unit.rows, task.transposed, stride, task.x_panels, own.columns,
-                      own.d_down[t].part, task.next, follows ? next->rows : 0,
-                      m.dim * item_size(m.x_dtype));
+    int64_t n = follows ? next->rows : 0, lines = divide_up(m.dim * item_size(m.x_dtype), 64);
+    add_down_gradient(unit.rows, values_of(p, m, unit.rows, task), m.dim, task.dz, r,
+                      own.d_down[t].part,
+                      {task.next, n, lines, divide_up(n * lines * 8 * 16, m.dim * unit.rows)});
     own.d_down[t].advance(unit.rows);
   }
   if (own.needs.dx) {

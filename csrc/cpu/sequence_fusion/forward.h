@@ -6,8 +6,8 @@
 namespace fastadapters::cpu {
 namespace {
 
-// The P of a modality is the sum over splits of this many tokens.
-constexpr int64_t kSplit = 128;
+// The P of a modality is the sum over splits of this many tokens: whole blocks of any product.
+constexpr int64_t kSplit = 120;
 
 // What the calls share about one modality.
 struct ForwardModality {
@@ -48,26 +48,30 @@ struct ForwardShared {
 
 struct ForwardTask {
   float *stage, *h;
-  const char** rows;
+  const char** rows;  // of a unit, and of the next one
   ForwardTask(Carver& c, const SequenceFusion& p)
       : stage(c.take<float>(stage_size(p))),
         h(c.take<float>(kSplit * widest(p) + kLanes)),
-        rows(c.take<const char*>(kSplit)) {}
+        rows(c.take<const char*>(2 * kSplit)) {}
 };
 
 // The P of a unit's items, each from the tokens that are in the unit.
 inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, const Unit& unit,
-                       const ForwardTask& task) {
+                       const Unit* next, const ForwardTask& task) {
   const Modality& m = p.modality[unit.modality];
   int64_t r = m.width;
   collect_rows(m, m.x, m.x_dtype, unit, task.rows);
-  project(p, m, shared.down, task.rows, unit.rows, task.stage, task.h);
+  if (next) {
+    const Modality& other = p.modality[next->modality];
+    collect_rows(other, other.x, other.x_dtype, *next, task.rows + unit.rows);
+  }
+  project(p, m, shared.down, task.rows, unit.rows, next ? next->rows : 0, task.stage, task.h);
   if (p.z)
     unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
       write_values(task.h + row * r, n * r, z_of(p, unit.modality, item, unit.token), p.dtype);
     });
   for (int64_t j = 0; j < unit.rows * r; j += kLanes)
-    store(task.h + j, activate(p.activation, read<Vec>(task.h + j)).value);
+    store(task.h + j, activated(p.activation, read<Vec>(task.h + j)).value);
   unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
     float* part = shared.parts + (item * shared.splits + unit.token / kSplit) * shared.slot;
     multiply<false>(p.rank() * p.out_len, n, shared.time + unit.token, shared.time_stride,
@@ -117,37 +121,31 @@ template <int vectors>
 void multiply_factors(const SequenceFusion& p, const ForwardShared& shared, int64_t panel,
                       int64_t rows, const ResultTask& task) {
   constexpr int block = kBlockRows<vectors>;
-  for (int64_t i = 0; i < rows; i += block) {
-    Vec total[block][vectors] = {};
+  for (int64_t i = 0; i < rows; i += block)
     for (int64_t q = 0; q < p.rank(); ++q) {
-      Vec product[block][vectors];
-#pragma GCC unroll 8
-      for (int l = 0; l < block; ++l)
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) product[l][j] = broadcast(1);
-      for (int m = 0; m < p.modalities; ++m) {
+      auto factor = [&](int m, Vec(&out)[block][vectors]) {
         int64_t r = p.modality[m].width;
-        const float* factors[block];
-        block_of_rows(
-            i, rows, [&](int64_t row) { return task.products[m] + (q * rows + row) * r; }, factors);
-        Vec sum[block][vectors];
-        sum_products<int32_t>(r, factors, shared.modality[m].up.panel(p.modality[m], q, panel),
-                              vectors * kLanes, sum, [](int64_t) {});
+        const float* products = task.products[m] + q * rows * r;
+        const float* a[block];
+        block_of_rows(i, rows, [&](int64_t row) { return products + row * r; }, a);
+        sum_products<int32_t>(r, a, shared.modality[m].up.panel(p.modality[m], q, panel),
+                              vectors * kLanes, out, [](int64_t) {});
+      };
+      Vec product[block][vectors];
+      factor(0, product);
+      for (int m = 1; m < p.modalities; ++m) {
+        Vec next[block][vectors];
+        factor(m, next);
 #pragma GCC unroll 8
         for (int l = 0; l < block; ++l)
 #pragma GCC unroll 8
-          for (int j = 0; j < vectors; ++j) product[l][j] *= sum[l][j];
+          for (int j = 0; j < vectors; ++j) product[l][j] *= next[l][j];
       }
-#pragma GCC unroll 8
-      for (int l = 0; l < block; ++l)
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) total[l][j] += product[l][j];
+      each_vector(product, rows - i, [&](Vec v, int l, int j) {
+        float* to = task.tile + ((i + l) * vectors + j) * kLanes;
+        store(to, q ? read<Vec>(to) + v : v);
+      });
     }
-    for (int l = 0; l < least(block, rows - i); ++l)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j)
-        store(task.tile + ((i + l) * vectors + j) * kLanes, total[l][j]);
-  }
 }
 
 // y of the items from `first` on.
@@ -171,6 +169,12 @@ inline void write_result(const SequenceFusionForward& p, const ForwardShared& sh
   const Columns columns = shared.modality[0].up.columns;
   for (int64_t panel = 0; panel < columns.count; ++panel) {
     int64_t column = columns.first(panel) * kLanes, width = columns.size(panel) * kLanes;
+    int64_t size = item_size(p.out_dtype), begin = column * size,
+            end = least(column + width, d) * size;
+    for (int64_t row = 0; row < rows; ++row) {
+      prefetch_columns<1, 3>(task.y[row] + begin, end - begin);
+      if (task.residual[row]) prefetch_columns<0, 3>(task.residual[row] + begin, end - begin);
+    }
     with_size(columns.size(panel),
               [&](auto vectors) { multiply_factors<vectors>(p, shared, panel, rows, task); });
     with_type({p.y.data, p.out_dtype}, [&](auto* y) {
@@ -200,7 +204,8 @@ inline void forward(const SequenceFusionForward& p, const Threads& threads) {
   in_tasks(p, threads, int64_t(units.size()), [&](int64_t begin, int64_t end) {
     auto task = carve<ForwardTask>(task_scratch(), p);
     for (int64_t i = begin; i < end; ++i)
-      sum_tokens(p, shared.modality[units[i].modality], units[i], task);
+      sum_tokens(p, shared.modality[units[i].modality], units[i],
+                 i + 1 < end ? &units[i + 1] : nullptr, task);
   });
   int64_t group = items_at_a_time(p);
   in_tasks(p, threads, divide_up(p.items, group), [&](int64_t begin, int64_t end) {

@@ -60,7 +60,7 @@ struct BackwardModality {
         products(c.take<float>(p.items * p.rank() * p.out_len * r_stride, needs.products)) {
     const Modality& m = p.modality[i];
     for (int64_t t = 0; t < unit_tasks; ++t) {
-      d_down.emplace_back(c, m.width * columns.columns(), needs.down);
+      d_down.emplace_back(c, m.dim * r_stride, needs.down);
       d_time.emplace_back(c, m.tokens * time_columns, needs.time);
       d_bias.emplace_back(c, m.width, needs.bias);
     }

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../../sequence_fusion.h"
-#include "../activation.h"
+#include "../gelu.h"
 #include "../scratch.h"
 #include "product.h"
 
@@ -13,11 +13,23 @@ namespace {
 
 inline int64_t item_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
+// As round_to, without leaving the lanes of fp32.
+inline Vec round_to_bfloat16(Vec v) {
+  Word bits = (Word)v;
+  Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return v == v ? (Vec)rounded : (Vec)(Word{} + 0x7fc00000);
+}
+
 // Rounded to the dtype of the products.
 inline Vec round_as(Dtype dtype, Vec v) {
   return dtype == Dtype::float32    ? v
-         : dtype == Dtype::bfloat16 ? round_to<bfloat16>(v)
+         : dtype == Dtype::bfloat16 ? round_to_bfloat16(v)
                                     : round_to<float16>(v);
+}
+
+// With the cheaper of the two GELUs.
+inline Activated activated(Activation activation, Vec z) {
+  return activation == Activation::gelu ? gelu(z) : activate(activation, z);
 }
 
 // f(read), where read(row, j, n) gives what the products see of a row in memory from column j on,
@@ -202,10 +214,11 @@ struct Up {
   }
 };
 
-// z [m, r] of rows in memory, the next ones of which are fetched meanwhile.
+// z [m, r] of rows in memory, the next ones of which are fetched meanwhile: x has `follow` rows
+// more than it has to multiply.
 template <class Step, int rows>
 void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
-                  const char* const* x, int64_t count, float* stage, float* z) {
+                  const char* const* x, int64_t count, int64_t follow, float* stage, float* z) {
   constexpr int64_t per_step = sizeof(Step) / sizeof(float);
   const bool in_place = m.x_dtype == p.dtype && p.dtype == Dtype::float32 && m.dim % per_step == 0;
   const int64_t size = item_size(m.x_dtype), stride = round_up(m.dim, kLanes);
@@ -213,22 +226,24 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
   const float* bias = down.bias;
   for (int64_t i = 0; i < count; i += rows) {
     const float* a[rows];
+    const char* next[rows];
     block_of_rows(i, count, [&](int64_t row) { return (const float*)x[row]; }, a);
     for (int l = 0; !in_place && l < rows; ++l) {
       if (i + l < count) read_values(a[l], m.x_dtype, p.dtype, m.dim, stage + l * stride);
       a[l] = stage + least(l, count - 1 - i) * stride;
     }
+    for (int l = 0; l < rows; ++l) next[l] = x[least(i + rows + l, count + follow - 1)];
     for (int64_t panel = down.columns.count - 1; panel >= 0; --panel) {
       int64_t first = down.columns.first(panel) * kLanes;
       // Inlined by force: GCC drops calls of functions that do nothing but fetch.
       auto fetch = [&](int64_t step) __attribute__((always_inline)) {
-        int64_t begin = step * per_step * size, bytes = kChain * per_step * size;
         if (panel == 0)
-          for (int64_t next = i + rows; next < least(i + 2 * rows, count); ++next)
-            prefetch_columns<0, 3>(x[next] + begin, least(bytes, d * size - begin));
+#pragma GCC unroll 8
+          for (int l = 0; l < rows; ++l)
+            prefetch_columns<0, 3>(next[l] + step * per_step * size, kLine * per_step * size);
       };
       with_size(down.columns.size(panel), [&](auto vectors) {
-        if constexpr (rows == kBlockRows<vectors>) {
+        if constexpr (rows <= kBlockRows<vectors>) {
           Vec sum[rows][vectors];
           sum_products<Step>(divide_up(d, per_step), a, down.packed + down.words * first,
                              vectors * kLanes, sum, fetch);
@@ -245,13 +260,15 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
 
 // The rows of `z` are as short as they are; behind the last one is room for a vector.
 inline void project(const SequenceFusion& p, const Modality& m, const Down& down,
-                    const char* const* x, int64_t count, float* stage, float* z) {
+                    const char* const* x, int64_t count, int64_t follow, float* stage, float* z) {
   if (down.columns.narrow)
-    project_rows<int64_t, kBlockRows<1>>(p, m, down, x, count, stage, z);
+    project_rows<int64_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
   else if (down.columns.vectors == 1)
-    project_rows<int32_t, kBlockRows<1>>(p, m, down, x, count, stage, z);
+    project_rows<int32_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
+  else if (down.columns.vectors == 2)
+    project_rows<int32_t, kBlockRows<2>>(p, m, down, x, count, follow, stage, z);
   else
-    project_rows<int32_t, kBlockRows<2>>(p, m, down, x, count, stage, z);
+    project_rows<int32_t, kBlockRows<3>>(p, m, down, x, count, follow, stage, z);
 }
 
 inline int64_t widest(const SequenceFusion& p) {

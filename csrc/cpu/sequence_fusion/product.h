@@ -39,13 +39,16 @@ constexpr int64_t kChain = 64;
 
 // Enough chains of additions at a time to hide the latency of one.
 template <int vectors>
-constexpr int kBlockRows = vectors == 1 || kLanes == 16 ? 8 : 4;
+constexpr int kBlockRows = vectors == 1 || kLanes == 16 ? 8
+                           : vectors == 2               ? 6
+                                                        : 4;
 
 // c[i][j] += the sum of a[i][k] * b[k * ldb + j] over `steps` k. A Step is a float, or two of them
 // for a folded b.
 template <class Step, int rows, int vectors>
 FASTADAPTERS_INLINE void add_products(int64_t steps, const float* const (&a)[rows], const float* b,
                                       int64_t ldb, Vec (&c)[rows][vectors]) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < steps; ++k, b += ldb) {
     Vec bk[vectors];
 #pragma GCC unroll 8
@@ -59,26 +62,46 @@ FASTADAPTERS_INLINE void add_products(int64_t steps, const float* const (&a)[row
   }
 }
 
-// c = the sum, chain by chain; before(k) comes before each.
-template <class Step, int rows, int vectors, class Before>
-FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[rows], const float* b,
-                                      int64_t ldb, Vec (&c)[rows][vectors], const Before& before) {
+// So many steps along a row of floats are a line of the cache.
+constexpr int64_t kLine = 16;
+
+// By vectors: what GCC makes of an empty initializer takes longer than a short chain.
+template <int rows, int vectors>
+FASTADAPTERS_INLINE void clear(Vec (&c)[rows][vectors]) {
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
-  before(0);
-  add_products<Step>(least(steps, kChain), a, b, ldb, c);
+}
+
+// c += one chain; before(k) comes before each line of it.
+template <class Step, int rows, int vectors, class Before>
+FASTADAPTERS_INLINE void add_chain(int64_t first, int64_t steps, const float* const (&a)[rows],
+                                   const float* b, int64_t ldb, Vec (&c)[rows][vectors],
+                                   const Before& before) {
+  for (int64_t k = first; k < first + steps; k += kLine) {
+    const float* rest[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) rest[i] = (const float*)((const Step*)a[i] + k);
+    before(k);
+    add_products<Step>(least(kLine, first + steps - k), rest, b + k * ldb, ldb, c);
+  }
+}
+
+// c = the sum, chain by chain; before(k) comes before each line.
+template <class Step, int rows, int vectors, class Before>
+FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[rows], const float* b,
+                                      int64_t ldb, Vec (&c)[rows][vectors], const Before& before) {
+  clear(c);
+  add_chain<Step>(0, least(steps, kChain), a, b, ldb, c, before);
   if (steps <= kChain) return;
   Vec total[rows][vectors];
   std::memcpy(total, c, sizeof c);
   for (int64_t k = kChain; k < steps; k += kChain) {
-    before(k);
     asm("" : "+m"(total));  // in memory, for the chain needs the registers
-    Vec part[rows][vectors] = {};
-    const float* rest[rows];
-    for (int i = 0; i < rows; ++i) rest[i] = (const float*)((const Step*)a[i] + k);
-    add_products<Step>(least(steps - k, kChain), rest, b + k * ldb, ldb, part);
+    Vec part[rows][vectors];
+    clear(part);
+    add_chain<Step>(k, least(steps - k, kChain), a, b, ldb, part, before);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8

@@ -65,5 +65,22 @@ inline void write_panels(const double* totals, int64_t rows, int64_t columns, co
   }
 }
 
+// Sums kept transposed, rows of `stride`, to the gradient [rows, columns].
+inline void write_transposed(const double* totals, int64_t stride, int64_t rows, int64_t columns,
+                             const Parameter& out) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      Vec block[kLanes] = {};
+      for (int64_t l = 0; l < least(kLanes, columns - c); ++l)
+        for (int lane = 0; lane < kLanes; ++lane)
+          block[l][lane] = float(totals[(c + l) * stride + i + lane]);
+      transpose(block);
+      with_type(out, [&](auto* to) {
+        for (int64_t l = 0; l < least(kLanes, rows - i); ++l)
+          store(to + (i + l) * columns + c, block[l], columns - c);
+      });
+    }
+}
+
 }  // namespace
 }  // namespace fastadapters::cpu
