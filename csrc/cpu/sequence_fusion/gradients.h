@@ -7,7 +7,7 @@
 namespace fastadapters::cpu {
 namespace {
 
-// Rows that go together through everything behind dP: their x, packed, stays in the second-level
+// Rows that go together through everything behind dP: their x stays in the second-level
 // cache.
 constexpr int64_t kUnitBytes = 128 << 10;
 constexpr int64_t kMostRows = 128;
