@@ -33,7 +33,7 @@ def _unbatched(t: Any, level: int) -> Tensor | None:
     """``t`` with its batch of that level in front; None if it has none."""
     if not isinstance(t, Tensor) or not torch._C._functorch.is_legacy_batchedtensor(t):
         return None
-    bare: Tensor = torch._remove_batch_dim(t, level, 0, 0)  # type: ignore[attr-defined]
+    bare = torch._remove_batch_dim(t, level, 0, 0)
     return bare if bare.shape[0] else None  # what has none is expanded to the size given, 0
 
 
@@ -53,10 +53,7 @@ def register(library: torch.library.Library, name: str) -> None:
                 break
         values = [t if b is None else b for t, b in zip(flat, bare, strict=True)]
         outputs = _loop(op, values, spec, [None if b is None else 0 for b in bare])
-        return pytree.tree_map(
-            lambda t: torch._add_batch_dim(t, 0, level),  # type: ignore[attr-defined]
-            outputs,
-        )
+        return pytree.tree_map(lambda t: torch._add_batch_dim(t, 0, level), outputs)
 
     torch.library.register_vmap(f"{library.ns}::{name}", vmapped, lib=library)
     library.impl(name, batched, "Batched")
