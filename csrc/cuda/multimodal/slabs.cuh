@@ -25,7 +25,7 @@ struct Slabs {
   int64_t size = 0, bias_size = 0;
 
   Slabs(Arena* arena, bool wanted, int m, int n, int depth, int processors, int batch_count = 1)
-      : splits(splits_of(tiles_of(m, n + 1), depth, processors)),
+      : splits(splits_of(tiles_of(m, n), depth, processors)),
         batches(batch_count),
         size(int64_t(m) * n),
         bias_size(int64_t(m) * batch_count) {

@@ -69,7 +69,7 @@ __device__ inline void sum(const Sum& s, int block, float* shared) {
         s.scale * (shared[lane] + shared[32 + lane] + shared[64 + lane] + shared[96 + lane]));
 }
 
-__global__ void __launch_bounds__(kThreads) run_stage(const __grid_constant__ Stage s) {
+__global__ void __launch_bounds__(kThreads, 4) run_stage(const __grid_constant__ Stage s) {
   extern __shared__ __align__(16) float shared[];
   int block = blockIdx.x;
   if (s.factorise && block-- == 0) {
