@@ -143,7 +143,9 @@ def modelled(dtypes: Iterable[torch.dtype]) -> dict[Key, Limit]:
             limits.append(sum_up(points(gpu, kind), f"model: {gpu.name}"))
             found["bottleneck", "cuda", f"sm_{gpu.arch}", dtype] = limits[-1]
         least = Limit(
-            min(limit.width for limit in limits), min(limit.weight for limit in limits), "the least"
+            min(limit.width for limit in limits),
+            min(limit.weight for limit in limits),
+            "model: the least of three GPUs",
         )
         found["bottleneck", "cuda", "other", dtype] = least
     return found

@@ -70,11 +70,23 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cpu", "portable", torch.float32): Limit(
         8, 32768, "Zen 3, busy: by hand; without a residual r 8 lost (0.87 to 1.0)"),
     ("bottleneck", "cuda", "other", torch.bfloat16): Limit(
-        64, 262144, "model of the H100, D = 768: r 64 wins, r 256 loses; others reckoned"),
+        128, 524288, "model: the least of three GPUs"),
     ("bottleneck", "cuda", "other", torch.float16): Limit(
-        64, 262144, "model of the H100, D = 768: r 64 wins, r 256 loses; others reckoned"),
+        128, 524288, "model: the least of three GPUs"),
     ("bottleneck", "cuda", "other", torch.float32): Limit(
         32, 131072, "reckoned: without tensor cores arithmetic binds earlier"),
+    ("bottleneck", "cuda", "sm_80", torch.bfloat16): Limit(
+        256, 524288, "model: A100 SXM 80 GB"),
+    ("bottleneck", "cuda", "sm_80", torch.float16): Limit(
+        256, 524288, "model: A100 SXM 80 GB"),
+    ("bottleneck", "cuda", "sm_89", torch.bfloat16): Limit(
+        256, 524288, "model: RTX 4090"),
+    ("bottleneck", "cuda", "sm_89", torch.float16): Limit(
+        256, 524288, "model: RTX 4090"),
+    ("bottleneck", "cuda", "sm_90", torch.bfloat16): Limit(
+        128, 524288, "model: H100 SXM"),
+    ("bottleneck", "cuda", "sm_90", torch.float16): Limit(
+        128, 524288, "model: H100 SXM"),
     ("sequence_fusion", "cpu", "avx2", torch.bfloat16): Limit(
         4096, 4194304, "Zen 3, busy: measured up to r 64 (5 and more), beyond reckoned"),
     ("sequence_fusion", "cpu", "avx2", torch.float16): Limit(
