@@ -37,7 +37,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_why_not", lambda *args: None)
     for name in ("ROWS", "COLUMNS", "STEPS", "QUERIES", "KEYS", "FEATURE_ROWS", "FEATURE_COLUMNS"):
         monkeypatch.setattr(tiles, name, 64)
-    for name in ("PAIRS", "D_PAIRS", "OLDER_D_PAIRS"):
+    for name in ("PAIRS", "D_PAIRS", "FEWER_D_PAIRS"):
         monkeypatch.setattr(tiles, name, 4096)
     monkeypatch.setattr(tiles, "SUMS", 8192)
 

@@ -17,7 +17,7 @@ from ...ops.cross_modal_attention import (
     allocate_gradients,
     rows_of_state,
 )
-from ..launch import guard, precision, processors
+from ..launch import architecture, guard, precision, processors
 from . import tiles
 from .backward import image_queries_kernel, text_images_kernel, text_queries_kernel
 from .forward import image_out_kernel, text_out_kernel, texts_kernel
@@ -64,7 +64,10 @@ class Problem(NamedTuple):
             tf32 = self.dtype != torch.float32 and torch.version.hip is None
             meta["SUM_PRECISION"] = "tf32" if tf32 else precision()
         multiplies = "PRECISION" in kernel.arg_names
-        warps = tile.warps if multiplies else tiles.WARPS_WITHOUT_PRODUCTS
+        warps = tile.warps
+        if not multiplies:
+            warps = tiles.WARPS_WITHOUT_PRODUCTS
+            meta |= tiles.registers(architecture())
         kernel[grid](*args, num_warps=warps, num_stages=tile.stages, **meta)
 
     def blocks(self, n: int) -> int:

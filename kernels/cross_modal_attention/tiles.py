@@ -35,3 +35,11 @@ def tile(dtype: torch.dtype, width: int) -> Tile:
     if block_d <= 64:
         return Tile(64, 32, block_d, 8, 2)
     return Tile(32, 16, block_d, 4, 2) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
+
+
+def registers(arch: str) -> dict[str, int]:
+    """The most registers of a thread of a kernel without products, where that must be said.
+
+    For these GPUs ptxas keeps fewer by itself, to have more programs on a processor, and spills.
+    """
+    return {"maxnreg": 255} if arch.startswith("sm_12") else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.codes import DTYPES
 from ...ops.multimodal_state import ABSENT, BOTH, ITEM, TEXTS, size, views
-from ..launch import guard
+from ..launch import architecture, guard
 from . import tiles
 from .attention import attention_kernel
 from .call import Call, call, linear
@@ -233,6 +233,7 @@ def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> Non
         s.d,
         BLOCK_D=tiles.PAIR_COLUMNS,
         **pair_meta(c),
+        **tiles.registers(architecture()),
         **tile,
     )
 

@@ -13,8 +13,9 @@ QUERIES, KEYS = 32, 32
 # Elements of a tile of pairs [texts, images, R], forward and backward, warps, and units of a
 # product's sum. What was weighed is that no registers spill.
 PAIRS, D_PAIRS, PAIR_WARPS, PAIR_UNITS = 2048, 2048, 8, 32
-OLDER_D_PAIRS = 1024  # before sm_90
+FEWER_D_PAIRS = 1024  # before sm_90, and on AMD
 PAIR_COLUMNS = 16  # of u, where it is formed
+PAIR_REGISTERS = 168  # of a thread, see `registers`
 GROUPS = 32  # the most programs that share the texts of a tile of images
 COSINE_TEXTS, COSINE_IMAGES = 32, 32
 SUMS = 256
@@ -29,9 +30,18 @@ def pairs(r: int) -> dict[str, int]:
     return _pairs(r, PAIRS // 2 if block(r) == 64 else PAIRS, 8)
 
 
+def registers(arch: str) -> dict[str, int]:
+    """The most registers of a thread of the forward's pairs, where that must be said.
+
+    For Blackwell ptxas keeps fewer by itself, to have more programs on a processor, and spills.
+    """
+    return {"maxnreg": PAIR_REGISTERS} if arch.startswith(("sm_10", "sm_12")) else {}
+
+
 def d_pairs(r: int, arch: str) -> dict[str, int]:
     """The tile of pairs of backward, for this R."""
-    return _pairs(r, OLDER_D_PAIRS if arch in ("sm_80", "sm_86", "sm_89") else D_PAIRS, 16)
+    fewer = arch in ("sm_80", "sm_86", "sm_89") or arch.startswith("gfx")
+    return _pairs(r, FEWER_D_PAIRS if fewer else D_PAIRS, 16)
 
 
 def _pairs(r: int, elements: int, images: int) -> dict[str, int]:

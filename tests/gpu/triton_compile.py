@@ -1,6 +1,7 @@
 """Triton kernels compiled for every architecture, without a GPU.
 
 python tests/gpu/triton_compile.py    # writes the tables of docs/triton-resources.md
+python tests/gpu/triton_compile.py multimodal    # ... of one op
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,12 +165,12 @@ def check(op: str, arch: str) -> None:
         assert lines(op, arch, kernels) == expected, f"run python {__file__}"
 
 
-def write() -> None:
-    """The tables anew: a section's text stays."""
-    pairs = list(itertools.product(OPS, ARCHITECTURES))
+def write(ops: Sequence[str]) -> None:
+    """The tables of these ops anew: a section's text stays."""
+    pairs = list(itertools.product(ops, ARCHITECTURES))
     compiled = dict(zip(pairs, compile_for(pairs), strict=True))
     text = re.sub(r"Triton [\d.]+ ", f"Triton {triton.__version__} ", TABLE.read_text())
-    for op in OPS:
+    for op in ops:
         before, own, after = section(text, op)
         kept = [line for line in own.splitlines() if not re.match(r"\| (sm_|gfx)", line)]
         at = next(i for i, line in enumerate(kept) if line.startswith("|---")) + 1
@@ -177,4 +180,4 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    write()
+    write(sys.argv[1:] or [*OPS])
