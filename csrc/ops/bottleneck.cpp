@@ -75,6 +75,13 @@ void marshal_forward(Marshal& m, BottleneckForward& args, const Outputs& outputs
   args.stats = (float*)m.saved(outputs.stats, 2, ScalarType::Float, "stats");
 }
 
+// The shape of x with another number of columns.
+std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  return sizes;
+}
+
 // y, z and stats; what the gradient does not read is empty.
 std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& x, const Tensor& down_weight,
                                             const Tensor& up_weight, const Options& o, bool save_z,
@@ -86,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& x, const Tensor& down_
   auto saved = [&](bool wanted, int64_t columns, ScalarType dtype) {
     return wanted ? empty(x, {m, columns}, dtype) : empty(x, {0}, dtype);
   };
-  return {fresh_output(x, up_weight.size(-2), scalar_type(dtype_of(o.out_dtype))),
+  return {empty(x, with_columns(x, up_weight.size(-2)), scalar_type(dtype_of(o.out_dtype))),
           saved(save_z, down_weight.size(-2), type),
           saved(save_stats && o.norm_weight, 2, ScalarType::Float)};
 }
@@ -102,10 +109,10 @@ Gradients allocate(const Tensor& dy, const Tensor& x, const Tensor& down_weight,
   const OptionalTensor like[] = {down_weight,   o.down_bias, up_weight, o.up_bias,
                                  o.norm_weight, o.norm_bias, o.scale};
   Gradients gradients;
-  if (needs & 1) gradients.dx = fresh_output(dy, down_weight.size(-1), x.scalar_type());
+  if (needs & 1) gradients.dx = empty(dy, with_columns(dy, down_weight.size(-1)), x.scalar_type());
   for (int i = 0; i < 7; ++i)
     if (like[i] && needs >> (i + 1) & 1)
-      gradients.parameters[i] = fresh_output(*like[i], like[i]->scalar_type());
+      gradients.parameters[i] = empty(*like[i], like[i]->sizes(), like[i]->scalar_type());
   return gradients;
 }
 

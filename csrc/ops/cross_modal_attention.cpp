@@ -103,32 +103,6 @@ int64_t state_of([[maybe_unused]] const CrossModalAttention& args,
   return 0;
 }
 
-void run([[maybe_unused]] const CrossModalAttentionForward& args,
-         [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(image))
-    return run_cuda(args, image, args.dtype == Dtype::float32,
-                    &cuda::cross_modal_attention_forward_workspace,
-                    &cuda::cross_modal_attention_forward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::cross_modal_attention_forward(args, threads());
-#endif
-}
-
-void run([[maybe_unused]] const CrossModalAttentionBackward& args,
-         [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(image))
-    return run_cuda(args, image, args.dtype == Dtype::float32,
-                    &cuda::cross_modal_attention_backward_workspace,
-                    &cuda::cross_modal_attention_backward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::cross_modal_attention_backward(args, threads());
-#endif
-}
-
 std::tuple<Tensor, Tensor, Tensor> cross_modal_attention_forward(
     Tensor text_q, Tensor text_k, Tensor text_v, Tensor image_q, Tensor image_k, Tensor image_v,
     double scale, double bias_tt, double bias_ti, double bias_it, double bias_ii, int64_t outputs,
@@ -137,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_modal_attention_forward(
   Arguments a(args, {text_q, text_k, text_v, image_q, image_k, image_v},
               {scale, bias_tt, bias_ti, bias_it, bias_ii, outputs});
   auto result = [&](bool wanted, int64_t tokens, Heads& to) {
-    int64_t sizes[] = {args.items, tokens, args.heads, args.width}, none = 0;
     ScalarType type = scalar_type(args.dtype);
-    Tensor t = wanted ? empty(image_q, sizes, 4, type) : empty(image_q, &none, 1, type);
+    Tensor t = wanted ? empty(image_q, {args.items, tokens, args.heads, args.width}, type)
+                      : empty(image_q, {0}, type);
     if (wanted) to = heads(t, t.mutable_data_ptr());
     return t;
   };
@@ -147,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_modal_attention_forward(
   Tensor image_out = result(outputs & 2, args.images, args.image_out);
   Tensor state = empty(image_q, {save ? state_of(args, image_q) : 0}, ScalarType::Float);
   if (state.numel()) args.state = (float*)state.mutable_data_ptr();
-  run(args, image_q);
+  run(args, image_q, args.dtype == Dtype::float32,
+      FASTADAPTERS_KERNELS(cross_modal_attention_forward));
   return {text_out, image_out, state};
 }
 
@@ -168,11 +143,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_modal_attention
   Six results;
   for (int i = 0; i < 6; ++i) {
     bool wanted = needs >> i & 1;
-    results[i] = wanted ? fresh_output(tensors[i], tensors[i].scalar_type())
+    results[i] = wanted ? empty(tensors[i], tensors[i].sizes(), tensors[i].scalar_type())
                         : empty(image_q, {0}, image_q.scalar_type());
     if (wanted) at(args.d_text, args.d_image, i) = heads(results[i], results[i].mutable_data_ptr());
   }
-  run(args, image_q);
+  run(args, image_q, args.dtype == Dtype::float32,
+      FASTADAPTERS_KERNELS(cross_modal_attention_backward));
   return {results[0], results[1], results[2], results[3], results[4], results[5]};
 }
 

@@ -31,7 +31,8 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type) {
+Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  int64_t dim = int64_t(sizes.size());
   std::vector<int64_t> strides(dim);
   int64_t numel = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -45,24 +46,9 @@ Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType t
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, device,
+      aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, device,
                                like.is_cpu() ? 0 : like.get_device_index(), &handle));
   return Tensor(handle);
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return empty(like, sizes.begin(), int64_t(sizes.size()), type);
-}
-
-Tensor fresh_output(const Tensor& like, ScalarType type) {
-  return empty(like, like.sizes().data(), like.dim(), type);
-}
-
-Tensor fresh_output(const Tensor& like, int64_t columns, ScalarType type) {
-  auto shape = like.sizes();
-  std::vector<int64_t> sizes(shape.begin(), shape.end());
-  sizes.back() = columns;
-  return empty(like, sizes.data(), like.dim(), type);
 }
 
 void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {

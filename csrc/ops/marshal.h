@@ -4,8 +4,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -13,6 +13,7 @@
 
 namespace fastadapters::ops {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -23,12 +24,7 @@ ScalarType scalar_type(Dtype dtype);
 bool same_device(const Tensor& a, const Tensor& b);
 
 // Uninitialised and contiguous, on the device of `like`.
-Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType type);
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type);
-
-// An uninitialised result of the shape of `like`, or with another number of columns.
-Tensor fresh_output(const Tensor& like, ScalarType type);
-Tensor fresh_output(const Tensor& like, int64_t columns, ScalarType type);
+Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type);
 
 // The arguments of one call as the kernels want them. Copies made on the way live as long as this
 // does.

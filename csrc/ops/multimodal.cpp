@@ -115,28 +115,6 @@ int64_t state_of([[maybe_unused]] const Multimodal& args, [[maybe_unused]] const
   return 0;
 }
 
-void run([[maybe_unused]] const MultimodalForward& args, [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(image))
-    return run_cuda(args, image, true, &cuda::multimodal_logits_forward_workspace,
-                    &cuda::multimodal_logits_forward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::multimodal_logits_forward(args, threads());
-#endif
-}
-
-void run([[maybe_unused]] const MultimodalBackward& args, [[maybe_unused]] const Tensor& image) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(image))
-    return run_cuda(args, image, true, &cuda::multimodal_logits_backward_workspace,
-                    &cuda::multimodal_logits_backward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::multimodal_logits_backward(args, threads());
-#endif
-}
-
 std::tuple<Tensor, Tensor> multimodal_logits_forward(
     Tensor text, Tensor image, Tensor down_weight, Tensor down_bias, OptionalTensor down_weight_2,
     OptionalTensor down_bias_2, Tensor in_weight, Tensor in_bias, Tensor out_weight,
@@ -154,7 +132,7 @@ std::tuple<Tensor, Tensor> multimodal_logits_forward(
   Tensor state = empty(image, {save ? state_of(args, image) : 0}, ScalarType::Float);
   args.logits = logits.mutable_data_ptr();
   if (state.numel()) args.state = (float*)state.mutable_data_ptr();
-  run(args, image);
+  run(args, image, true, FASTADAPTERS_KERNELS(multimodal_logits_forward));
   return {logits, state};
 }
 
@@ -191,8 +169,8 @@ multimodal_logits_backward(Tensor d_logits, Tensor text, Tensor state, Tensor im
   for (int i = 0; i < 2 + kParameters; ++i) {
     const OptionalTensor like = i == 0 ? text : i == 1 ? image : parameters[i - 2];
     bool wanted = like && needs >> i & 1;
-    results[i] =
-        wanted ? fresh_output(*like, like->scalar_type()) : empty(image, {0}, image.scalar_type());
+    results[i] = wanted ? empty(*like, like->sizes(), like->scalar_type())
+                        : empty(image, {0}, image.scalar_type());
     if (!wanted) continue;
     if (i < 2)
       (i ? args.d_image : args.d_text) = {results[i].mutable_data_ptr(), args.dim,
@@ -201,7 +179,7 @@ multimodal_logits_backward(Tensor d_logits, Tensor text, Tensor state, Tensor im
       a.parameters().gradient(args.gradients.*members[i - 2], results[i], like->numel(),
                               names[i - 2]);
   }
-  run(args, image);
+  run(args, image, true, FASTADAPTERS_KERNELS(multimodal_logits_backward));
   return {results[0],  results[1],  results[2],  results[3], results[4],  results[5],
           results[6],  results[7],  results[8],  results[9], results[10], results[11],
           results[12], results[13], results[14], results[15]};

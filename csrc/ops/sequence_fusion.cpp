@@ -121,28 +121,6 @@ class Arguments {
   std::deque<Tensor> kept_;
 };
 
-void run([[maybe_unused]] const SequenceFusionForward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x))
-    return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::sequence_fusion_forward_workspace,
-                    &cuda::sequence_fusion_forward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::sequence_fusion_forward(args, threads());
-#endif
-}
-
-void run([[maybe_unused]] const SequenceFusionBackward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x))
-    return run_cuda(args, x, args.dtype == Dtype::float32,
-                    &cuda::sequence_fusion_backward_workspace, &cuda::sequence_fusion_backward);
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::sequence_fusion_backward(args, threads());
-#endif
-}
-
 // How many numbers of P and of z all modalities have.
 std::pair<int64_t, int64_t> saved_sizes(const SequenceFusion& args) {
   int64_t products = 0, z = 0;
@@ -163,8 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_fusion_forward(
               {down_weights, down_biases, time_factors, feature_factors, lengths, activation,
                compute_dtype, out_dtype, summed, add_leading});
   auto [products, z] = saved_sizes(args);
-  int64_t sizes[] = {args.items, args.out_len, args.dim};
-  Tensor y = empty(x, sizes, 3, scalar_type(args.out_dtype));
+  Tensor y = empty(x, {args.items, args.out_len, args.dim}, scalar_type(args.out_dtype));
   Tensor saved_products = empty(x, {save ? products : 0}, ScalarType::Float);
   Tensor saved_z = empty(x, {save ? z : 0}, scalar_type(args.dtype));
   if (residual)
@@ -173,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> sequence_fusion_forward(
   a.rows(args.y, y, args.items, args.out_len, args.dim, args.out_dtype, false, "y");
   if (saved_products.numel()) args.products = (float*)saved_products.mutable_data_ptr();
   if (saved_z.numel()) args.z = saved_z.mutable_data_ptr();
-  run(args, x);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(sequence_fusion_forward));
   return {y, saved_products, saved_z};
 }
 
@@ -204,7 +181,7 @@ Tensors sequence_fusion_backward(Tensor dy, Tensors inputs, Tensor products, Ten
     for (int i = 0; i < m; ++i) {
       const Tensor& like = (*groups[group])[i];
       bool wanted = needs >> (group * m + i) & 1;
-      results.push_back(wanted ? fresh_output(like, like.scalar_type())
+      results.push_back(wanted ? empty(like, like.sizes(), like.scalar_type())
                                : empty(like, {0}, like.scalar_type()));
       if (!wanted) continue;
       const Tensor& result = results.back();
@@ -217,7 +194,7 @@ Tensors sequence_fusion_backward(Tensor dy, Tensors inputs, Tensor products, Ten
       else
         a.parameters().gradient(*parameters[group - 1], result, like.numel(), "gradient");
     }
-  run(args, dy);
+  run(args, dy, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(sequence_fusion_backward));
   return results;
 }
 
