@@ -110,6 +110,29 @@ def test_blocked_query_gives_zero(backend: str) -> None:
     assert all(not result.any() for result in alone.values())
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, "auto"))
+@pytest.mark.parametrize(
+    ("bias", "outputs", "name"),
+    [
+        (MASKED, "text", "text_q"),  # the one image is what every text gets
+        (MASKED, "text", "image_k"),
+        (((-INF,) * 2,) * 2, "both", "text_v"),
+        (((-INF,) * 2, (0, 0)), "text", "image_v"),
+    ],
+    ids=str,
+)
+def test_backward_where_nothing_can_matter(bias, outputs: str, name: str, backend: str) -> None:
+    """An input that no result depends on gets a gradient of 0, though it be the only one."""
+    tensors = attention_tensors(4, 1, 3, 2, 8, torch.float32)
+    leaf = tensors[name].requires_grad_()
+    with fastadapters.backend(backend):
+        outs = functional.cross_modal_attention(**tensors, bias=bias, outputs=outputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        assert all(out.requires_grad for out in outs)
+        (gradient,) = torch.autograd.grad(outs, leaf, [torch.ones_like(out) for out in outs])
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(50, 1, 3), (1, 1, 3), (1, 1, 1), (4, 2, 1), (4, 2, 3)])
 @pytest.mark.parametrize("bias", [*BIASES, ((0, -INF), (0, -INF)), ((-INF,) * 2,) * 2], ids=str)

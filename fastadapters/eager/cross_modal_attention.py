@@ -66,6 +66,16 @@ def attend_both(
     return out if out.dim() == 4 else out[None]
 
 
+def differentiable(out: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """out, with gradients of 0 where it depends on none of the ``inputs`` that need one."""
+    if torch.is_grad_enabled() and not out.requires_grad:
+        for t in inputs:
+            if t.requires_grad:
+                nothing = torch.zeros((), dtype=torch.bool, device=t.device)
+                out = out + torch.where(nothing, t, 0.0).sum()
+    return out
+
+
 def cross_modal_attention(
     text_q: Tensor,
     text_k: Tensor,
@@ -84,13 +94,15 @@ def cross_modal_attention(
     that what does not depend on the item (texts over texts) is computed once. An output that is
     the same for many queries (texts that see one image) is an expanded view.
     """
+    inputs = (text_q, text_k, text_v, image_q, image_k, image_v)
     scale = text_q.shape[-1] ** -0.5 if scale is None else scale
     text, image = (text_k, text_v), (image_k, image_v)
     results = []
     if outputs != "image":
         out = attend_both(text_q * scale, text, image, bias[0])
+        out = differentiable(out, inputs)
         results.append(out.expand(image_q.shape[0], *text_q.shape[-3:]))
     if outputs != "text":
         out = attend_both(image_q * scale, text, image, bias[1])
-        results.append(out.expand_as(image_q))
+        results.append(differentiable(out, inputs).expand_as(image_q))
     return (results[0], results[1]) if outputs == "both" else results[0]
