@@ -246,7 +246,11 @@ BOTTLENECK = [
     ),
 ]
 
-OVERHEAD = [Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True)]
+OVERHEAD = [
+    Bottleneck("tiny", 1, 4, 16, 4, cpu_batch=1, quick=True),
+    Bottleneck("one token", 1, 1, 768, 64, cpu_batch=1, quick=True),
+    Bottleneck("one token, LLM", 1, 1, 4096, 16, cpu_batch=1),
+]
 
 GROUPED = [Grouped("ViT-B/16", 64, 197, 768, 64, 16, quick=True)]
 

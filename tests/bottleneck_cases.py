@@ -61,22 +61,6 @@ class Case:
         return "-".join(changed) or "default"
 
 
-def lora_cases(**common: object) -> list[Case]:
-    """D_out below and above D_in, and dropout in front."""
-    base = Case(**common)  # type: ignore[arg-type]
-    wide, thin = 2 * base.d + 5, base.d // 3 + 1
-    lora = {"activation": "identity", "down_bias": False, "up_bias": False, "residual": "other"}
-    changes: list[dict[str, object]] = [
-        {"input_dropout": 0.3, "norm": "both", "scale": "learnable"},
-        {**lora, "d_out": wide, "input_dropout": 0.05},
-        {**lora, "d_out": thin, "layout": "transposed"},
-        {"d_out": thin, "input_dropout": 0.5, "norm": "both", "residual": "none", "dropout": 0.25},
-        {"d_out": wide, "scale": "channel", "residual": "other", "norm": "weight"},
-        {"d_out": thin, "input_dropout": 1.0, "residual": "none", "cotangent": "expanded"},
-    ]
-    return [replace(base, **change) for change in changes]
-
-
 def option_cases(**common: object) -> list[Case]:
     """Each value of each option at least once, several together."""
     base = Case(**common)  # type: ignore[arg-type]
@@ -151,18 +135,19 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 def rectangular_cases(**common: object) -> list[Case]:
-    """D_out beside D, dropout in front; ragged, and each width the larger one."""
+    """D_out below and above D_in, dropout in front, and both as LoRA has them, which is first."""
     base = Case(**common)  # type: ignore[arg-type]
-    lora: dict[str, object] = {"activation": "identity", "down_bias": False, "up_bias": False}
+    wide, thin = 2 * base.d + 5, base.d // 3 + 1
+    lora = {"activation": "identity", "down_bias": False, "up_bias": False, "residual": "other"}
     changes: list[dict[str, object]] = [
-        {**lora, "d": 72, "d_out": 154, "residual": "other", "input_dropout": 0.05},
-        {"d": 200, "d_out": 33, "residual": "none", "activation": "silu", "scale": "channel"},
+        {**lora, "d_out": wide, "input_dropout": 0.05},
+        {"d_out": thin, "residual": "none", "activation": "silu", "scale": "channel"},
         {
-            "d": 70, "d_out": 136, "norm": "both", "residual": "other", "activation": "gelu",
+            "d_out": wide, "norm": "both", "residual": "other", "activation": "gelu",
             "scale": "learnable", "input_dropout": 0.3, "dropout": 0.25, "layout": "slice",
         },
-        {"norm": "weight", "input_dropout": 0.5, "activation": "silu", "layout": "transposed"},
-        {"input_dropout": 1.0, "d_out": 5, "residual": "none"},
+        {"input_dropout": 0.5, "norm": "weight", "layout": "transposed"},
+        {"d_out": thin, "input_dropout": 1.0, "residual": "none", "cotangent": "expanded"},
     ]  # fmt: skip
     return [replace(base, **change) for change in changes]
 

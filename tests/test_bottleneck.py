@@ -9,8 +9,8 @@ from bottleneck_cases import (
     Case,
     check_backend,
     inputs,
-    lora_cases,
     option_cases,
+    rectangular_cases,
     reference_pair,
     run,
     shape_cases,
@@ -31,7 +31,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*option_cases(), *lora_cases()], ids=str)
+@pytest.mark.parametrize("case", [*option_cases(), *rectangular_cases()], ids=str)
 def test_options(case: Case, dtype: torch.dtype, backend: str) -> None:
     check_backend(Case(**{**case.__dict__, "dtype": dtype}), backend)
 
@@ -151,7 +151,7 @@ TINY = {"dtype": torch.float64, "rows": (2, 3), "d": 5, "r": 4}
 
 
 @pytest.mark.parametrize("name", ["reference", "eager"])
-@pytest.mark.parametrize("case", [*option_cases(**TINY), *lora_cases(**TINY)], ids=str)
+@pytest.mark.parametrize("case", [*option_cases(**TINY), *rectangular_cases(**TINY)], ids=str)
 def test_gradcheck(case: Case, name: str) -> None:
     if 1.0 in (case.dropout, case.input_dropout) or case.layout != "contiguous":
         pytest.skip("covered in float32")

@@ -11,9 +11,9 @@ import torch
 from bottleneck_cases import (
     Case,
     inputs,
-    lora_cases,
     mixed_cases,
     option_cases,
+    rectangular_cases,
     reference_pair,
     shape_cases,
 )
@@ -29,8 +29,18 @@ from fastadapters.ops.codes import ACTIVATION_CODES
 def test_options(isa: str, dtype: torch.dtype, kernels: Any) -> None:
     choose(isa)
     sizes = {"d": 100, "r": 33, "rows": (3, 50)}
-    for case in [*option_cases(**sizes), *lora_cases(**sizes)]:
+    for case in [*option_cases(**sizes), *rectangular_cases(**sizes)]:
         check_kernels(kernels, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize(("isa", "dtype"), OWN_KERNELS, ids=str)
+def test_few_rows(isa: str, dtype: torch.dtype, kernels: Any) -> None:
+    """Whose weights are not packed: every option, whole and ragged vectors, one row to 16."""
+    choose(isa)
+    for case in [*option_cases(), *rectangular_cases()]:
+        check_kernels(kernels, replace(case, dtype=dtype, d=100, r=33, rows=(2, 4)))
+    for rows, d, r in ((1, 5, 3), (1, 768, 64), (3, 300, 4), (16, 64, 16)):
+        check_kernels(kernels, Case(rows=(rows,), d=d, r=r, dtype=dtype, scale="learnable"))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,7 @@ def test_mixed_precision(isa: str, dtype: torch.dtype, kernels: Any) -> None:
     for rows in ((3, 50), (2, 1)):
         for case in mixed_cases(dtype, d=100, r=33, rows=rows):
             check_kernels(kernels, case)
-    for case in lora_cases(dtype=dtype, x_dtype=torch.float32, param_dtype=torch.float32):
+    for case in rectangular_cases(dtype=dtype, x_dtype=torch.float32, param_dtype=torch.float32):
         if (
             case.out_dtype == torch.float32 or case.scale == "number"
         ):  # else the scale's dtype is y's
@@ -215,15 +225,3 @@ def test_memory_safety(kernels: Any) -> None:
     for dy, saved in ((x[:-1], z), (x, z[:-1]), (x, z.bfloat16()), (x.bfloat16(), z)):
         with pytest.raises(RuntimeError, match=r"dy|z|x: expected"):
             kernels.bottleneck_backward(dy, x, saved, stats, *parameters, *options, 255)
-
-
-def test_large_outputs(kernels: Any) -> None:
-    """Outputs larger than the caches are written another way; the bits must be the same."""
-    case = Case(rows=(11_000,), d=784, r=8)
-    tensors = inputs(case)
-    whole = call(kernels, case, tensors)
-    for part in (slice(0, 5000), slice(5000, None)):
-        rows = {name: tensors[name][part] for name in ("x", "cotangent")}
-        out = call(kernels, case, {**tensors, **rows})
-        for name in ("y", "d_x"):
-            assert torch.equal(whole[name][part], out[name]), name

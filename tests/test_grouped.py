@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_cases import DTYPES, Case, lora_cases, mixed_cases, option_cases
+from bottleneck_cases import DTYPES, Case, mixed_cases, option_cases, rectangular_cases
 from grouped_cases import ADAPTERS, check_backend, index_of, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from fastadapters.functional import bottleneck, grouped_bottleneck
 
 BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-OPTIONS = [*option_cases(rows=(6, 17)), *lora_cases(rows=(6, 17))]
+OPTIONS = [*option_cases(rows=(6, 17)), *rectangular_cases(rows=(6, 17))]
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bottleneck_cases import Case, inputs, lora_cases, option_cases
+from bottleneck_cases import Case, inputs, option_cases, rectangular_cases
 from compare import check_all, last_bit, named
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -50,7 +50,7 @@ def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
 
 
 SIZES = {"rows": (2, 9), "d": 20, "r": 6}
-SAMPLES = [*option_cases(**SIZES), *lora_cases(**SIZES)]
+SAMPLES = [*option_cases(**SIZES), *rectangular_cases(**SIZES)]
 
 
 @needs_library

@@ -63,7 +63,7 @@ struct AmxGemm {
   }
 
   template <int wide>
-  static inline void product(bool, int64_t rows, int64_t words, const Store* a, int64_t lda,
+  static inline void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
                              const float* b, float* c, int64_t ldc) {
     with_height(rows, [&](auto tall) {
       _tile_zero(0);
@@ -76,7 +76,7 @@ struct AmxGemm {
   }
 
   template <int wide>
-  static inline void accumulate(bool, int64_t rows, int64_t words, const Store* a, int64_t lda,
+  static inline void accumulate(int64_t rows, int64_t words, const Store* a, int64_t lda,
                                 const float* b, float* c, int64_t ldc) {
     with_height(rows, [&](auto tall) {
       tile_fence();

@@ -32,6 +32,14 @@ inline __m512 join(const TwoHalves& halves) {
   return v;
 }
 
+// Reads what the mask has a bit for, and nothing else.
+inline __m512 emulate_maskz_loadu(uint32_t mask, const float* p) {
+  __m512 v = {};
+  for (int lane = 0; lane < 16; ++lane)
+    if (mask >> lane & 1) v[lane] = p[lane];
+  return v;
+}
+
 inline __m512i emulate_mul_epu32(__m512i a, __m512i b) {
   typedef uint64_t Words8 __attribute__((vector_size(64)));
   return (__m512i)(((Words8)a & 0xffffffff) * ((Words8)b & 0xffffffff));
@@ -89,12 +97,14 @@ __attribute__((noinline)) inline __m512 emulate_dpbf16(__m512 c, __m512bh a, __m
 
 #define __AVX512F__ 1
 #define __AVX512BF16__ 1
+#undef _mm512_maskz_loadu_ps
 #undef _mm512_mul_epu32
 #undef _mm512_maskz_sqrt_ps
 #undef _mm512_maskz_cvtph_ps
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_cvtneps_pbh
 #undef _mm512_dpbf16_ps
+#define _mm512_maskz_loadu_ps(mask, p) fastadapters::cpu::emulate_maskz_loadu(mask, p)
 #define _mm512_mul_epu32(a, b) fastadapters::cpu::emulate_mul_epu32(a, b)
 #define _mm512_maskz_sqrt_ps(mask, v) fastadapters::cpu::emulate_sqrt(v)
 #define _mm512_maskz_cvtph_ps(mask, v) fastadapters::cpu::emulate_cvtph(v)

@@ -21,12 +21,17 @@ struct Gemm {
 
   struct Session {};
 
-  // A step along k is a word, or two words for folded columns. Rows of A may lie at any address.
+  // c = the product of a block. A step along k is a word, or two words for folded columns. Rows of
+  // A may lie at any address.
   template <int vectors, class Step = int32_t>
   static FASTADAPTERS_INLINE void run(int64_t steps, const Store* a, int64_t lda, const float* b,
                                       Vec (&c)[kRows][vectors]) {
     const char* row[kRows];
     for (int i = 0; i < kRows; ++i, a += lda) row[i] = (const char*)a;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
     for (int64_t k = 0; k < steps; ++k, b += vectors * kLanes) {
       Vec bk[vectors];
 #pragma GCC unroll 8
@@ -40,60 +45,12 @@ struct Gemm {
     }
   }
 
-  // One row at a time: what would be the rows of a block are chains of every kRows-th step.
-  template <int vectors, class Step = int32_t>
-  static __attribute__((noinline)) void run_few(int64_t rows, int64_t steps, const Store* a,
-                                                int64_t lda, const float* b,
-                                                Vec (&c)[kRows][vectors]) {
-    for (int64_t row = 0; row < rows; ++row, a += lda) {
-      Vec part[kRows][vectors] = {};
-      for (int64_t k = 0; k < steps; k += kRows)
-#pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i)
-          if (k + i < steps) {
-            Vec ak = splat<Step>((const char*)a + (k + i) * sizeof(Step));
-#pragma GCC unroll 8
-            for (int j = 0; j < vectors; ++j)
-              part[i][j] = Unit::multiply_add(ak, read<Vec>(b + ((k + i) * vectors + j) * kLanes),
-                                              part[i][j]);
-          }
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) {
-#pragma GCC unroll 4
-        for (int half = kRows / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-          for (int i = 0; i < half; ++i) part[i][j] += part[i + half][j];
-        c[row][j] = part[0][j];
-      }
-    }
-  }
-
-  // The product of a block; rows from `rows` on are anything.
-  template <int vectors, class Step = int32_t>
-  static FASTADAPTERS_INLINE void block(bool few, int64_t rows, int64_t steps, const Store* a,
-                                        int64_t lda, const float* b, Vec (&c)[kRows][vectors]) {
-    if (few) {
-      Vec in_memory[kRows][vectors] = {};
-      run_few<vectors, Step>(rows, steps, a, lda, b, in_memory);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) c[i][j] = in_memory[i][j];
-    } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
-      run<vectors, Step>(steps, a, lda, b, c);
-    }
-  }
-
-  // C [kBlock, vectors * kLanes] = the product.
+  // C [kBlock, vectors * kLanes] = the product. How many of its rows are wanted may be told.
   template <int vectors>
-  static FASTADAPTERS_INLINE void product(bool few, int64_t rows, int64_t words, const Store* a,
-                                          int64_t lda, const float* b, float* c, int64_t ldc) {
+  static FASTADAPTERS_INLINE void product(int64_t, int64_t words, const Store* a, int64_t lda,
+                                          const float* b, float* c, int64_t ldc) {
     Vec sum[kRows][vectors];
-    block<vectors>(few, least(rows, kRows), words, a, lda, b, sum);
+    run<vectors>(words, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -103,10 +60,10 @@ struct Gemm {
   // C [kBlock, vectors * kLanes] += the product, summed apart first: over many calls the rounding
   // errors grow with their number, not with the number of terms.
   template <int vectors>
-  static FASTADAPTERS_INLINE void accumulate(bool few, int64_t rows, int64_t words, const Store* a,
-                                             int64_t lda, const float* b, float* c, int64_t ldc) {
+  static FASTADAPTERS_INLINE void accumulate(int64_t, int64_t words, const Store* a, int64_t lda,
+                                             const float* b, float* c, int64_t ldc) {
     Vec sum[kRows][vectors];
-    block<vectors>(few, least(rows, kRows), words, a, lda, b, sum);
+    run<vectors>(words, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -117,10 +74,10 @@ struct Gemm {
   }
 
   // The same for a folded panel.
-  static inline void accumulate_folded(bool few, int64_t rows, int64_t words, const Store* a,
-                                       int64_t lda, const float* b, float* c, int64_t ldc) {
+  static inline void accumulate_folded(int64_t words, const Store* a, int64_t lda, const float* b,
+                                       float* c, int64_t ldc) {
     Vec sum[kRows][1];
-    block<1, int64_t>(few, least(rows, kRows), words / 2, a, lda, b, sum);
+    run<1, int64_t>(words / 2, a, lda, b, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       float* to = c + i * ldc;
@@ -166,48 +123,35 @@ inline void with_vectors(int64_t vectors, const F& f) {
     return vectors == 2 ? f(std::integral_constant<int, 2>()) : f(std::integral_constant<int, 3>());
 }
 
-// How a call sums along k. Rounding errors grow with the length of a chain of additions; a chain
-// over a long k also has to leave its part of B in the first-level cache. Few rows are cheap beside
-// the packing of the weights, so that there sums are as short as those of a dot product.
-struct Chains {
-  bool few;        // rows are multiplied one at a time
-  int64_t length;  // in words
-  Chains(int64_t rows, int64_t block)
-      : few(rows < block),
-        length(rows < block ? 16 * block
-               : rows <= 64 ? 64
-                            : 256) {}
-};
-
-// C [m, n] += A [m, k] B [k, n] for a long k, cut into chains. A narrow B is folded. Writes whole
-// blocks of rows.
+// C [m, n] += A [m, k] B [k, n] for a long k, cut into chains of so many words: rounding errors
+// grow with the length of a chain of additions, which also has to leave its part of B in the
+// first-level cache. A narrow B is folded. Writes whole blocks of rows.
 template <class G>
-inline void multiply_long(Chains chains, int64_t m, int64_t words, const typename G::Store* a,
+inline void multiply_long(int64_t chain, int64_t m, int64_t words, const typename G::Store* a,
                           int64_t lda, const float* b, Panels<G> n, float* c, int64_t ldc) {
-  for (int64_t k = 0; k < words; k += chains.length)
+  for (int64_t k = 0; k < words; k += chain)
     for (int64_t i = 0; i < m; i += G::kBlock)
       for (int64_t p = 0; p < n.count; ++p) {
-        int64_t column = n.first(p) * kLanes, length = least(chains.length, words - k);
+        int64_t column = n.first(p) * kLanes, length = least(chain, words - k);
         const auto* block = a + i * lda + k * G::Unit::kPerWord;
         if constexpr (G::kFolds)
           if (n.narrow) {
-            G::accumulate_folded(chains.few, m - i, length, block, lda, b + k / 2 * kLanes,
-                                 c + i * ldc, ldc);
+            G::accumulate_folded(length, block, lda, b + k / 2 * kLanes, c + i * ldc, ldc);
             continue;
           }
         with_vectors<G>(n.size(p), [&](auto vectors) {
-          G::template accumulate<vectors>(chains.few, m - i, length, block, lda,
+          G::template accumulate<vectors>(m - i, length, block, lda,
                                           b + words * column + k * vectors * kLanes,
                                           c + i * ldc + column, ldc);
         });
       }
 }
 
-// A [m, k] B [k, n] for a short k, block by block: epilogue(row, rows, column, columns, c) has one
-// in c [rows, G::kPanel * kLanes]. prepare(row, column) comes before, for each row of a block.
+// A [m, k] B [k, n] for a short k, block by block: epilogue(row, rows, column, columns, c, ldc)
+// has one in c [rows, ldc]. prepare(row, column) comes before, for each row of a block.
 template <class G, class Prepare, class Epilogue>
-inline void multiply(Chains chains, int64_t m, int64_t words, const typename G::Store* a,
-                     int64_t lda, const float* b, Panels<G> n, const Prepare& prepare,
+inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
+                     const float* b, Panels<G> n, const Prepare& prepare,
                      const Epilogue& epilogue) {
   constexpr int64_t ldc = G::kPanel * kLanes;
   alignas(64) float c[G::kBlock * ldc];
@@ -216,10 +160,9 @@ inline void multiply(Chains chains, int64_t m, int64_t words, const typename G::
       int64_t column = n.first(p) * kLanes, rows = least(m - i, G::kBlock);
       for (int64_t row = i; row < i + rows; ++row) prepare(row, column);
       with_vectors<G>(n.size(p), [&](auto vectors) {
-        G::template product<vectors>(chains.few, rows, words, a + i * lda, lda, b + words * column,
-                                     c, ldc);
+        G::template product<vectors>(rows, words, a + i * lda, lda, b + words * column, c, ldc);
       });
-      epilogue(i, rows, column, n.size(p) * kLanes, c);
+      epilogue(i, rows, column, n.size(p) * kLanes, c, ldc);
     }
 }
 

@@ -15,14 +15,21 @@ struct Weight {
   const float* row_scale = nullptr;
   const float* column_scale = nullptr;  // padded to whole vectors
 
-  Vec operator()(int64_t row, int64_t column) const {
+  template <class Stored>
+  static Vec rounded(Vec v) {
+    return std::is_same_v<Stored, T> ? v : round_to<T>(v);
+  }
+  // Of `p`, the data by its type.
+  template <class Stored>
+  FASTADAPTERS_INLINE Vec at(const Stored* p, int64_t row, int64_t column) const {
     if (row >= rows || column >= columns) return Vec{};
-    Vec v = with_type(data, [&](auto* p) {
-      return round_to<T>(load(p + row * columns + column, columns - column));
-    });
+    Vec v = rounded<Stored>(load(p + row * columns + column, columns - column));
     if (row_scale) v *= row_scale[row];
     if (column_scale) v *= read<Vec>(column_scale + column);
     return v;
+  }
+  Vec operator()(int64_t row, int64_t column) const {
+    return with_type(data, [&](auto* p) { return at(p, row, column); });
   }
 };
 
@@ -31,10 +38,13 @@ template <class G, class T>
 inline void pack_rows(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
   int64_t first = n.first(p), vectors = n.size(p);
   float* panel = b + words * first * kLanes;
-  for (int64_t k = 0; k < words; ++k)
-    for (int64_t j = 0; j < vectors; ++j)
-      store(panel + (k * vectors + j) * kLanes,
-            G::Unit::across_rows(k, [&](int64_t row) { return w(row, (first + j) * kLanes); }));
+  with_type(w.data, [&](auto* data) {
+    for (int64_t k = 0; k < words; ++k)
+      for (int64_t j = 0; j < vectors; ++j) {
+        auto row_at = [&](int64_t row) { return w.at(data, row, (first + j) * kLanes); };
+        store(panel + (k * vectors + j) * kLanes, G::Unit::across_rows(k, row_at));
+      }
+  });
 }
 
 // Panel p of B = W^T: k runs along the rows of W.
@@ -42,16 +52,18 @@ template <class G, class T>
 inline void pack_columns(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
   int64_t first = n.first(p), vectors = n.size(p);
   float* panel = b + words * first * kLanes;
-  for (int64_t j = 0; j < vectors; ++j)
-    for (int64_t k = 0; k < words; k += kLanes) {
-      Vec block[kLanes];
-      for (int64_t row = 0; row < kLanes; ++row)
-        block[row] = G::Unit::along_row(
-            k, [&](int64_t column) { return w((first + j) * kLanes + row, column); });
-      transpose(block);
-      for (int64_t i = 0; i < least(kLanes, words - k); ++i)
-        store(panel + ((k + i) * vectors + j) * kLanes, block[i]);
-    }
+  with_type(w.data, [&](auto* data) {
+    for (int64_t j = 0; j < vectors; ++j)
+      for (int64_t k = 0; k < words; k += kLanes) {
+        Vec block[kLanes];
+        for (int64_t row = 0; row < kLanes; ++row)
+          block[row] = G::Unit::along_row(
+              k, [&](int64_t column) { return w.at(data, (first + j) * kLanes + row, column); });
+        transpose(block);
+        for (int64_t i = 0; i < least(kLanes, words - k); ++i)
+          store(panel + ((k + i) * vectors + j) * kLanes, block[i]);
+      }
+  });
 }
 
 // A = T^T as words along m, from a tile t [m, n] of fp32 rows (n a multiple of kLanes). Rows of A

@@ -122,12 +122,36 @@ inline void store(T* p, Vec v) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
+template <int... lane>
+inline Int lane_numbers(std::integer_sequence<int, lane...>) {
+  return Int{lane...};
+}
+
+// -1 in the first n lanes, else 0.
+inline Int first_mask(int64_t n) {
+  return lane_numbers(std::make_integer_sequence<int, kLanes>()) < int32_t(n);
+}
+
+// The first n of fewer than 2 * size values, at their place: no call, as of memcpy.
+template <int size = kLanes / 2, class T>
+FASTADAPTERS_INLINE void copy_lanes(T* to, const T* from, int64_t n) {
+  if (n & size) std::memcpy(to, from, size * sizeof(T));
+  if constexpr (size > 1) copy_lanes<size / 2>(to + (n & size), from + (n & size), n);
+}
+
 // The first n lanes; lanes from n on are read as 0. n may exceed the vector.
 template <class T>
 inline Vec load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
+  if (n <= 0) return Vec{};
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return (Vec)_mm512_maskz_loadu_ps(__mmask16((1 << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return (Vec)_mm256_maskload_ps(p, (__m256i)first_mask(n));
+#endif
   T lanes[kLanes] = {};
-  if (n > 0) std::memcpy(lanes, p, n * sizeof(T));
+  copy_lanes(lanes, p, n);
   return load(lanes);
 }
 
@@ -136,7 +160,7 @@ inline void store(T* p, Vec v, int64_t n) {
   if (n >= kLanes) return store(p, v);
   T lanes[kLanes];
   store(lanes, v);
-  if (n > 0) std::memcpy(p, lanes, n * sizeof(T));
+  if (n > 0) copy_lanes(p, lanes, n);
 }
 
 template <class T>
@@ -145,12 +169,7 @@ inline Vec round_to(Vec v) {
 }
 
 // v with the lanes from n on as 0, whatever they held; n may exceed the vector.
-inline Vec first_lanes(Vec v, int64_t n) {
-  if (n >= kLanes) return v;
-  alignas(Vec) float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  return load(lanes, n);
-}
+inline Vec first_lanes(Vec v, int64_t n) { return n >= kLanes ? v : (Vec)((Int)v & first_mask(n)); }
 
 inline float sum(Vec v) {
   float lanes[kLanes];

@@ -7,7 +7,7 @@
 #include "../bottleneck.h"
 #include "activation.h"
 #include "dropout.h"
-#include "pack.h"
+#include "few.h"
 #include "scratch.h"
 
 namespace fastadapters::cpu {
@@ -110,14 +110,21 @@ template <class G>
 struct Sizes {
   int64_t m;
   Width<G> in, out, thin;  // D_in, D_out and r
-  Chains chains;
+  bool few;                // rows, which are one tile, and weights that are not packed
+  int64_t chain;           // for multiply_long
   int64_t tile_rows;
 
   explicit Sizes(const Bottleneck& p)
-      : m(p.count()), in(p.dim), out(p.out_dim), thin(p.bottleneck), chains(m, G::kRows) {
+      : m(p.count()),
+        in(p.dim),
+        out(p.out_dim),
+        thin(p.bottleneck),
+        few(m <= kFewRows),
+        chain(m <= 64 ? 64 : 256) {
     int64_t stride = least(in.stride, out.stride);
     int64_t fitting = kTileBytes / greatest(stride * int64_t(sizeof(typename G::Store)), 1);
     tile_rows = greatest(least(fitting, kTileRows) / G::kBlock, 1) * G::kBlock;
+    if (few) tile_rows = round_up(kFewRows, G::kBlock);
   }
 
   // Contiguous ranges of rows, one per task; a task is worth some tens of microseconds.
@@ -127,13 +134,15 @@ struct Sizes {
   }
 
   // tile(rows) for every tile of task t of n. Rows of one stride never cross the innermost row
-  // dimension.
+  // dimension; a few rows are listed, and so are one tile whatever their strides.
   template <class F>
   void tiles(const Bottleneck& p, int64_t t, int64_t n, const F& tile) const {
     int64_t blocks = divide_up(m, G::kRows);
     int64_t end = least(m, blocks * (t + 1) / n * G::kRows);
+    static constexpr int64_t all[kFewRows] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const int64_t* order = few && !p.order ? all : p.order;
     for (int64_t begin = blocks * t / n * G::kRows; begin < end;) {
-      const int64_t* list = p.order ? p.order + begin : nullptr;
+      const int64_t* list = order ? order + begin : nullptr;
       int64_t first = list ? *list : begin, within = p.rows[2] - first % p.rows[2];
       int64_t left = list ? end - begin : least(end - begin, within);
       int64_t rows = least(left, round_up(divide_up(left, divide_up(left, tile_rows)), G::kRows));

@@ -28,6 +28,10 @@ struct Case {
   bool float_parameters = false;  // float32 parameters whatever the dtype of the products
   bool float_x = false;           // float32 x and dx
   bool float_y = false;           // float32 y, dy and residual
+  int64_t out_dim = 0;            // D_out where it is not `dim`
+  double input_dropout = 0;
+
+  int64_t out() const { return out_dim ? out_dim : dim; }
 };
 
 constexpr auto kIdentity = Activation::identity;
@@ -113,6 +117,74 @@ const Case kCases[] = {
      true,
      true,
      false},
+    {{1, 1, 20},
+     72,
+     16,
+     kIdentity,
+     Residual::other,
+     Scale::number,
+     false,
+     false,
+     false,
+     0,
+     1,
+     false,
+     false,
+     false,
+     false,
+     154,
+     0.05},
+    {{2, 1, 25},
+     70,
+     33,
+     kGelu,
+     Residual::other,
+     Scale::learnable,
+     true,
+     true,
+     true,
+     0.25,
+     2,
+     false,
+     false,
+     false,
+     false,
+     41,
+     0.3},
+    {{2, 3, 2},
+     100,
+     20,
+     kGelu,
+     Residual::none,
+     Scale::channel,
+     true,
+     true,
+     true,
+     0.25,
+     3,
+     false,
+     false,
+     false,
+     false,
+     41,
+     0.3},
+    {{1, 1, 16},
+     65,
+     4,
+     kSilu,
+     Residual::other,
+     Scale::learnable,
+     true,
+     false,
+     false,
+     0,
+     0,
+     true,
+     true,
+     true,
+     false,
+     130,
+     0.5},
     {{1, 1, 3},
      64,
      16,
@@ -157,21 +229,28 @@ struct Rounded {
 // Forward and backward by the definition.
 template <class Arithmetic>
 std::vector<Values> naive(const Case& c, const Inputs& in, const Arithmetic& math) {
-  const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, r = c.bottleneck;
+  const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, n = c.out(), r = c.bottleneck;
   auto zeros = [](int64_t n) { return Values(size_t(n), 0.0); };
-  std::vector<Values> out = {zeros(m * d), zeros(m * d), zeros(r * d),
-                             zeros(r),     zeros(d * r), zeros(d),
-                             zeros(d),     zeros(d),     zeros(c.scale == Scale::channel ? d : 1)};
+  std::vector<Values> out = {zeros(m * n), zeros(m * d), zeros(r * d),
+                             zeros(r),     zeros(n * r), zeros(n),
+                             zeros(d),     zeros(d),     zeros(c.scale == Scale::channel ? n : 1)};
   Values &y = out[0], &dx = out[1], &d_down = out[2], &d_down_bias = out[3], &d_up = out[4];
   Values &d_up_bias = out[5], &d_norm = out[6], &d_norm_bias = out[7], &d_scale = out[8];
-  const double kept = c.dropout < 1 ? 1 / (1 - c.dropout) : 0;
-  const uint32_t threshold = dropout_threshold(c.dropout);
+  // What an element of a row of `columns` is multiplied with.
+  auto dropped = [&](double p, uint64_t stream, int64_t row, int64_t columns, int64_t i) {
+    if (p == 0) return 1.0;
+    PhiloxBlock block =
+        philox4x32(uint64_t(in.seed[0]), uint64_t(row * ((columns + 3) / 4) + i / 4),
+                   uint64_t(in.seed[1]) + stream);
+    bool gone = p == 1 || block.lane[i % 4] < dropout_threshold(p);
+    return gone ? 0.0 : 1 / (1 - p);
+  };
 
   for (int64_t row = 0; row < m; ++row) {
     const double* x = &in.x[size_t(row * d)];
-    const double* dy = &in.dy[size_t(row * d)];
+    const double* dy = &in.dy[size_t(row * n)];
     Values normal(x, x + d), hat(x, x + d), h(static_cast<size_t>(r)), slope(h), dz(h),
-        dnormal(normal);
+        dnormal(normal), mask_x(normal);
     double rstd = 1;
     if (c.norm) {
       double mean = 0, variance = 0;
@@ -184,21 +263,20 @@ std::vector<Values> naive(const Case& c, const Inputs& in, const Arithmetic& mat
         normal[i] = math.round(hat[i] * in.norm_weight[i] + (c.norm_bias ? in.norm_bias[i] : 0));
       }
     }
+    for (int64_t i = 0; i < d; ++i) {
+      mask_x[i] = dropped(c.input_dropout, 1, row, d, i);
+      normal[i] = math.round(normal[i] * mask_x[i]);
+    }
     for (int64_t j = 0; j < r; ++j) {
       double z = c.bias ? in.down_bias[j] : 0;
       for (int64_t i = 0; i < d; ++i) z = math.add(z, normal[i] * in.down_weight[j * d + i]);
       auto [value, derivative] = activate(c.activation, math.round(z));
-      double mask = 1;
-      if (c.dropout > 0) {
-        PhiloxBlock block = philox4x32(uint64_t(in.seed[0]), uint64_t(row * ((r + 3) / 4) + j / 4),
-                                       uint64_t(in.seed[1]));
-        mask = block.lane[j % 4] < threshold ? 0 : kept;
-      }
+      double mask = dropped(c.dropout, 0, row, r, j);
       h[j] = math.round(math.round(value) * mask);
       slope[j] = derivative * mask;
     }
-    Values du(static_cast<size_t>(d));
-    for (int64_t i = 0; i < d; ++i) {
+    Values du(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
       double u = c.bias ? in.up_bias[i] : 0;
       for (int64_t j = 0; j < r; ++j) u = math.add(u, h[j] * in.up_weight[i * r + j]);
       u = math.round(u);
@@ -206,8 +284,8 @@ std::vector<Values> naive(const Case& c, const Inputs& in, const Arithmetic& mat
           c.scale == Scale::number ? in.scale_value : in.scale[c.scale == Scale::channel ? i : 0];
       double residual = c.residual == Residual::none   ? 0
                         : c.residual == Residual::self ? x[i]
-                                                       : in.residual[size_t(row * d + i)];
-      y[size_t(row * d + i)] = math.round(residual + math.round(s * u));
+                                                       : in.residual[size_t(row * n + i)];
+      y[size_t(row * n + i)] = math.round(residual + math.round(s * u));
       du[i] = math.round(s * dy[i]);
       double& ds = d_scale[c.scale == Scale::channel ? i : 0];
       ds = math.add(ds, math.round(dy[i] * u));
@@ -216,7 +294,7 @@ std::vector<Values> naive(const Case& c, const Inputs& in, const Arithmetic& mat
     }
     for (int64_t j = 0; j < r; ++j) {
       double dh = 0;
-      for (int64_t i = 0; i < d; ++i) dh = math.add(dh, du[i] * in.up_weight[i * r + j]);
+      for (int64_t i = 0; i < n; ++i) dh = math.add(dh, du[i] * in.up_weight[i * r + j]);
       dz[j] = math.round(math.round(dh) * slope[j]);
       d_down_bias[j] = math.add(d_down_bias[j], dz[j]);
       for (int64_t i = 0; i < d; ++i)
@@ -226,7 +304,7 @@ std::vector<Values> naive(const Case& c, const Inputs& in, const Arithmetic& mat
     for (int64_t i = 0; i < d; ++i) {
       double g = 0;
       for (int64_t j = 0; j < r; ++j) g = math.add(g, dz[j] * in.down_weight[j * d + i]);
-      dnormal[i] = g = math.round(g);
+      dnormal[i] = g = math.round(math.round(g) * mask_x[i]);
       if (!c.norm) continue;
       d_norm[i] = math.add(d_norm[i], g * hat[i]);
       d_norm_bias[i] = math.add(d_norm_bias[i], g);

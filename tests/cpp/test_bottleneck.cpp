@@ -17,12 +17,12 @@ constexpr int kBases = 3;
 // One forward and one backward pass of the kernels in use; outputs not in `wanted` stay NaN.
 std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu::Threads& threads,
                         unsigned wanted) {
-  const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, r = c.bottleneck;
+  const int64_t d = c.dim, n = c.out(), r = c.bottleneck, m = c.rows[0] * c.rows[1] * c.rows[2];
   const Dtype own = c.float_parameters ? Dtype::float32 : dtype;
   const Dtype x_dtype = c.float_x ? Dtype::float32 : dtype;
   const Dtype out_dtype = c.float_y ? Dtype::float32 : dtype;
-  auto matrix = [&](Dtype stored, const Values& values, bool broadcast = false) {
-    Array array(stored, c.rows, d, c.gap, broadcast);
+  auto matrix = [&](Dtype stored, int64_t columns, const Values& values, bool broadcast = false) {
+    Array array(stored, c.rows, columns, c.gap, broadcast);
     if (!values.empty()) array.fill(values);
     return array;
   };
@@ -31,16 +31,16 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
     if (!values.empty()) array.fill(values);
     return array;
   };
-  const int64_t scales = c.scale == Scale::channel ? d : 1;
-  Array x = matrix(x_dtype, in.x), residual = matrix(out_dtype, in.residual);
-  Array dy = matrix(out_dtype, in.dy, c.broadcast_dy);
+  const int64_t scales = c.scale == Scale::channel ? n : 1;
+  Array x = matrix(x_dtype, d, in.x), residual = matrix(out_dtype, n, in.residual);
+  Array dy = matrix(out_dtype, n, in.dy, c.broadcast_dy);
   Array down = parameter(r * d, in.down_weight), down_bias = parameter(r, in.down_bias);
-  Array up = parameter(d * r, in.up_weight), up_bias = parameter(d, in.up_bias);
+  Array up = parameter(n * r, in.up_weight), up_bias = parameter(n, in.up_bias);
   Array norm = parameter(d, in.norm_weight), norm_bias = parameter(d, in.norm_bias);
   Array scale = parameter(scales, in.scale);
-  Array y = matrix(out_dtype, {}), dx = matrix(x_dtype, {});
+  Array y = matrix(out_dtype, n, {}), dx = matrix(x_dtype, d, {});
   Array d_down = parameter(r * d, {}), d_down_bias = parameter(r, {});
-  Array d_up = parameter(d * r, {}), d_up_bias = parameter(d, {}), d_norm = parameter(d, {});
+  Array d_up = parameter(n * r, {}), d_up_bias = parameter(n, {}), d_norm = parameter(d, {});
   Array d_norm_bias = parameter(d, {}), d_scale = parameter(scales, {});
   Array z(dtype, {1, 1, m}, r, 0), stats(Dtype::float32, {1, 1, m}, 2, 0);
 
@@ -49,7 +49,8 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
   p.x_dtype = x_dtype;
   p.out_dtype = out_dtype;
   std::copy(c.rows, c.rows + 3, p.rows);
-  p.dim = p.out_dim = d;
+  p.dim = d;
+  p.out_dim = n;
   p.bottleneck = r;
   p.x = x.as_rows();
   p.down_weight = down.as_parameter();
@@ -65,8 +66,9 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
   p.scale_value = float(in.scale_value);
   p.norm_eps = float(in.norm_eps);
   p.activation = c.activation;
-  if (c.dropout > 0) p.seed = in.seed;
+  if (c.dropout > 0 || c.input_dropout > 0) p.seed = in.seed;
   p.dropout = c.dropout;
+  p.input_dropout = c.input_dropout;
   p.z = z.memory.data();
   if (c.norm) p.stats = reinterpret_cast<float*>(stats.memory.data());
 
@@ -96,7 +98,7 @@ std::vector<Values> run(const Case& c, const Inputs& in, Dtype dtype, const cpu:
 }
 
 int check(const Case& c, int index, Dtype dtype, const std::vector<std::string>& isas) {
-  const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, r = c.bottleneck;
+  const int64_t m = c.rows[0] * c.rows[1] * c.rows[2], d = c.dim, n = c.out(), r = c.bottleneck;
   const Format& form = format(dtype);
   std::mt19937_64 generator(static_cast<uint64_t>(index));
   // Values that are exact in the compute dtype, as the kernels see them.
@@ -108,17 +110,17 @@ int check(const Case& c, int index, Dtype dtype, const std::vector<std::string>&
   };
   Inputs in;
   in.x = draw(m * d, 1, 0.5);
-  in.residual = draw(m * d, 1);
-  in.dy = draw(m * d, 1);
+  in.residual = draw(m * n, 1);
+  in.dy = draw(m * n, 1);
   if (c.broadcast_dy)
-    for (int64_t i = 0; i < m * d; ++i) in.dy[size_t(i)] = in.dy[size_t(i % d)];
+    for (int64_t i = 0; i < m * n; ++i) in.dy[size_t(i)] = in.dy[size_t(i % n)];
   in.down_weight = draw(r * d, 1 / std::sqrt(double(d)));
   in.down_bias = draw(r, 0.5);
-  in.up_weight = draw(d * r, 1 / std::sqrt(double(r)));
-  in.up_bias = draw(d, 0.5);
+  in.up_weight = draw(n * r, 1 / std::sqrt(double(r)));
+  in.up_bias = draw(n, 0.5);
   in.norm_weight = draw(d, 0.5, 1);
   in.norm_bias = draw(d, 0.5);
-  in.scale = draw(c.scale == Scale::channel ? d : 1, 1);
+  in.scale = draw(c.scale == Scale::channel ? n : 1, 1);
 
   unsigned present = 0b11;
   present |= 0b0000010100;  // the two weights

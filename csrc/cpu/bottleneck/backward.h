@@ -7,58 +7,17 @@
 //     g3 = dz^T mask_x                [r, D_in]; without input dropout each row is the sum of dz
 #pragma once
 
-#include "forward.h"
+#include "gradients.h"
 
 namespace fastadapters::cpu {
 namespace {
-
-// Which intermediate results the gradients asked for need.
-struct Needs {
-  bool norm, dx, g1, g2, dy_sum, dz, x, z, x_mask, g3;
-  Needs(const BottleneckBackward& p, const Masks& masks)
-      : norm(p.norm_weight.data),
-        dx(p.dx.data),
-        g1(p.d_down_weight.data || p.d_norm_weight.data),
-        g2(p.d_up_weight.data || p.d_scale.data),
-        dy_sum(p.d_up_bias.data || p.d_scale.data),
-        dz(p.needs_dz()),
-        x(p.needs_x()),
-        z(p.needs_z()),
-        x_mask(masks.x.on && (dx || g1 || p.d_norm_bias.data)),
-        g3(x_mask && norm && (p.d_norm_bias.data || (g1 && p.norm_bias.data))) {}
-};
-
-template <class G>
-struct BackwardShared {
-  int64_t g_rows;
-  float *up, *down;                                              // packed weights
-  float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
-  float *g1, *g2, *g3;                                           // [tasks, panels of g_rows]
-  double *dy_sum, *dz_sum;                                       // [tasks, D_out], [tasks, r]
-  double* scale_sum;                                             // [panels]
-  BackwardShared(Carver& c, const Sizes<G>& s, const Needs& needs, int64_t tasks)
-      : g_rows(round_up(s.thin.size, G::kRows)),
-        up(c.take<float>(s.out.words * s.thin.columns(), needs.dz)),
-        down(c.take<float>(s.thin.words * s.in.columns(), needs.dx)),
-        down_bias(c.take<float>(s.thin.columns())),
-        up_bias(c.take<float>(s.out.columns())),
-        scale(c.take<float>(s.out.columns())),
-        norm_weight(c.take<float>(s.in.columns(), needs.norm)),
-        norm_bias(c.take<float>(s.in.columns(), needs.norm)),
-        g1(c.take<float>(tasks * g_rows * s.in.columns(), needs.g1)),
-        g2(c.take<float>(tasks * g_rows * s.out.columns(), needs.g2)),
-        g3(c.take<float>(tasks * g_rows * s.in.columns(), needs.g3)),
-        dy_sum(c.take<double>(tasks * s.out.columns())),
-        dz_sum(c.take<double>(tasks * s.thin.columns())),
-        scale_sum(c.take<double>(s.out.panels.count)) {}
-};
 
 template <class G>
 struct BackwardTask {
   int64_t k_stride;  // of a row of the transposed tiles, in words
   typename G::Store *x, *dy, *dz;
   float *h, *dh, *h_transposed, *dz_transposed, *panel, *stats;
-  float* normal;  // a block of the gradient by xhat
+  float* normal;  // a block of the gradient by xhat, or a few rows of dz Wd
   int8_t *x_kept, *h_kept;
   BackwardTask(Carver& c, const Sizes<G>& s, const Needs& needs, const Masks& masks)
       : k_stride(round_up(s.thin.as_words(s.tile_rows), kLanes)),
@@ -71,7 +30,8 @@ struct BackwardTask {
         dz_transposed(c.take<float>(s.thin.columns() * k_stride)),
         panel(c.take<float>(k_stride * G::kPanel * kLanes)),
         stats(c.take<float>(2 * s.tile_rows)),
-        normal(c.take<float>(G::kBlock * s.in.columns(), needs.norm && needs.dx)),
+        normal(c.take<float>((s.few ? s.tile_rows : G::kBlock) * s.in.columns(),
+                             needs.dx && (needs.norm || s.few))),
         x_kept(c.take<int8_t>(s.tile_rows * s.in.mask_stride(), needs.x_mask)),
         h_kept(c.take<int8_t>(s.thin.mask_stride(), masks.h.on)) {}
 };
@@ -89,99 +49,10 @@ inline void accumulate(const Width<G>& width, int64_t r, int64_t m, const float*
       if (g)
         for (int64_t i = 0; i < g_rows; i += G::kBlock)
           G::template accumulate<vectors>(
-              false, g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
+              g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
               k_stride * G::Unit::kPerWord, panel, g + g_rows * first + i * vectors * kLanes,
               vectors * kLanes);
     });
-  }
-}
-
-// The sum of the tasks' parts, in their order, in the place of the first.
-template <class T>
-inline T* reduce(T* parts, int64_t tasks, int64_t stride, int64_t offset, int64_t n) {
-  if (!parts) return nullptr;
-  for (int64_t t = 1; t < tasks; ++t)
-    for (int64_t i = 0; i < n; ++i) parts[offset + i] += parts[t * stride + offset + i];
-  return parts + offset;
-}
-
-inline void write_gradient(const Parameter& out, int64_t index, Vec v, int64_t n) {
-  if (out.data) with_type(out, [&](auto* data) { store(data + index, v, n); });
-}
-
-// Panel p of the gradients made of g1 and g3: by the down-projection and by the norm.
-template <class G, class T>
-void write_down_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
-                          const BackwardShared<G>& shared, int64_t tasks, float kept,
-                          int64_t panel) {
-  const Width<G>& in = sizes.in;
-  int64_t r = sizes.thin.size, size = shared.g_rows * in.columns();
-  int64_t first = in.panels.first(panel) * kLanes, width = in.panels.size(panel) * kLanes;
-  float* g1 = reduce(shared.g1, tasks, size, shared.g_rows * first, shared.g_rows * width);
-  float* g3 = reduce(shared.g3, tasks, size, shared.g_rows * first, shared.g_rows * width);
-  Weight<T> down{p.down_weight, r, in.size};
-  for (int64_t v = 0; v < width; v += kLanes) {
-    int64_t j = first + v, n = in.size - j;
-    Vec norm_weight = needs.norm ? read<Vec>(shared.norm_weight + j) : broadcast(1);
-    Vec norm_bias = needs.norm ? read<Vec>(shared.norm_bias + j) : Vec{};
-    Vec d_norm_weight = {}, d_norm_bias = {};
-    for (int64_t begin = 0; (needs.g1 || p.d_norm_bias.data) && begin < r; begin += 8) {
-      Vec weight_part = {}, bias_part = {};
-      for (int64_t c = begin; c < least(begin + 8, r); ++c) {
-        Vec g = needs.g1 ? read<Vec>(g1 + c * width + v) : Vec{};
-        Vec dz_sum = broadcast(float(shared.dz_sum[c]));
-        if (needs.x_mask) g *= kept;
-        if (g3) dz_sum = read<Vec>(g3 + c * width + v) * kept;
-        Vec by_normal = g * norm_weight;
-        if (p.norm_bias.data) by_normal += dz_sum * norm_bias;
-        write_gradient(p.d_down_weight, c * in.size + j, by_normal, n);
-        if (needs.norm) {
-          weight_part += down(c, j) * g;
-          bias_part += down(c, j) * dz_sum;
-        }
-      }
-      d_norm_weight += weight_part;
-      d_norm_bias += bias_part;
-    }
-    write_gradient(p.d_norm_weight, j, d_norm_weight, n);
-    write_gradient(p.d_norm_bias, j, d_norm_bias, n);
-  }
-}
-
-// Panel p of the gradients made of g2: by the up-projection and by the scale.
-template <class G, class T>
-void write_up_gradients(const BottleneckBackward& p, const Sizes<G>& sizes, const Needs& needs,
-                        const BackwardShared<G>& shared, int64_t tasks, int64_t panel) {
-  const Width<G>& out = sizes.out;
-  int64_t r = sizes.thin.size, size = shared.g_rows * out.columns();
-  int64_t first = out.panels.first(panel) * kLanes, width = out.panels.size(panel) * kLanes;
-  float* g2 = reduce(shared.g2, tasks, size, shared.g_rows * first, shared.g_rows * width);
-  const double* dy_sum = reduce(shared.dy_sum, tasks, out.columns(), first, width);
-  Weight<T> up{p.up_weight, out.size, r};
-  shared.scale_sum[panel] = 0;
-  for (int64_t v = 0; v < width; v += kLanes) {
-    int64_t j = first + v, n = out.size - j;
-    Vec up_dot[kLanes] = {};  // of each row of g2^T with that of Wu
-    if (needs.g2)
-      for (int64_t c = 0; c < r; c += kLanes) {
-        Vec block[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          block[i] = c + i < r ? read<Vec>(g2 + (c + i) * width + v) : Vec{};
-        transpose(block);
-        for (int64_t i = 0; i < least(kLanes, n); ++i) {
-          write_gradient(p.d_up_weight, (j + i) * r + c, block[i] * shared.scale[j + i], r - c);
-          if (p.d_scale.data) up_dot[i] += block[i] * up(j + i, c);
-        }
-      }
-    Vec total = {}, d_scale = {};
-    for (int64_t i = 0; i < least(kLanes, n); ++i) {
-      total[i] = float(dy_sum[v + i]);
-      d_scale[i] = sum(up_dot[i]);
-      if (p.up_bias.data) d_scale[i] += total[i] * shared.up_bias[j + i];
-      shared.scale_sum[panel] += d_scale[i];
-    }
-    write_gradient(p.d_up_bias, j, total * read<Vec>(shared.scale + j), n);
-    if (p.channel_scale) write_gradient(p.d_scale, j, d_scale, n);
   }
 }
 
@@ -222,15 +93,16 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
     expand_norm<T>(p, shared.norm_weight, shared.norm_bias);
     down.column_scale = shared.norm_weight;
   }
-  if (needs.dz) {
+  if (needs.dz && !sizes.few) {
     for (int64_t i = 0; i < thin.panels.count; ++i)
       pack_rows<G>(up, thin.panels, i, out.words, shared.up);
     fold(thin.panels, out.words, shared.up);
   }
-  if (needs.dx)
+  if (needs.dx && !sizes.few)
     for (int64_t i = 0; i < in.panels.count; ++i)
       pack_rows<G>(down, in.panels, i, thin.words, shared.down);
 
+  FewRows<G> few;
   parallel(threads, tasks, [&](int64_t t) {
     [[maybe_unused]] typename G::Session session;
     auto task = carve<BackwardTask<G>>(task_scratch(), sizes, needs, masks);
@@ -262,9 +134,11 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
                             needs.norm ? TileMask{} : mask);
         });
 
-      if (needs.dz) {
+      if (needs.dz && sizes.few) {
+        multiply_stored(m, dy_operand.data, dy_operand.ld, up, task.dh, z_columns);
+      } else if (needs.dz) {
         std::memset(task.dh, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-        multiply_long<G>(sizes.chains, m, out.words, dy_operand.data, dy_operand.ld, shared.up,
+        multiply_long<G>(sizes.chain, m, out.words, dy_operand.data, dy_operand.ld, shared.up,
                          thin.panels, task.dh, z_columns);
       }
       bool dz_total = p.d_down_bias.data || (needs.norm && needs.dz);
@@ -294,32 +168,45 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
 
       if (needs.dx) {
         Tile<T> add = p.add_dy ? dy : Tile<T>();
-        for (int64_t first = 0; first < m; first += G::kBlock) {
-          int64_t rows = least(m - first, G::kBlock);
-          multiply<G>(
-              sizes.chains, rows, thin.words, task.dz + first * thin.stride, thin.stride,
-              shared.down, in.panels,
-              [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
-                i += first;
-                dx.expect_write(i, j, G::kPanel * kLanes);
-                if (j < out.size) dy.expect(i + m, j, G::kPanel * kLanes);
-                x.expect(i + m, j, G::kPanel * kLanes);
-              },
-              [&](int64_t row, int64_t n_rows, int64_t column, int64_t n, const float* c) {
-                auto value = [&](int64_t i, int64_t j) {
-                  Vec v = read<Vec>(c + (i - first - row) * G::kPanel * kLanes + j - column);
-                  return mask.kept ? v * (mask(i, j) * masks.x.factor) : v;
-                };
-                if (!needs.norm) return write(dx, add, first + row, n_rows, column, n, value);
-                for (int64_t i = row; i < row + n_rows; ++i)
-                  for (int64_t j = column; j < column + n; j += kLanes)
-                    store(task.normal + i * in.columns() + j, value(first + i, j));
-              });
+        int64_t block = sizes.few ? m : G::kBlock;
+        for (int64_t first = 0; first < m; first += block) {
+          int64_t rows = least(m - first, block);
+          auto finish = [&](int64_t row, int64_t n_rows, int64_t column, int64_t n, const float* c,
+                            int64_t ldc) {
+            auto value = [&](int64_t i, int64_t j) {
+              Vec v = read<Vec>(c + (i - first - row) * ldc + j - column);
+              return mask.kept ? v * (mask(i, j) * masks.x.factor) : v;
+            };
+            if (!needs.norm) return write(dx, add, first + row, n_rows, column, n, value);
+            for (int64_t i = row; i < row + n_rows; ++i)
+              for (int64_t j = column; j < column + n; j += kLanes)
+                store(task.normal + i * in.columns() + j, value(first + i, j));
+          };
+          if (sizes.few) {
+            multiply_stored(m, task.dh, z_columns, down, task.normal, in.columns());
+            finish(0, m, 0, in.columns(), task.normal, in.columns());
+          } else {
+            multiply<G>(
+                rows, thin.words, task.dz + first * thin.stride, thin.stride, shared.down,
+                in.panels,
+                [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
+                  i += first;
+                  dx.expect_write(i, j, G::kPanel * kLanes);
+                  if (j < out.size) dy.expect(i + m, j, G::kPanel * kLanes);
+                  x.expect(i + m, j, G::kPanel * kLanes);
+                },
+                finish);
+          }
           for (int64_t i = first; needs.norm && i < first + rows; ++i)
             write(dx, add, i, 1, 0, in.size,
                   through_norm(in.size, task.normal + (i - first) * in.columns(),
                                xhat.data + i * xhat.ld, stats[2 * i + 1]));
         }
+      }
+      if (needs.g1 && needs.norm && mask.kept) mask_rows(task.x, m, in.size, in.stride, mask);
+      if (sizes.few) {
+        few = {m, xhat, dy_operand, task.dh, task.h, mask};
+        return;
       }
       if (needs.g1 || needs.g3)
         pack_transposed<G>(task.dh, m, z_columns, task.dz_transposed, task.k_stride);
@@ -327,7 +214,6 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
         accumulate<G>(in, thin.size, m, task.dz_transposed, task.k_stride, rows, task.panel, g,
                       nullptr);
       };
-      if (needs.g1 && needs.norm && mask.kept) mask_rows(task.x, m, in.size, in.stride, mask);
       if (needs.g1) add_to(g1, xhat);
       if (needs.g3) {
         for (int64_t i = 0; i < m; ++i)
@@ -349,9 +235,15 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   };
   if (p.d_down_bias.data)
     for (int64_t c = 0; c < thin.size; ++c) write(p.d_down_bias, c, shared.dz_sum[c]);
-  int64_t downs = in.panels.count, ups = out.panels.count;
-  parallel(threads, downs + ups, [&](int64_t i) {
-    if (i < downs)
+  // Panel by panel; a few rows' without any.
+  int64_t downs = sizes.few ? 1 : in.panels.count, ups = sizes.few ? 1 : out.panels.count;
+  bool worthwhile = thin.size * (in.size + out.size) >> 16;
+  parallel(worthwhile ? threads : Threads{}, downs + ups, [&](int64_t i) {
+    if (sizes.few && i < downs)
+      write_down_gradients_of_few<G, T>(p, sizes, needs, shared, few, masks.x.factor);
+    else if (sizes.few)
+      write_up_gradients_of_few<G, T>(p, sizes, needs, shared, few);
+    else if (i < downs)
       write_down_gradients<G, T>(p, sizes, needs, shared, tasks, masks.x.factor, i);
     else
       write_up_gradients<G, T>(p, sizes, needs, shared, tasks, i - downs);

@@ -17,8 +17,8 @@ struct ForwardShared {
   float *down, *up;                                              // packed weights
   float *down_bias, *up_bias, *scale, *norm_weight, *norm_bias;  // fp32, padded
   ForwardShared(Carver& c, const Sizes<G>& s, bool norm)
-      : down(c.take<float>(s.in.words * s.thin.columns())),
-        up(c.take<float>(s.thin.words * s.out.columns())),
+      : down(c.take<float>(s.in.words * s.thin.columns(), !s.few)),
+        up(c.take<float>(s.thin.words * s.out.columns(), !s.few)),
         down_bias(c.take<float>(s.thin.columns())),
         up_bias(c.take<float>(s.out.columns())),
         scale(c.take<float>(s.out.columns())),
@@ -29,12 +29,13 @@ struct ForwardShared {
 template <class G>
 struct ForwardTask {
   typename G::Store *x, *h;
-  float *z, *stats;
+  float *z, *u, *stats;
   int8_t *x_kept, *h_kept;
   ForwardTask(Carver& c, const Sizes<G>& s, const Masks& masks)
       : x(c.take<typename G::Store>(s.tile_rows * s.in.stride)),
         h(c.take<typename G::Store>(s.tile_rows * s.thin.stride)),
         z(c.take<float>(s.tile_rows * s.thin.columns())),
+        u(c.take<float>(s.tile_rows * s.out.columns(), s.few)),
         stats(c.take<float>(2 * s.tile_rows)),
         x_kept(c.take<int8_t>(s.tile_rows * s.in.mask_stride(), masks.x.on)),
         h_kept(c.take<int8_t>(s.thin.mask_stride(), masks.h.on)) {}
@@ -75,11 +76,13 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   for (int64_t j = 0; j < out.size; j += kLanes)
     store(shared.up_bias + j, read<Vec>(shared.up_bias + j) * read<Vec>(shared.scale + j));
   if (norm) expand_norm<T>(p, shared.norm_weight, shared.norm_bias);
-  for (int64_t i = 0; i < thin.panels.count; ++i)
-    pack_columns<G>(down, thin.panels, i, in.words, shared.down);
-  fold(thin.panels, in.words, shared.down);
-  for (int64_t i = 0; i < out.panels.count; ++i)
-    pack_columns<G>(up, out.panels, i, thin.words, shared.up);
+  if (!sizes.few) {
+    for (int64_t i = 0; i < thin.panels.count; ++i)
+      pack_columns<G>(down, thin.panels, i, in.words, shared.down);
+    fold(thin.panels, in.words, shared.down);
+    for (int64_t i = 0; i < out.panels.count; ++i)
+      pack_columns<G>(up, out.panels, i, thin.words, shared.up);
+  }
 
   int64_t tasks = sizes.tasks(threads.count, G::kBlock);
   parallel(threads, tasks, [&](int64_t t) {
@@ -102,9 +105,13 @@ void forward(const BottleneckForward& p, const Threads& threads) {
       });
       for (int64_t i = 0; norm && p.stats && i < m; ++i)
         std::memcpy(p.stats + 2 * tile[i], task.stats + 2 * i, 2 * sizeof(float));
-      std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
-      multiply_long<G>(sizes.chains, m, in.words, a.data, a.ld, shared.down, thin.panels, task.z,
-                       z_columns);
+      if (sizes.few) {
+        multiply_stored_transposed(m, a.data, a.ld, down, task.z, z_columns);
+      } else {
+        std::memset(task.z, 0, round_up(m, G::kBlock) * z_columns * sizeof(float));
+        multiply_long<G>(sizes.chain, m, in.words, a.data, a.ld, shared.down, thin.panels, task.z,
+                         z_columns);
+      }
 
       for (int64_t i = 0; i < m; ++i) {
         if (masks.h.on) masks.h.row(tile[i], thin.size, task.h_kept);
@@ -121,18 +128,24 @@ void forward(const BottleneckForward& p, const Threads& threads) {
         }
       }
 
+      auto finish = [&](int64_t first, int64_t rows, int64_t column, int64_t n, const float* c,
+                        int64_t ldc) {
+        write(y, residual, first, rows, column, n, [&](int64_t i, int64_t j) {
+          Vec v = read<Vec>(c + (i - first) * ldc + j - column);
+          return v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
+        });
+      };
+      if (sizes.few) {
+        multiply_stored_transposed(m, task.h, thin.stride, up, task.u, out.columns());
+        return finish(0, m, 0, out.columns(), task.u, out.columns());
+      }
       multiply<G>(
-          sizes.chains, m, thin.words, task.h, thin.stride, shared.up, out.panels,
+          m, thin.words, task.h, thin.stride, shared.up, out.panels,
           [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
             y.expect_write(i, j, G::kPanel * kLanes);
             if (j < in.size) x.expect(i + m, j, G::kPanel * kLanes);
           },
-          [&](int64_t first, int64_t rows, int64_t column, int64_t n, const float* c) {
-            write(y, residual, first, rows, column, n, [&](int64_t i, int64_t j) {
-              Vec v = read<Vec>(c + (i - first) * G::kPanel * kLanes + j - column);
-              return v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
-            });
-          });
+          finish);
     });
   });
 }
