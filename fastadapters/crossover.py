@@ -74,7 +74,7 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
     ("bottleneck", "cuda", "other", torch.float16): Limit(
         128, 524288, "model: the least of three GPUs"),
     ("bottleneck", "cuda", "other", torch.float32): Limit(
-        32, 131072, "reckoned: without tensor cores arithmetic binds earlier"),
+        16, 65536, "reckoned: without tensor cores arithmetic binds earlier"),
     ("bottleneck", "cuda", "sm_80", torch.bfloat16): Limit(
         256, 524288, "model: A100 SXM 80 GB"),
     ("bottleneck", "cuda", "sm_80", torch.float16): Limit(
