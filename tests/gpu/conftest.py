@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import cuda_backend
 import device
 import pytest
 import torch
+
+from fastadapters import backends, ops
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,3 +24,12 @@ def arena() -> Iterator[None]:
     with device.arena():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA backend's operators are those on the machine, which take CPU tensors."""
+    operators = cuda_backend.load()
+    monkeypatch.setitem(ops.NAMESPACES, "cuda", operators)
+    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
+    return operators

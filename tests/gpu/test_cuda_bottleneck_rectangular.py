@@ -15,21 +15,14 @@ from bottleneck_cases import Case
 from compare import check_all
 from schedules import check_schedules
 
-from fastadapters import backends, ops
 from fastadapters.ops.codes import DTYPE_CODES
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS),
+    pytest.mark.usefixtures("simulated"),
+]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
-
-
-@pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend's operators are those on the machine, which take CPU tensors."""
-    operators = cuda_backend.load()
-    monkeypatch.setitem(ops.NAMESPACES, "cuda", operators)
-    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
-    return operators
 
 
 LORA = Case(residual="other", activation="identity", down_bias=False, up_bias=False)

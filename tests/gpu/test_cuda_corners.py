@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import bottleneck_cases
-import cuda_backend
 import device
 import pytest
 import torch
@@ -17,18 +16,15 @@ from compare import check_all, last_bit
 from torch import Tensor
 
 import fastadapters
-from fastadapters import backends, functional, ops
+from fastadapters import functional
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS),
+    pytest.mark.usefixtures("simulated"),
+]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 INF = torch.inf
-
-
-@pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops.NAMESPACES, "cuda", cuda_backend.load())
-    monkeypatch.setattr(backends, "_why_not", lambda name, *rest: None)
 
 
 def step(backend: str, tensors: dict[str, Tensor], dy: Tensor, **options: Any) -> dict[str, Tensor]:

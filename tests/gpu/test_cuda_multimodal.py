@@ -21,25 +21,18 @@ from schedules import unneeded
 from torch import Tensor
 
 import fastadapters
-from fastadapters import backends, ops
 from fastadapters.cuda_limits import head_refusal
 from fastadapters.ops.codes import DTYPE_CODES
 from fastadapters.ops.multimodal import ADAPT_CODES, PARAMETERS, STATES
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS),
+    pytest.mark.usefixtures("simulated"),
+]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
 TEXTS_ONLY = ((0.0, -INF), (0.0, 0.0))
 ITSELF = ((-INF, 0.0), (-INF, 0.0))
-
-
-@pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend's operators are those on the machine, which take CPU tensors."""
-    operators = cuda_backend.load()
-    monkeypatch.setitem(ops.NAMESPACES, "cuda", operators)
-    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
-    return operators
 
 
 def check(tensors: Tensors, name: str, arch: int = 80, seed: int = 0, **options: Any) -> Any:

@@ -19,9 +19,10 @@ from schedules import same_under_schedules
 from sequence_fusion_cases import Case
 from torch import Tensor
 
-from fastadapters import backends, ops
-
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS),
+    pytest.mark.usefixtures("simulated"),
+]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
 
@@ -43,13 +44,6 @@ SPLIT = [
 ]
 MOSI = Case((50, 50, 50), (40, 40, 40), (8, 8, 8), items=3, dim=40, residual="leading")
 FOOD = Case((70, 130), (320, 320), (16, 16), items=4, out_len=16, dim=320, dtype=BF16)
-
-
-@pytest.fixture(autouse=True)
-def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend's operators are those on the machine, which take CPU tensors."""
-    monkeypatch.setitem(ops.NAMESPACES, "cuda", cuda_backend.load())
-    monkeypatch.setattr(backends, "_why_not", lambda *args: None)
 
 
 def check_schedules(case: Case, arch: int) -> None:
