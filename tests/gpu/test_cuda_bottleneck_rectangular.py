@@ -14,6 +14,7 @@ import torch
 from bottleneck_cases import Case
 from compare import check_all
 from schedules import check_schedules
+from torch import Tensor
 
 from fastadapters.ops.codes import DTYPE_CODES
 
@@ -130,15 +131,19 @@ def test_traffic(d_in: int, d_out: int, input_dropout: float, arch: int, simulat
     assert backward.traffic(x).read == gradients.traffic(z).read == 0
 
 
-@ARCHITECTURES
-def test_traffic_by_columns(arch: int, simulated: Any) -> None:
-    """The data pass reads dy and makes dz; then x and dy come in and dx goes out, once."""
-    m, d, r = 128, 1536, 64
+def bare(m: int, d: int, r: int, add_x: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """x, dy and the operators' other arguments of a square LoRA in bfloat16."""
     gen = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
     down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
     codes = DTYPE_CODES[BF16], DTYPE_CODES[BF16]
-    weights = (down, None, up, *[None] * 5, 2.0, 1e-5, 0.0, 0.0, 1, *codes, True)
+    return x, dy, (down, None, up, *[None] * 5, 2.0, 1e-5, 0.0, 0.0, 1, *codes, add_x)
+
+
+@ARCHITECTURES
+def test_traffic_by_columns(arch: int, simulated: Any) -> None:
+    """The data pass reads dy and makes dz; then x and dy come in and dx goes out, once."""
+    x, dy, weights = bare(128, 1536, 64, add_x=True)
     with device.simulate(arch) as run:
         _, z, stats = simulated.bottleneck_forward(x, None, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b1011)
@@ -184,12 +189,7 @@ def test_shares_and_splits_add_up() -> None:
 
 def test_traffic_in_shares(simulated: Any) -> None:
     """All that is read and written is so as often as without."""
-    m, d, r = 600, 512, 64
-    gen = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(m, d, generator=gen).to(BF16) for _ in range(2))
-    down, up = (torch.randn(*shape, generator=gen).to(BF16) / 8 for shape in ((r, d), (d, r)))
-    codes = DTYPE_CODES[BF16], DTYPE_CODES[BF16]
-    weights = (down, None, up, *[None] * 5, 2.0, 1e-5, 0.0, 0.0, 1, *codes, False)
+    x, dy, weights = bare(600, 512, 64, add_x=False)
     with device.simulate(89) as run:
         _, z, stats = simulated.bottleneck_forward(x, dy, *weights, True)
         dx, *_ = simulated.bottleneck_backward(dy, x, z, stats, *weights, 0b1011)
