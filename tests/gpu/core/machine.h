@@ -12,6 +12,7 @@
 
 #include "memory.h"
 #include "numbers.h"
+#include "text.h"
 
 struct Warp;
 struct Block;
@@ -143,14 +144,16 @@ struct Decoder {
   [[noreturn]] void unknown(const std::string& why = "") const;
 };
 
-Run compile_arithmetic(
-    const Decoder& d);  // each returns an empty Run for an opcode that is not its own
-Run compile_memory(const Decoder& d);
-Run compile_matrix(const Decoder& d);
+// Each returns an empty Run for an opcode that is not its own.
 Run compile_control(const Decoder& d);
-
-uint32_t type_bytes(const std::string& type);
-std::vector<std::string> split(const std::string& text, char separator);
+Run compile_integers(const Decoder& d);
+Run compile_floats(const Decoder& d);
+Run compile_bits(const Decoder& d);
+Run compile_comparison(const Decoder& d);
+Run compile_conversion(const Decoder& d);
+Run compile_data(const Decoder& d);
+Run compile_copies(const Decoder& d);
+Run compile_matrix(const Decoder& d);
 
 // ---- execution
 

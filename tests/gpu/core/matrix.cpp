@@ -6,9 +6,7 @@
 // + 1), (g + 8, ..), (g + 8, .. + 1).
 #include <algorithm>
 
-#include "compiler.h"
-
-void count_wavefronts(Instruction& i, Mask mask, const uint64_t* address, int bytes);
+#include "access.h"
 
 namespace {
 
