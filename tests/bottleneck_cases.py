@@ -14,6 +14,8 @@ from torch import Tensor
 
 import fastadapters
 from fastadapters import functional
+from fastadapters.ops.bottleneck import PARAMETERS
+from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,6 +61,12 @@ class Case:
             if getattr(self, name) != field.default
         ]
         return "-".join(changed) or "default"
+
+
+_LORA: dict[str, Any] = {
+    "activation": "identity", "down_bias": False, "up_bias": False, "residual": "other",
+}  # fmt: skip
+LORA = Case(**_LORA)
 
 
 def option_cases(**common: object) -> list[Case]:
@@ -138,9 +146,8 @@ def rectangular_cases(**common: object) -> list[Case]:
     """D_out below and above D_in, dropout in front, and both as LoRA has them, which is first."""
     base = Case(**common)  # type: ignore[arg-type]
     wide, thin = 2 * base.d + 5, base.d // 3 + 1
-    lora = {"activation": "identity", "down_bias": False, "up_bias": False, "residual": "other"}
     changes: list[dict[str, object]] = [
-        {**lora, "d_out": wide, "input_dropout": 0.05},
+        {**_LORA, "d_out": wide, "input_dropout": 0.05},
         {"d_out": thin, "residual": "none", "activation": "silu", "scale": "channel"},
         {
             "d_out": wide, "norm": "both", "residual": "other", "activation": "gelu",
@@ -225,6 +232,31 @@ def run(
         )
     named = zip((f"d_{name}" for name in wanted), gradients, strict=True)
     return {"y": y.detach(), **dict(named)}
+
+
+def op_arguments(
+    case: Case, tensors: dict[str, Tensor], requires_grad: bool, *index: Tensor
+) -> tuple[Any, ...]:
+    """The positional arguments of an operator's forward up to ``add_x``, for a sample."""
+    leaves = {
+        name: t.detach().requires_grad_(requires_grad and name != "cotangent")
+        for name, t in tensors.items()
+    }
+    return (
+        leaves["x"] if case.layout != "strided" else leaves["x"].contiguous(),
+        None if "residual" not in leaves else leaves["residual"].contiguous(),
+        *(leaves.get(name) for name in PARAMETERS),
+        torch.tensor([1, 2]) if case.dropout + case.input_dropout > 0 else None,
+        *index,
+        0.6 if case.scale == "number" else 1.0,
+        1e-5,
+        case.dropout,
+        case.input_dropout,
+        ACTIVATION_CODES[case.activation],
+        DTYPE_CODES[case.dtype],
+        DTYPE_CODES[case.out_dtype],
+        case.residual == "x",
+    )
 
 
 @contextlib.contextmanager

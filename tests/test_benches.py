@@ -19,6 +19,7 @@ from benches import (
     crossover,
     harness,
     noise,
+    patched,
     report,
     test_bottleneck,
     test_cross_modal_attention,
@@ -382,3 +383,9 @@ def test_report_writes_readme_and_plot(tmp_path, monkeypatch, capsys) -> None:
     assert readme.read_text().count("| bottleneck | w | float32 |") == 1
     for picture in ("bench.svg", "speed.svg"):
         assert (tmp_path / "docs" / picture).read_text().count("<svg") == 1
+
+
+def test_the_page_has_every_client_that_is_measured() -> None:
+    text = patched.PAGE.read_text().partition(patched.BEGIN)[2].partition(patched.END)[0]
+    names = [row.split(" | ")[0].removeprefix("| ") for row in text.strip().splitlines()[2:]]
+    assert names == list(patched.CLIENTS)

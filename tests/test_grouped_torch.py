@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from bottleneck_cases import Case
+from bottleneck_cases import Case, op_arguments
 from grouped_cases import index_of, inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,10 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastadapters
-from fastadapters import backends
+from fastadapters import GroupedAdapter, backends
 from fastadapters.functional import grouped_bottleneck
-from fastadapters.ops.bottleneck import PARAMETERS
-from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason="needs the compiled library"
@@ -25,33 +24,13 @@ pytestmark = pytest.mark.skipif(
 ops = torch.ops.fastadapters
 
 
-def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
-    """The positional arguments of grouped_forward up to ``add_x``, for a sample."""
-    tensors = inputs(case)
-    for name, t in tensors.items():
-        tensors[name] = t.detach().requires_grad_(requires_grad and name != "cotangent")
-    return (
-        tensors["x"] if case.layout != "strided" else tensors["x"].contiguous(),
-        None if "residual" not in tensors else tensors["residual"].contiguous(),
-        *(tensors.get(name) for name in PARAMETERS),
-        torch.tensor([1, 2]) if case.dropout + case.input_dropout > 0 else None,
-        index_of(case),
-        0.6 if case.scale == "number" else 1.0,
-        1e-5,
-        case.dropout,
-        case.input_dropout,
-        ACTIVATION_CODES[case.activation],
-        DTYPE_CODES[case.dtype],
-        DTYPE_CODES[case.out_dtype],
-        case.residual == "x",
-    )
-
-
 def test_opcheck() -> None:
     case = Case(rows=(4, 9), d=20, r=6, norm="both", scale="channel", dropout=0.25)
-    torch.library.opcheck(ops.grouped_forward.default, (*op_arguments(case, True), True))
-    torch.library.opcheck(ops.grouped_forward.default, (*op_arguments(case, False), False))
-    x, residual, *rest = op_arguments(case, False)
+    arguments = partial(op_arguments, case, inputs(case))
+    index = index_of(case)
+    torch.library.opcheck(ops.grouped_forward.default, (*arguments(True, index), True))
+    torch.library.opcheck(ops.grouped_forward.default, (*arguments(False, index), False))
+    x, residual, *rest = arguments(False, index)
     y, z, stats = ops.grouped_forward(x, residual, *rest, True)
     for needs in (0b11111111, 0b1010):
         torch.library.opcheck(
@@ -95,15 +74,27 @@ def test_compiled_code_looks_at_the_index_too() -> None:
         compiled(x, torch.tensor([0, 7, 1, 1]), stacks)
 
 
-def test_export() -> None:
-    x, index, stacks = sample(requires_grad=False)
-
-    class Module(torch.nn.Module):
-        def forward(self, x: Tensor, index: Tensor) -> Tensor:
-            return call(x, index, stacks)
-
-    program = torch.export.export(Module(), (x, index))
-    torch.testing.assert_close(program.module()(x, index), call(x, index, stacks))
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict: bool, tmp_path: Path) -> None:
+    """The op for any number of items; a program that was saved and loaded looks at the index and
+    trains."""
+    adapters = GroupedAdapter(32, 8, ["a", "b", "c"], layernorm="in", scale="channel")
+    x, index = torch.randn(4, 9, 32), torch.tensor([2, 0, 2, 1])
+    items = torch.export.Dim("B", min=2)
+    exported = torch.export.export(
+        adapters, (x, index), dynamic_shapes=({0: items}, {0: items}, None, None), strict=strict
+    )
+    assert ops.grouped_forward.default in {node.target for node in exported.graph.nodes}
+    torch.export.save(exported, tmp_path / "adapters.pt2")
+    program = torch.export.load(tmp_path / "adapters.pt2").module()
+    x, index = torch.randn(7, 9, 32), torch.tensor([0, 0, 1, 2, 1, 0, 2])
+    torch.testing.assert_close(program(x, index), adapters(x, index))
+    with pytest.raises(ValueError, match=r"index: expected values in \[0, 3\), got 3"):
+        program(x, index + 1)
+    for module in (program, adapters):
+        module(x, index).square().sum().backward()
+    for name, p in adapters.named_parameters():
+        torch.testing.assert_close(program.get_parameter(name).grad, p.grad, msg=name)
 
 
 def test_checkpoint_draws_the_same_mask() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,25 +48,8 @@ def unknown(base: type[nn.Module], source: str, path: Path) -> Any:
     return type("Adapter", (base,), {"forward": names["forward"]})
 
 
+SOURCE = textwrap.dedent(inspect.getsource(published.AdaptFormer.forward))
 # What public copies of the class changed, and that `patch` must not take for the original.
-SOURCE = """\
-def forward(self, x, add_residual=True, residual=None):
-    residual = x if residual is None else residual
-    if self.adapter_layernorm_option == "in":
-        x = self.adapter_layer_norm_before(x)
-    down = self.down_proj(x)
-    down = self.non_linear_func(down)
-    down = nn.functional.dropout(down, p=self.dropout, training=self.training)
-    up = self.up_proj(down)
-    up = up * self.scale
-    if self.adapter_layernorm_option == "out":
-        up = self.adapter_layer_norm_before(up)
-    if add_residual:
-        output = up + residual
-    else:
-        output = up
-    return output
-"""
 CHANGES = {
     "dropout in eval, too": ("training=self.training", "training=True"),
     "its own residual": ("residual = x if", "residual = 2 * x if"),

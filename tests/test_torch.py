@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import bottleneck_cases
 import pytest
 import torch
 from bottleneck_cases import Case, inputs, option_cases, rectangular_cases
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 import fastadapters
 from fastadapters import backends, functional
 from fastadapters.ops.bottleneck import PARAMETERS
-from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 BACKENDS = ["eager"] + [name for name in ("cpu",) if backends.unavailable(name) is None]
 needs_library = pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
@@ -28,25 +28,7 @@ ops = torch.ops.fastadapters
 
 
 def op_arguments(case: Case, requires_grad: bool) -> tuple[Any, ...]:
-    """The positional arguments of bottleneck_forward up to ``add_x``, for a sample."""
-    tensors = inputs(case)
-    for name, t in tensors.items():
-        tensors[name] = t.detach().requires_grad_(requires_grad and name != "cotangent")
-    seed = torch.tensor([1, 2]) if case.dropout + case.input_dropout > 0 else None
-    return (
-        tensors["x"] if case.layout != "strided" else tensors["x"].contiguous(),
-        None if "residual" not in tensors else tensors["residual"].contiguous(),
-        *(tensors.get(name) for name in PARAMETERS),
-        seed,
-        0.6 if case.scale == "number" else 1.0,
-        1e-5,
-        case.dropout,
-        case.input_dropout,
-        ACTIVATION_CODES[case.activation],
-        DTYPE_CODES[case.dtype],
-        DTYPE_CODES[case.out_dtype],
-        case.residual == "x",
-    )
+    return bottleneck_cases.op_arguments(case, inputs(case), requires_grad)
 
 
 SIZES = {"rows": (2, 9), "d": 20, "r": 6}

@@ -174,6 +174,18 @@ def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
     return scale if scale.dim() else scale.reshape(1), 1.0
 
 
+def read_parameters(
+    side: BottleneckParameters, compute: torch.dtype
+) -> tuple[list[Tensor | None], float]:
+    """Parameters as the kernels read them, in the order of the schemas, and a scale's value."""
+    learnable, scale_value = split_scale(side.scale)
+    parameters = (
+        side.down_weight, side.down_bias, side.up_weight, side.up_bias, side.norm_weight,
+        side.norm_bias, learnable,
+    )  # fmt: skip
+    return [parameter(t, compute) for t in parameters], scale_value
+
+
 def bottleneck(
     x: Tensor,
     down_weight: Tensor,

@@ -18,13 +18,18 @@ from .arguments import (
     compute_and_out_dtype,
     draw_seed,
     leaf,
-    parameter,
     plain_seed,
     readable,
     saves,
     without_autocast,
 )
-from .bottleneck import BottleneckParameters, cast_parameters, check_options, storage
+from .bottleneck import (
+    BottleneckParameters,
+    cast_parameters,
+    check_options,
+    read_parameters,
+    storage,
+)
 from .shards import on_shards
 
 
@@ -206,15 +211,10 @@ def run(
         return plain.to(out)
     seed = draw_seed(x, dropout, input_dropout)
     x, residual, add_x = storage(x, residual, compute, out)
-    learnable = stack.scale if isinstance(stack.scale, Tensor) else None
-    scale_value = 1.0 if isinstance(stack.scale, Tensor) else stack.scale
-    parameters = (
-        stack.down_weight, stack.down_bias, stack.up_weight, stack.up_bias, stack.norm_weight,
-        stack.norm_bias, learnable,
-    )  # fmt: skip
+    parameters, scale_value = read_parameters(stack, compute)
     tensors = (
         readable(x), None if residual is None else readable(residual),
-        *(parameter(t, compute) for t in parameters), seed, index,
+        *parameters, seed, index,
     )  # fmt: skip
     y: Tensor = autograd.call(
         NAMESPACES[name].grouped_forward.default, tensors,

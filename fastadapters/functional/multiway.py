@@ -21,7 +21,6 @@ from .arguments import (
     compute_and_out_dtype,
     draw_seed,
     leaf,
-    parameter,
     plain_seed,
     readable,
     saves,
@@ -32,7 +31,7 @@ from .bottleneck import (
     check_bottleneck,
     check_options,
     plain_bottleneck,
-    split_scale,
+    read_parameters,
     storage,
 )
 from .shards import on_shards
@@ -166,12 +165,8 @@ def multiway_bottleneck(
     tensors: list[Any] = [readable(x), None if residual is None else readable(residual)]
     scale_values = []
     for side in sides:
-        learnable, scale_value = split_scale(side.scale)
-        parameters = (
-            side.down_weight, side.down_bias, side.up_weight, side.up_bias, side.norm_weight,
-            side.norm_bias, learnable,
-        )  # fmt: skip
-        tensors += (parameter(t, dtype) for t in parameters)
+        parameters, scale_value = read_parameters(side, dtype)
+        tensors += parameters
         tensors.append(draw_seed(x, dropout))
         scale_values.append(scale_value)
     y: Tensor = autograd.call(

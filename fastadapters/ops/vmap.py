@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_MOST_LEVELS = 64  # of `is_grads_batched` within each other
+# `is_grads_batched` nests as deep in PyTorch. At which level a tensor is batched it does not tell
+# (`maybe_get_level` knows functorch's alone), and the count of nested calls is that of the thread
+# which called, while backward on a GPU runs in another: so all levels are tried.
+_MOST_LEVELS = 64
 
 
 def _loop(

@@ -11,7 +11,7 @@ import cuda_backend
 import device
 import pytest
 import torch
-from bottleneck_cases import Case
+from bottleneck_cases import LORA, Case
 from compare import check_all
 from schedules import check_schedules
 from torch import Tensor
@@ -25,8 +25,6 @@ pytestmark = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
 
-
-LORA = Case(residual="other", activation="identity", down_bias=False, up_bias=False)
 CASES = [
     replace(case, dtype=dtype)
     for dtype in (BF16, FP16, FP32)

@@ -13,7 +13,7 @@ import grouped_cases
 import pytest
 import test_multiway
 import torch
-from bottleneck_cases import Case
+from bottleneck_cases import LORA, Case
 from grouped_cases import ADAPTERS, check_backend, index_of, inputs, run
 from schedules import same_under_schedules, unneeded
 from torch import Tensor
@@ -28,8 +28,6 @@ pytestmark = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ARCHITECTURES = pytest.mark.parametrize("arch", cuda_backend.ARCHITECTURES, ids="sm_{}".format)
 
-
-LORA = Case(residual="other", activation="identity", down_bias=False, up_bias=False)
 # Over how many of the leading dimensions there is an index, and the sample.
 CASES = [
     (1, Case((6, 17), 100, 33, dtype=BF16, norm="both", activation="gelu", scale="learnable")),
