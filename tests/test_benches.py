@@ -214,14 +214,20 @@ def test_candidates_take_turns_in_changing_order() -> None:
     assert len(set(rounds)) > 2
 
 
-def test_measure_gives_the_time_of_one_call(monkeypatch) -> None:
+def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> Callable[[], None]:
+    """A call that takes so many seconds by the clock of the harness."""
     now = 0.0
 
     def wait() -> None:
         nonlocal now
-        now += 0.25
+        now += step
 
     monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    return wait
+
+
+def test_measure_gives_the_time_of_one_call(monkeypatch) -> None:
+    wait = ticking(monkeypatch, 0.25)
     samples = harness.measure({"f": wait}, budget=0.0, min_rounds=3, calls=8)
     assert samples == {"f": [0.25] * 3}
 
@@ -318,13 +324,7 @@ def test_an_interval_holds_the_median_of_95_in_100() -> None:
 
 
 def test_what_noise_hides_is_measured_for_longer(monkeypatch) -> None:
-    now = 0.0
-
-    def wait() -> None:
-        nonlocal now
-        now += 1.0
-
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
+    wait = ticking(monkeypatch, 1.0)
     for settled, rounds in ((True, 6), (False, 16)):
         samples = harness.measure(
             {"f": wait}, budget=5.0, min_rounds=2, settled=lambda samples, is_it=settled: is_it

@@ -32,6 +32,13 @@ struct Case {
   double input_dropout = 0;
 
   int64_t out() const { return out_dim ? out_dim : dim; }
+
+  template <class T, class V>
+  Case with(T Case::* field, V value) const {
+    Case changed = *this;
+    changed.*field = value;
+    return changed;
+  }
 };
 
 constexpr auto kIdentity = Activation::identity;
@@ -40,166 +47,58 @@ constexpr auto kGelu = Activation::gelu;
 constexpr auto kTanh = Activation::gelu_tanh;
 constexpr auto kSilu = Activation::silu;
 constexpr auto kQuick = Activation::quick_gelu;
+constexpr auto kNone = Residual::none;
+constexpr auto kSelf = Residual::self;
+constexpr auto kOther = Residual::other;
+constexpr auto kNumber = Scale::number;
+constexpr auto kLearnable = Scale::learnable;
+constexpr auto kChannel = Scale::channel;
 
 const Case kCases[] = {
-    {{1, 1, 0}, 8, 4, kRelu, Residual::self, Scale::channel, true, true, true, 0.5},
-    {{1, 1, 1}, 1, 1, kIdentity, Residual::none, Scale::number, false, false, false, 0},
-    {{1, 1, 1}, 100, 33, kGelu, Residual::self, Scale::learnable, true, true, true, 0.3},
-    {{1, 1, 7}, 10, 10, kRelu, Residual::other, Scale::channel, true, false, false, 0, 3},
-    {{3, 5, 7}, 100, 10, kTanh, Residual::self, Scale::channel, true, true, false, 0.1, 5},
-    {{1, 2, 67},
-     64,
-     48,
-     kSilu,
-     Residual::other,
-     Scale::learnable,
-     false,
-     false,
-     false,
-     0.9,
-     1,
-     true},
-    {{1, 1, 65}, 768, 64, kRelu, Residual::self, Scale::number, true, false, false, 0},
-    {{1, 1, 197},
-     192,
-     8,
-     kGelu,
-     Residual::self,
-     Scale::number,
-     true,
-     true,
-     true,
-     0,
-     0,
-     false,
-     true},
-    {{2, 1, 99}, 257, 1, kQuick, Residual::none, Scale::channel, true, true, true, 0.5, 2},
-    {{1, 1, 33},
-     1024,
-     256,
-     kGelu,
-     Residual::other,
-     Scale::learnable,
-     true,
-     false,
-     false,
-     0.2,
-     0,
-     true},
-    {{1, 1, 40}, 31, 100, kIdentity, Residual::self, Scale::number, false, false, false, 1.0},
-    {{1, 3, 23},
-     96,
-     20,
-     kGelu,
-     Residual::self,
-     Scale::number,
-     true,
-     true,
-     true,
-     0.1,
-     0,
-     false,
-     true,
-     true,
-     true},
-    {{1, 1, 70},
-     65,
-     17,
-     kRelu,
-     Residual::none,
-     Scale::channel,
-     true,
-     false,
-     false,
-     0,
-     3,
-     true,
-     true,
-     true,
-     false},
-    {{1, 1, 20},
-     72,
-     16,
-     kIdentity,
-     Residual::other,
-     Scale::number,
-     false,
-     false,
-     false,
-     0,
-     1,
-     false,
-     false,
-     false,
-     false,
-     154,
-     0.05},
-    {{2, 1, 25},
-     70,
-     33,
-     kGelu,
-     Residual::other,
-     Scale::learnable,
-     true,
-     true,
-     true,
-     0.25,
-     2,
-     false,
-     false,
-     false,
-     false,
-     41,
-     0.3},
-    {{2, 3, 2},
-     100,
-     20,
-     kGelu,
-     Residual::none,
-     Scale::channel,
-     true,
-     true,
-     true,
-     0.25,
-     3,
-     false,
-     false,
-     false,
-     false,
-     41,
-     0.3},
-    {{1, 1, 16},
-     65,
-     4,
-     kSilu,
-     Residual::other,
-     Scale::learnable,
-     true,
-     false,
-     false,
-     0,
-     0,
-     true,
-     true,
-     true,
-     false,
-     130,
-     0.5},
-    {{1, 1, 3},
-     64,
-     16,
-     kSilu,
-     Residual::other,
-     Scale::learnable,
-     true,
-     true,
-     false,
-     0,
-     0,
-     false,
-     false,
-     false,
-     true},
+    Case{{1, 1, 0}, 8, 4, kRelu, kSelf, kChannel, true, true, true, 0.5},
+    Case{{1, 1, 1}, 1, 1, kIdentity, kNone, kNumber, false, false, false, 0},
+    Case{{1, 1, 1}, 100, 33, kGelu, kSelf, kLearnable, true, true, true, 0.3},
+    Case{{1, 1, 7}, 10, 10, kRelu, kOther, kChannel, true, false, false, 0}.with(&Case::gap, 3),
+    Case{{3, 5, 7}, 100, 10, kTanh, kSelf, kChannel, true, true, false, 0.1}.with(&Case::gap, 5),
+    Case{{1, 2, 67}, 64, 48, kSilu, kOther, kLearnable, false, false, false, 0.9}
+        .with(&Case::gap, 1)
+        .with(&Case::broadcast_dy, true),
+    Case{{1, 1, 65}, 768, 64, kRelu, kSelf, kNumber, true, false, false, 0},
+    Case{{1, 1, 197}, 192, 8, kGelu, kSelf, kNumber, true, true, true, 0}.with(
+        &Case::float_parameters, true),
+    Case{{2, 1, 99}, 257, 1, kQuick, kNone, kChannel, true, true, true, 0.5}.with(&Case::gap, 2),
+    Case{{1, 1, 33}, 1024, 256, kGelu, kOther, kLearnable, true, false, false, 0.2}.with(
+        &Case::broadcast_dy, true),
+    Case{{1, 1, 40}, 31, 100, kIdentity, kSelf, kNumber, false, false, false, 1.0},
+    Case{{1, 3, 23}, 96, 20, kGelu, kSelf, kNumber, true, true, true, 0.1}
+        .with(&Case::float_parameters, true)
+        .with(&Case::float_x, true)
+        .with(&Case::float_y, true),
+    Case{{1, 1, 70}, 65, 17, kRelu, kNone, kChannel, true, false, false, 0}
+        .with(&Case::gap, 3)
+        .with(&Case::broadcast_dy, true)
+        .with(&Case::float_parameters, true)
+        .with(&Case::float_x, true),
+    Case{{1, 1, 20}, 72, 16, kIdentity, kOther, kNumber, false, false, false, 0}
+        .with(&Case::gap, 1)
+        .with(&Case::out_dim, 154)
+        .with(&Case::input_dropout, 0.05),
+    Case{{2, 1, 25}, 70, 33, kGelu, kOther, kLearnable, true, true, true, 0.25}
+        .with(&Case::gap, 2)
+        .with(&Case::out_dim, 41)
+        .with(&Case::input_dropout, 0.3),
+    Case{{2, 3, 2}, 100, 20, kGelu, kNone, kChannel, true, true, true, 0.25}
+        .with(&Case::gap, 3)
+        .with(&Case::out_dim, 41)
+        .with(&Case::input_dropout, 0.3),
+    Case{{1, 1, 16}, 65, 4, kSilu, kOther, kLearnable, true, false, false, 0}
+        .with(&Case::broadcast_dy, true)
+        .with(&Case::float_parameters, true)
+        .with(&Case::float_x, true)
+        .with(&Case::out_dim, 130)
+        .with(&Case::input_dropout, 0.5),
+    Case{{1, 1, 3}, 64, 16, kSilu, kOther, kLearnable, true, true, false, 0}.with(&Case::float_y,
+                                                                                  true),
 };
 
 constexpr int kOutputs = 9;
