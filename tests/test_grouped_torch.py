@@ -82,7 +82,7 @@ def test_export(strict: bool, tmp_path: Path) -> None:
     x, index = torch.randn(4, 9, 32), torch.tensor([2, 0, 2, 1])
     items = torch.export.Dim("B", min=2)
     exported = torch.export.export(
-        adapters, (x, index), dynamic_shapes=({0: items}, {0: items}, None, None), strict=strict
+        adapters, (x, index), dynamic_shapes=({0: items}, {0: items}), strict=strict
     )
     assert ops.grouped_forward.default in {node.target for node in exported.graph.nodes}
     torch.export.save(exported, tmp_path / "adapters.pt2")

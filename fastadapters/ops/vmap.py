@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# `is_grads_batched` nests as deep in PyTorch. At which level a tensor is batched it does not tell
-# (`maybe_get_level` knows functorch's alone), and the count of nested calls is that of the thread
-# which called, while backward on a GPU runs in another: so all levels are tried.
-_MOST_LEVELS = 64
+_MOST_LEVELS = 64  # of `is_grads_batched` within each other
 
 
 def _loop(
@@ -40,6 +37,17 @@ def _unbatched(t: Any, level: int) -> Tensor | None:
     return bare if bare.shape[0] else None  # what has none is expanded to the size given, 0
 
 
+def _deepest() -> int:
+    """A level at or above that of every batched tensor, which does not tell its own.
+
+    The level of the calls around, which only the thread that made them knows: on a GPU backward
+    runs in another.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level or _MOST_LEVELS
+
+
 def register(library: torch.library.Library, name: str) -> None:
     """Let op ``name`` of ``library`` be called on both kinds."""
     op = getattr(getattr(torch.ops, library.ns), name).default
@@ -50,7 +58,7 @@ def register(library: torch.library.Library, name: str) -> None:
 
     def batched(*args: Any) -> Any:
         flat, spec = pytree.tree_flatten(args)
-        for level in range(_MOST_LEVELS, 0, -1):
+        for level in range(_deepest(), 0, -1):
             bare = [_unbatched(t, level) for t in flat]
             if any(b is not None for b in bare):
                 break
