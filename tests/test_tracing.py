@@ -108,3 +108,19 @@ def test_one_compilation_serves_every_split(name: str, training: bool) -> None:
             torch.testing.assert_close(results(compiled, split)[0], results(module, split)[0])
         assert counter.frame_count <= 5
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
+def test_one_compilation_serves_all_boundaries() -> None:
+    """Two for three modalities, parts of one token included."""
+    torch._dynamo.reset()
+    module = MultiwayAdapter(16, 4, modalities=("a", "b", "c"))
+    for p in module.parameters():
+        p.data.normal_()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    x = torch.randn(2, 23, 16)
+    for splits in ((5, 9), (7, 12), (2, 20), (3, 4), (1, 2), (10, 22)):
+        torch.testing.assert_close(compiled(x, splits=splits), module(x, splits=splits))
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()

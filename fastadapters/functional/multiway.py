@@ -143,9 +143,12 @@ def multiway_bottleneck(
     del options["training"]
     same_mask = dropout > 0.0 and backends.chosen_by_name()
     if many and (name not in PLAIN or same_mask):
-        index = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-        for i, part in enumerate(tokens_of):  # a tensor of boundaries would be waited for
-            index[..., part].fill_(i)
+        places = torch.arange(tokens, device=x.device)
+        index = torch.zeros_like(places)
+        # A tensor of boundaries would be waited for, slices be compiled anew for a single token.
+        for part in tokens_of[1:]:
+            index += places >= part.start
+        index = index.expand(x.shape[:-1]).contiguous()
         stack = _stacked(sides, r)
         return grouped.run(name, x, index, stack, residual, dtype, out, **options)
     if name in PLAIN:
