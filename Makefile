@@ -102,18 +102,23 @@ test-triton-versions: $(TRITON_VERSIONS:%=build/triton/%.stamp) ## Test the Trit
 	done
 
 # Packages whose adapters `fastadapters.patch` replaces, and what they import, beside the PyTorch of $(VENV).
-# Another version of transformers than that of the other tests is what `adapters` wants. open_clip is what
-# `MultiModalAdapter` is the head of.
+# Another version of transformers than that of the other tests is what `adapters` wants.
 CLIENTS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.1 torchscale==0.3.0 \
-  requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.19.post1 charset_normalizer==3.5.3 \
-  open_clip_torch==3.3.0 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
+  requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.19.post1 charset_normalizer==3.5.3
+# In a place of its own: torchvision is built for CUDA, and transformers looks for it.
+OPEN_CLIP := open_clip_torch==3.3.0 torchvision==0.28.0 ftfy==6.3.1 wcwidth==0.9.4
 
 build/clients.stamp: $(VENV)/tools.stamp
 	pip install --quiet --no-deps --no-compile --upgrade --target build/clients $(CLIENTS)
 	touch $@
 
-test-clients: setup build/clients.stamp ## Test `fastadapters.patch` and the head of CLIP on the packages themselves (160 MB)
+build/open_clip.stamp: $(VENV)/tools.stamp
+	pip install --quiet --no-deps --no-compile --upgrade --target build/open_clip $(OPEN_CLIP)
+	touch $@
+
+test-clients: setup build/clients.stamp build/open_clip.stamp ## Test `fastadapters.patch` and the head of CLIP on the packages themselves (160 MB)
 	PYTHONPATH=build/clients OMP_NUM_THREADS=1 pytest -n 2 tests/clients
+	PYTHONPATH=build/open_clip OMP_NUM_THREADS=1 pytest tests/clients
 
 CPP_TESTS = $(notdir $(basename $(wildcard tests/cpp/test_*.cpp)))
 sanitize: setup ## Run the C++ kernel tests under the address, undefined and thread sanitizers
