@@ -145,13 +145,7 @@ def test_golden(path: Path, build: Any, run: Any, backend: str) -> None:
         assert error <= 1e-10 * np.abs(arrays[name]).max(), f"{name}: {error:.1e}"
 
 
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the compiled library")
-@pytest.mark.parametrize(
-    ("path", "build", "run"),
-    [case for case in CASES if not case[0].name.startswith("mwa")],
-    ids=lambda v: getattr(v, "stem", getattr(v, "__name__", v)),
-)
-def test_on_kernels(path: Path, build: Any, run: Any) -> None:
+def check_on_kernels(path: Path, build: Any, run: Any, backend: str) -> None:
     """In float32, the golden vectors as gold of the tolerance rule."""
     arrays = np.load(path)
     meta = json.loads(str(arrays["meta"]))
@@ -172,6 +166,16 @@ def test_on_kernels(path: Path, build: Any, run: Any) -> None:
         found |= {f"grad.in.{name}": t.grad for name, t in inputs.items()}
         return found | {f"grad.param.{name}": p.grad for name, p in module.named_parameters()}
 
-    out = results("cpu")
+    out = results(backend)
     gold = {name: torch.from_numpy(arrays[name]) for name in out}
     check_all(out, lambda draw: (gold, results("reference")), path.stem)
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the compiled library")
+@pytest.mark.parametrize(
+    ("path", "build", "run"),
+    [case for case in CASES if not case[0].name.startswith("mwa")],
+    ids=lambda v: getattr(v, "stem", getattr(v, "__name__", v)),
+)
+def test_on_kernels(path: Path, build: Any, run: Any) -> None:
+    check_on_kernels(path, build, run, "cpu")

@@ -22,7 +22,8 @@ struct PairBackward {
 
 // form[i, j] (+)= sum over a block's pairs of factor e_i e_j. A thread has 4 x 4 of them, `across`
 // rows and columns apart, on or above the diagonal; threads without any share the pairs of others,
-// by eights, so that each meets banks of its own. `room`: 16 numbers a thread.
+// by eights, so that each meets banks of its own. `room`: 16 numbers a thread, which others read in
+// the last round alone, and perhaps still when this returns.
 __device__ inline void sum_squares(const Problem& p, const Place& at, const float* e,
                                    const float* factor, float* room, float* form, bool first) {
   const int threads = blockDim.x, across = p.padded / 4, tiles = across * (across + 1) / 2;
@@ -73,7 +74,6 @@ __device__ inline void sum_squares(const Problem& p, const Place& at, const floa
       add(i, j);
       if (mirrored) add(j, i);
     }
-    __syncthreads();
   }
 }
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
     const bool first = tile == begin;
     const int text[2] = {min(at.text(tile, 0), p.texts - 1), min(at.text(tile, 1), p.texts - 1)};
     float d_logits[2];
-    load_logits(p, at, tile, d_logits);
+    load_logits(p, at, tile, d_logits);  // and a barrier: all of the tile before has been read
     put_weights(p, at, weights, text);
     float d_square_of[2], d_text_dot[2], d_item_dot[2];
 #pragma unroll
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(128, 2) pair_backward(const __grid_constant__ 
       if (at.lane == 0) add(a.d_item_c + item_slab + item, c_sum);
     }
     __syncthreads();
-    sum_squares(p, at, e, scalars, dz, form, first);  // and a barrier: all has been read
+    sum_squares(p, at, e, scalars, dz, form, first);
   }
 
   const int64_t last = int64_t(p.rank) * p.padded;
