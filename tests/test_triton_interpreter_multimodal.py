@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import against_reference
@@ -14,6 +15,7 @@ from against_reference import Tensors, check_against_reference
 from compare import check_all, last_bit
 from interpreter import interpreted, run_in_a_process_of_its_own
 from multimodal_cases import ADAPT, ADDITIVE, BIASES, INF, MASKED, head_tensors, logits
+from test_golden import CASES, check_on_kernels
 from torch import Tensor
 
 from fastadapters import backends
@@ -76,6 +78,17 @@ def test_forms(
 ) -> None:
     tensors = sample(11, 6, 40, 16, 8, dtype=dtype, learnable=True, down=down, up=up)
     check(tensors, adapt, bias=bias, adapt=adapt, down_activation="gelu")
+
+
+GOLDEN = [case for case in CASES if "official" in case[0].name and "shared" not in str(case[2])]
+
+
+@interpreted
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(("path", "build", "run"), GOLDEN, ids=lambda v: getattr(v, "stem", ""))
+def test_golden(path: Path, build: Any, run: Any) -> None:
+    """The published modules' logits, and features by `cross_modal_attention`, with gradients."""
+    check_on_kernels(path, build, run, "triton")
 
 
 @interpreted

@@ -49,6 +49,10 @@ class Problem(NamedTuple):
         """Image queries of a group."""
         return self.items // max(self.groups, 1) * self.images
 
+    @property
+    def tile(self) -> tiles.Tile:
+        return tiles.tile(self.dtype, self.width, architecture())
+
     def single(self, sees: tuple[bool, bool]) -> bool:
         """Whether a query that sees these sees one key in all: no score has a gradient."""
         return sees[0] * self.texts + sees[1] * self.images == 1
@@ -56,7 +60,7 @@ class Problem(NamedTuple):
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         if 0 in grid:
             return
-        tile = tiles.tile(self.dtype, self.width)
+        tile = self.tile
         meta |= {"HEADS": self.heads, "WIDTH": self.width, "BLOCK_D": tile.block_d}
         wanted = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PRECISION": precision()}
         meta |= {name: value for name, value in wanted.items() if name in kernel.arg_names}
@@ -71,7 +75,7 @@ class Problem(NamedTuple):
         kernel[grid](*args, num_warps=warps, num_stages=tile.stages, **meta)
 
     def blocks(self, n: int) -> int:
-        return triton.cdiv(n, tiles.tile(self.dtype, self.width).block_m)
+        return triton.cdiv(n, self.tile.block_m)
 
 
 def _problem(text_q: Tensor, image_q: Tensor, scale: float, biases: Sequence[float]) -> Problem:
@@ -280,4 +284,4 @@ def cross_modal_attention_backward(
 
 
 def _key_blocks(p: Problem, n: int) -> int:
-    return triton.cdiv(n, tiles.tile(p.dtype, p.width).block_n)
+    return triton.cdiv(n, p.tile.block_n)

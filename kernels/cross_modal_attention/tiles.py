@@ -23,17 +23,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(dtype: torch.dtype, width: int) -> Tile:
-    """By the dtype of the products and the head width d.
+def tile(dtype: torch.dtype, width: int, arch: str) -> Tile:
+    """By the dtype of the products and the head width d; AMD's warps are twice as wide.
 
-    Up to d = 128 no registers spill on sm_80, sm_90 and sm_100: a backward program holds two tiles
-    of keys and their two gradients. docs/triton-resources.md lists what each kernel takes.
+    Up to d = 128 no registers spill: a backward program holds two tiles of keys and their two
+    gradients. docs/triton-resources.md lists what each kernel takes.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if dtype == torch.float32:
         return Tile(32, 32, block_d, 8, 2) if block_d <= 64 else Tile(16, 16, block_d, 8, 1)
     if block_d <= 64:
-        return Tile(64, 32, block_d, 8, 2)
+        return Tile(64, 32, block_d, 4 if arch.startswith("gfx") else 8, 2)
     return Tile(32, 16, block_d, 4, 2) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
 
 

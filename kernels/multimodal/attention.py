@@ -259,9 +259,12 @@ def heads_kernel(
                 d_q, pairs, rows * B, in_rows, 1,
                 of_head + C * 3 * E + E, units, in_units, 3 * E, B, PRECISION, BLOCK_K,
             )  # fmt: skip
+            # Not taken off d_log_sum: of a sum that Triton 3.7 leaves in its threads over a loop
+            # it forgets the sign.
+            total = tl.zeros([BLOCK_M], tl.float32)
             for start in range(0, B, BLOCK_K):
                 items = start + tl.arange(0, BLOCK_K)
-                d_log_sum -= tl.sum(
+                total += tl.sum(
                     tl.load(
                         pairs + rows[:, None] * B + items[None, :],
                         mask=in_rows[:, None] & (items < B)[None, :],
@@ -269,6 +272,7 @@ def heads_kernel(
                     ),
                     1,
                 )
+            d_log_sum = -total
     of_branch = d_branch
     if d_branch is not None:
         of_branch += head * head_dim

@@ -328,11 +328,11 @@ def multimodal_logits_backward(
         name: gradient if t is not None and needs >> i & 1 else None
         for i, (name, t, gradient) in enumerate(zip(NAMES, tensors, found, strict=True))
     }
-    c = call(text, image, *inputs)
-    if c.s.b == 0:
-        for gradient in found:
-            gradient.zero_()
-    elif needs:
-        with guard(image.device):
+    with guard(image.device):
+        c = call(text, image, *inputs)
+        if c.s.b == 0:
+            for gradient in found:
+                gradient.zero_()
+        elif needs:
             _backward(c, views(state, c.s), d_logits.contiguous(), gradients)
     return found

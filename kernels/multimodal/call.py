@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops.multimodal import PARAMETERS
 from ...ops.multimodal_state import Sizes, sizes
 from ..activations import GELU, IDENTITY
-from ..launch import contiguous, precision
+from ..launch import architecture, contiguous, precision
 from . import tiles
 from .linear import linear_kernel
 
@@ -85,6 +85,7 @@ def call(text: Tensor, image: Tensor, *rest: Any) -> Call:
             "BLOCK_K": tiles.STEPS,
             "num_warps": tiles.WARPS,
             "num_stages": 1,
+            **tiles.registers(architecture()),
         },
     )
 

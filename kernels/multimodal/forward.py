@@ -250,13 +250,13 @@ def pair_meta(c: Call) -> dict[str, Any]:
 def multimodal_logits_forward(text: Tensor, image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``fastadapters::multimodal_logits_forward``."""
     *inputs, save = rest
-    c = call(text, image, *inputs)
-    s = c.s
-    logits = image.new_empty((s.b, s.c), dtype=DTYPES[c.of["out_dtype"]])
-    state = image.new_empty(size(c.of), dtype=torch.float32)
-    if s.b:
-        kept = views(state, s)
-        with guard(image.device):
+    with guard(image.device):
+        c = call(text, image, *inputs)
+        s = c.s
+        logits = image.new_empty((s.b, s.c), dtype=DTYPES[c.of["out_dtype"]])
+        state = image.new_empty(size(c.of), dtype=torch.float32)
+        if s.b:
+            kept = views(state, s)
             _weights(c, kept)
             _project(c, kept)
             _attend(c, kept)

@@ -15,7 +15,7 @@ QUERIES, KEYS = 32, 32
 PAIRS, D_PAIRS, PAIR_WARPS, PAIR_UNITS = 2048, 2048, 8, 32
 FEWER_D_PAIRS = 1024  # before sm_90, and on AMD
 PAIR_COLUMNS = 16  # of u, where it is formed
-PAIR_REGISTERS = 168  # of a thread, see `registers`
+REGISTERS = 168  # of a thread, see `registers`
 GROUPS = 32  # the most programs that share the texts of a tile of images
 COSINE_TEXTS, COSINE_IMAGES = 32, 32
 SUMS = 256
@@ -31,11 +31,11 @@ def pairs(r: int) -> dict[str, int]:
 
 
 def registers(arch: str) -> dict[str, int]:
-    """The most registers of a thread of the forward's pairs, where that must be said.
+    """The most registers of a thread of products and of the forward's pairs, where to say so.
 
     For Blackwell ptxas keeps fewer by itself, to have more programs on a processor, and spills.
     """
-    return {"maxnreg": PAIR_REGISTERS} if arch.startswith(("sm_10", "sm_12")) else {}
+    return {"maxnreg": REGISTERS} if arch.startswith(("sm_10", "sm_12")) else {}
 
 
 def d_pairs(r: int, arch: str) -> dict[str, int]:

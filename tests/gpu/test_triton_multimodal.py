@@ -11,6 +11,7 @@ import device
 import pytest
 import torch
 from against_reference import Tensors, check_against_reference
+from library_calls import library_launches
 from multimodal_cases import ADDITIVE, INF, MASKED, head_tensors, logits
 from schedules import missed
 from torch import Tensor
@@ -22,7 +23,7 @@ from fastadapters.ops.multimodal import PARAMETERS
 
 pytest.importorskip("triton")
 from fastadapters.kernels import multimodal as kernels
-from fastadapters.kernels.multimodal import backward, forward, parameter_launches
+from fastadapters.kernels.multimodal import backward, forward, parameter_launches, tiles
 from fastadapters.kernels.multimodal import call as linear_launches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -77,6 +78,19 @@ def test_forms(
 ) -> None:
     tensors = sample(11, 6, 40, 16, 8, dtype=dtype, learnable=True, down=down, up=up)
     check(tensors, arch, bias=bias, adapt=adapt, down_activation="gelu")
+
+
+def test_sums_of_narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton may keep parts of a sum apart over a loop: it must not be one that is taken off."""
+    attention = backward._attention
+
+    def with_narrow_tiles(*args: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "STEPS", 16)
+            return attention(*args)
+
+    monkeypatch.setattr(backward, "_attention", with_narrow_tiles)
+    check(sample(5, 3, 72, 48, 24), 90, bias=ADDITIVE, num_heads=3)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +154,13 @@ def test_launches(bias: Sequence[Sequence[float]]) -> None:
     names = [report.name.removesuffix("_kernel") for report in run.launches]
     forward = names.index("d_cosines")
     assert forward <= 10 and len(names) - forward <= 17
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+
+    def step() -> None:
+        torch.autograd.grad(op(leaves, bias=bias), [*leaves.values()], torch.empty(5, 9))
+
+    with device.simulate(80), fastadapters.backend("triton"):
+        assert library_launches(step) == []
 
 
 def test_computes_only_what_is_asked() -> None:
