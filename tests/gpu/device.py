@@ -50,7 +50,6 @@ from typing import Any
 from machine import Fault, Report
 from simulated_cuda import (
     TOOLS,
-    _kernels,
     cuda_kernels,
     cuda_library,
     cuda_ptx,
@@ -63,7 +62,7 @@ from simulated_triton import triton_simulated
 from simulation import Simulation, arena, ptx, shared_limit
 
 __all__ = [
-    "TOOLS", "Fault", "Report", "Simulation", "_kernels", "arena", "cuda_kernels", "cuda_library",
+    "TOOLS", "Fault", "Report", "Simulation", "arena", "cuda_kernels", "cuda_library",
     "cuda_ptx", "cuobjdump", "load_cuda", "mutants", "ptx", "ptx_files", "shared_limit", "simulate",
     "triton",
 ]  # fmt: skip

@@ -86,6 +86,13 @@ def unneeded(
                 return True
         return False
 
+    return not_caught(arch, name, is_caught, instruction)
+
+
+def not_caught(
+    arch: int, name: str, is_caught: Callable[[dict[str, str]], bool], instruction: str = ""
+) -> list[str]:
+    """Of `unneeded`, where ``is_caught`` runs the PTX that it is given in a kernel's place."""
     assert not is_caught({})
     mutants = [m for m in device.mutants(device.cuda_ptx(name, arch), name) if instruction in m[0]]
     assert mutants

@@ -334,7 +334,7 @@ def test_every_synchronisation_is_needed(kernel: str, simulated: Any) -> None:
     What a warp's lanes hand each other in memory, as one of `run_stage` do, it does not see.
     """
     shared = "ILb1E" if kernel.startswith("pair") else "E"
-    name = next(n for n in device._kernels if re.search(rf"head\d+{kernel}{shared}", n))
+    name = next(n for n in device.cuda_kernels() if re.search(rf"head\d+{kernel}{shared}", n))
 
     def step(sizes: tuple[int, ...], options: dict[str, Any]) -> Callable[[], Sequence[Tensor]]:
         tensors = sample(*sizes, learnable=True, down=2)
