@@ -1,7 +1,6 @@
 // The machine: a PTX module, compiled to closures, and the warps that run it.
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
