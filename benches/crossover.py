@@ -1,7 +1,8 @@
 """The table of `auto`: up to which sizes each kernel beats the best plain PyTorch.
 
     python -m benches.crossover          # measures this CPU, in about 15 minutes
-    python -m benches.crossover --gpu    # computes what benches/model_bottleneck.py knows
+    python -m benches.crossover --gpu    # computes what benches/model_*.py know
+    python -m benches.crossover --gpu multimodal    # ... of one op
 
 Both print what they find and put the entries into fastadapters/crossover.py.
 
@@ -12,6 +13,8 @@ FASTADAPTERS_CPU_ISA measures another instruction set, against what PyTorch runs
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -36,6 +39,7 @@ DIMS = (256, 768, 1024, 4096)
 WIDTHS = (4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 3072, 4096)
 # What a clock cannot tell from equal.
 EQUAL = 0.97
+MODELLED = ["bottleneck", "multimodal", "cross_modal_attention"]
 # Bytes of the two weights and FLOPs of a step beyond which nothing is measured.
 LARGEST = 4 << 20
 SLOWEST = 1e11
@@ -130,24 +134,31 @@ def this_cpu(dtypes: Iterable[torch.dtype], budget: float) -> dict[Key, Limit]:
     }
 
 
-def modelled(dtypes: Iterable[torch.dtype]) -> dict[Key, Limit]:
-    """The entries of the GPUs of benches/model.py; the least of them for all others."""
+def modelled(dtypes: Iterable[torch.dtype], ops: Iterable[str]) -> dict[Key, Limit]:
+    """The entries of the GPUs of benches/model.py; the least of them for all others.
+
+    None for an op and dtype where no point loses.
+    """
     from .model import GPUS
-    from .model_bottleneck import points
 
     found: dict[Key, Limit] = {}
-    for dtype in dtypes:
+    for op, dtype in itertools.product(ops, dtypes):
         kind = "float32" if dtype == torch.float32 else "bfloat16"  # float16 costs the same
+        points = importlib.import_module(f".model_{op}", __package__).points
+        of_gpus = {gpu: points(gpu, kind) for gpu in GPUS}
+        if all(ratio >= EQUAL for ratios in of_gpus.values() for ratio in ratios.values()):
+            print(f"{op} {dtype}: loses nowhere, no limit", flush=True)
+            continue
         limits = []
-        for gpu in GPUS:
-            limits.append(sum_up(points(gpu, kind), f"model: {gpu.name}"))
-            found["bottleneck", "cuda", f"sm_{gpu.arch}", dtype] = limits[-1]
+        for gpu, ratios in of_gpus.items():
+            limits.append(sum_up(ratios, f"model: {gpu.name}"))
+            found[op, "cuda", f"sm_{gpu.arch}", dtype] = limits[-1]
         least = Limit(
             min(limit.width for limit in limits),
             min(limit.weight for limit in limits),
             "model: the least of three GPUs",
         )
-        found["bottleneck", "cuda", "other", dtype] = least
+        found[op, "cuda", "other", dtype] = least
     return found
 
 
@@ -169,12 +180,13 @@ def render(limits: dict[Key, Limit]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", choices=MODELLED, default=MODELLED, help="with --gpu")
     parser.add_argument("--gpu", action="store_true", help="from the model, instead of this CPU")
     parser.add_argument("--dtype", default="float32,bfloat16,float16", help="comma-separated")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a pair is measured")
     args = parser.parse_args()
     dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    found = modelled(dtypes) if args.gpu else this_cpu(dtypes, args.budget)
+    found = modelled(dtypes, args.ops) if args.gpu else this_cpu(dtypes, args.budget)
     for key, limit in found.items():
         print(*key, *limit)
     TABLE.write_text(render({**LIMITS, **found}))

@@ -13,9 +13,15 @@ import argparse
 import importlib
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastadapters
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
@@ -119,6 +125,21 @@ def head(gpu: Gpu) -> list[str]:
         " issue | shared | binds | predicted | of the floor |",
         "|---|---|" + "---:|" * 8 + "---|---:|---:|",
     ]
+
+
+def eager_launches(
+    op: Callable[[dict[str, Tensor]], Sequence[Tensor]], tensors: dict[str, Tensor]
+) -> tuple[int, int]:
+    """How many kernels backend `eager` launches, forward and backward."""
+    from library_calls import library_launches
+
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    outs: list[Tensor] = []
+    with fastadapters.backend("eager"):
+        forward = library_launches(lambda: outs.extend(op(leaves)))
+    d_outs = [torch.ones_like(out) for out in outs]
+    backward = library_launches(lambda: torch.autograd.grad(outs, [*leaves.values()], d_outs))
+    return len(forward), len(backward)
 
 
 def rewrite(heading: str, text: str) -> None:

@@ -11,7 +11,10 @@ import itertools
 
 import torch
 
-from .model import GPUS, Counts, Gpu, counted, head, row
+from fastadapters.functional import cross_modal_attention
+
+from .model import GPUS, Counts, Gpu, counted, eager_launches, head, row
+from .model_bottleneck import LAUNCH
 from .workloads import CROSS_MODAL_ATTENTION, CrossModalAttention
 
 HEADING = "## GPU: predicted, cross-modal attention"
@@ -47,6 +50,53 @@ def run(w: CrossModalAttention, gpu: Gpu, dtype: torch.dtype) -> tuple[list[Coun
     device.MULTIPROCESSORS = few
     counts = [counted(report) for report in simulation.launches]
     return counts[:forward], counts[forward:]
+
+
+def eager_times(w: CrossModalAttention, gpu: Gpu, dtype: torch.dtype) -> tuple[float, float]:
+    """Least seconds of `eager`, forward and backward, in its favour.
+
+    Without launches. Products at 80 % of the data sheet. Passes are of elementwise operations and
+    sums, which read what they are given and write what they make, over scores in fp32 and
+    [B, C, H, d]; from the L2 cache what fits it twice.
+    """
+    c, b, size = w.classes, w.batch, dtype.itemsize
+    width = w.heads * w.width
+    scores, out = 4 * w.heads * c * (c + b), size * b * c * width
+    products = 2 * c * (c + b) * width + b * c * width  # texts and images over texts; lse of pairs
+    rate = 0.8 * (gpu.vendor_fp32 if dtype == torch.float32 else gpu.vendor)
+
+    def took(passes: tuple[int, int], times: float) -> float:
+        seconds = 2 * times * products / rate
+        for n, size in zip(passes, (scores, out), strict=True):
+            seconds += n * size / (gpu.l2 if 2 * size < gpu.l2_size else gpu.memory)
+        return seconds
+
+    # lerp's backward makes three tensors as large as its output, and each is summed.
+    return took((8, 1), 1), took((10, 9), 2)
+
+
+def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
+    """(H d, d) to the worst ratio of eager's time to ours, launches counted."""
+    from attention_cases import ADDITIVE, attention_tensors
+
+    found: dict[tuple[int, int], float] = {}
+    dtype = getattr(torch, kind)
+    tensors = attention_tensors((5, 1, 3, 2, 8), dtype)
+    launches = eager_launches(lambda t: cross_modal_attention(**t, bias=ADDITIVE), tensors)
+    for width, (c, b) in itertools.product((32, 128), ((397, 64), (1000, 64))):
+        w = CrossModalAttention("", c, b, width=width)
+        times = []
+        for part, eager, n in zip(
+            run(w, gpu, dtype), eager_times(w, gpu, dtype), launches, strict=True
+        ):
+            ours = sum(max(k.times(gpu).values()) + LAUNCH for k in part)
+            times.append((ours, eager + n * LAUNCH))
+        ours, plain = (sum(t) for t in zip(*times, strict=True))
+        ratio = min(times[0][1] / times[0][0], plain / ours)
+        print(f"{gpu.name} {kind} d {width} C {c} B {b}: {ratio:.2f}", flush=True)
+        at = w.heads * width, width
+        found[at] = min(ratio, found.get(at, ratio))
+    return found
 
 
 def section() -> str:

@@ -6,29 +6,42 @@ a + b C + c B + d C B + e C^2, which gives those at full size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from .model import FREE, GPUS, Gpu
+from .model import FREE, GPUS, Gpu, eager_launches
+from .model_bottleneck import LAUNCH
 
 HEADING = "## GPU: predicted, the multi-modal head"
 SAMPLES = ((64, 32), (128, 32), (192, 32), (64, 64), (128, 64))
-SIZES = ((1000, 64), (397, 256))  # C, B
-DIM, WIDTH, HEADS, HIDDEN = 512, 128, 4, 32
+SIZES = ((1000, 64, 32), (397, 256, 32), (397, 256, 128))  # C, B, R
+DIM, WIDTH, HEADS = 512, 128, 4
 ADDITIVE = (0.0, 1.0, 1.0, 0.0)
+# us forward and backward that were planned before a kernel was written, at R 32.
+PLANS = {
+    ("A100 SXM 80 GB", 1000, 64): (65, 160),
+    ("A100 SXM 80 GB", 397, 256): (60, 160),
+    ("H100 SXM", 1000, 64): (30, 75),
+    ("H100 SXM", 397, 256): (30, 75),
+}
 INTRODUCTION = """
 Not measured: written by `python -m benches.model multimodal`. CUDA backend, fp32, an additive
-bias, all gradients, D 512, E 128, R 32, 4 heads. Launches, k warp instructions a processor, and
+bias, all gradients, D 512, E 128, 4 heads. Launches, k warp instructions a processor, and
 us that each resource alone would take, summed over the launches of a call: FMA pipe (64 lanes a
 clock on the A100, 128 on the others), issue, shared memory and L1 (a wavefront, or a line of
 global memory, a clock), L2. `predicted` sums the largest of each launch; launches themselves and
-tails come on top.
+tails come on top. `plan`: predicted over what was planned on paper (H100 30 us forward and 75
+backward, A100 65 or 60 and 160). `eager`: the least that its products and its passes over
+[C, B, R] and [H, C, C] can take, products at 80 % of the data sheet, what fits the L2 cache from
+there, its launches (140 and 316) for nothing. What the Triton kernels lose to bank conflicts in
+fp32, 2 to 4 times in products, and why: [triton-resources.md](triton-resources.md#bank-conflicts).
 
-| GPU | C, B | | launches | k instructions | FMA | issue | shared, L1 | L2 | binds | predicted |
-|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|
+| GPU | C, B, R | | launches | k instr | FMA | issue | L1 | L2 | binds | predicted | plan | eager |
+|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|
 """
 
 
@@ -45,7 +58,7 @@ class Counts(NamedTuple):
 PIPE = ("fma.rn.f32", "mul.f32", "add.f32", "sub.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32")
 
 
-def count(c: int, b: int) -> tuple[list[Counts], int]:
+def count(c: int, b: int, r: int) -> tuple[list[Counts], int]:
     """Of every launch of a training step, and how many are forward's."""
     import cuda_backend
     import device
@@ -53,7 +66,7 @@ def count(c: int, b: int) -> tuple[list[Counts], int]:
     ops = cuda_backend.load()
     with torch.no_grad(), device.arena():
         text, image = torch.randn(c, DIM), torch.randn(b, DIM)
-        shapes = ((WIDTH, DIM), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (DIM, HIDDEN))
+        shapes = ((WIDTH, DIM), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (r, WIDTH), (DIM, r))
         layers = [(torch.randn(o, i) * i**-0.5, torch.zeros(o)) for o, i in shapes]
         flat = [*layers[0], None, None, *itertools.chain(*layers[1:]), None, None]
         options = (0.2, 100.0, HEADS, *ADDITIVE, 0, 0, 0)
@@ -63,7 +76,12 @@ def count(c: int, b: int) -> tuple[list[Counts], int]:
             d_logits = torch.randn(b, c)
             needs = sum(1 << i for i, t in enumerate((text, image, *flat)) if t is not None)
             ops.multimodal_logits_backward(d_logits, text, state, image, *flat, *options, needs)
-    return [measure(r) for r in run.launches], forward
+    return [measure(report) for report in run.launches], forward
+
+
+@functools.cache
+def counts(r: int) -> list[tuple[list[Counts], int]]:
+    return [count(*sample, r) for sample in SAMPLES]
 
 
 def measure(r: Any) -> Counts:
@@ -102,19 +120,81 @@ def times(counts: Counts, gpu: Gpu) -> dict[str, float]:
     }
 
 
-def section() -> str:
-    counted = [count(*s) for s in SAMPLES]
+def predicted(launches: Sequence[Counts], gpu: Gpu) -> float:
+    """Seconds: of each launch what takes longest."""
+    return sum(max(times(launch, gpu).values()) for launch in launches)
+
+
+def eager_times(gpu: Gpu, c: int, b: int, r: int) -> tuple[float, float]:
+    """Least seconds of `eager`, forward and backward, in its favour: see INTRODUCTION."""
+    pairs, scores, rows = 4 * c * b * r, 4 * HEADS * c * (c + b), c + b
+    layers = rows * WIDTH * (DIM + 4 * WIDTH) + c * DIM * (b + r)  # products, in FMA
+    attention = 2 * c * rows * WIDTH
+    mixtures, forms = 2 * HEADS * c * b * r, c * b * r * r
+
+    def took(passes: tuple[int, int], products: int) -> float:
+        seconds = 2 * products / (0.8 * gpu.vendor_fp32)
+        for n, size in zip(passes, (pairs, scores), strict=True):
+            seconds += n * size / (gpu.l2 if 2 * size < gpu.l2_size else gpu.memory)
+        return seconds
+
+    # Of its elementwise operations and sums each reads what it is given and writes what it makes.
+    return (
+        took((24, 8), layers + attention + mixtures + 2 * forms),
+        took((32, 10), 2 * (layers + mixtures + forms) + 5 * attention // 2),
+    )
+
+
+def kernels(c: int, b: int, r: int) -> tuple[list[Counts], list[Counts]]:
+    """Forward's and backward's, at full size."""
+    counted = counts(r)
     forward = counted[0][1]
+    full = at_size([launches for launches, _ in counted], c, b)
+    return full[:forward], full[forward:]
+
+
+def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
+    """(D, R) to the worst ratio of eager's time to ours, launches counted.
+
+    All is fp32 inside, whatever the features are.
+    """
+    from multimodal_cases import head_tensors, logits
+
+    found: dict[tuple[int, int], float] = {}
+    bias = (ADDITIVE[:2], ADDITIVE[2:])
+    tensors = head_tensors(5, 3, 16, 8, 4, torch.float32)
+    launches = eager_launches(lambda t: [logits(t, bias=bias)], tensors)
+    for r, (c, b) in itertools.product((32, 64, 128), ((100, 32), (397, 256), (1000, 64))):
+        times = []
+        for part, eager, n in zip(
+            kernels(c, b, r), eager_times(gpu, c, b, r), launches, strict=True
+        ):
+            times.append((predicted(part, gpu) + len(part) * LAUNCH, eager + n * LAUNCH))
+        ours, plain = (sum(t) for t in zip(*times, strict=True))
+        ratio = min(times[0][1] / times[0][0], plain / ours)
+        print(f"{gpu.name} {kind} C {c} B {b} R {r}: {ratio:.2f}", flush=True)
+        found[DIM, r] = min(ratio, found.get((DIM, r), ratio))
+    return found
+
+
+def section() -> str:
     lines = []
-    for gpu, (c, b) in itertools.product(GPUS, SIZES):
-        full = at_size([launches for launches, _ in counted], c, b)
-        for direction, part in (("forward", full[:forward]), ("backward", full[forward:])):
+    for (c, b, r), gpu in itertools.product(SIZES, GPUS):
+        planned = PLANS.get((gpu.name, c, b)) if r == 32 else None
+        for i, (part, eager) in enumerate(
+            zip(kernels(c, b, r), eager_times(gpu, c, b, r), strict=True)
+        ):
             each = [times(launch, gpu) for launch in part]
             total = {name: sum(t[name] for t in each) for name in each[0]}
-            cells = [gpu.name, f"{c}, {b}", direction, str(len(part))]
+            us = predicted(part, gpu) * 1e6
+            cells = [gpu.name, f"{c}, {b}, {r}", ("forward", "backward")[i], str(len(part))]
             cells.append(f"{sum(x.instructions for x in part) / gpu.processors / 1e3:.1f}")
             cells += [f"{seconds * 1e6:.1f}" for seconds in total.values()]
             cells.append(max(total, key=lambda name: total[name]))
-            cells.append(f"{sum(max(t.values()) for t in each) * 1e6:.0f}")
+            cells += [
+                f"{us:.0f}",
+                f"{us / planned[i]:.2f}" if planned else "",
+                f"{eager * 1e6:.0f}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([HEADING, "", INTRODUCTION.strip(), *lines]) + "\n"
