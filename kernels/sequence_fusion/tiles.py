@@ -11,20 +11,20 @@ from ..launch import Tile
 # registers, whole 128-byte lines of x and dx, and enough loads of x in flight on a processor.
 TILES = {
     "combine_kernel": {64: Tile(64, 64, 4, 3)},
-    "fuse_kernel": {64: Tile(32, 64, 4, 2)},
+    "fuse_kernel": {64: Tile(32, 64, 8, 2)},
     "factors_kernel": {32: Tile(32, 32, 4, 1), 64: Tile(16, 32, 4, 1)},
-    "tokens_kernel": {64: Tile(64, 64, 4, 2)},
-    "inputs_kernel": {32: Tile(32, 128, 4, 3), 64: Tile(32, 64, 4, 3)},
+    "tokens_kernel": {32: Tile(64, 64, 4, 2), 64: Tile(64, 64, 8, 2)},
+    "inputs_kernel": {64: Tile(32, 64, 4, 3)},
 }
 FLOAT32_TILES = {
     "combine_kernel": {32: Tile(32, 32, 4, 2)},
-    "fuse_kernel": {32: Tile(32, 32, 8, 1)},
-    "factors_kernel": {32: Tile(16, 32, 4, 1)},
+    "fuse_kernel": {32: Tile(16, 32, 4, 1)},
+    "factors_kernel": {32: Tile(16, 16, 4, 1)},
     "tokens_kernel": {32: Tile(32, 32, 8, 1)},
     "inputs_kernel": {32: Tile(32, 32, 4, 2)},
 }
 BLOCK_O = 16
-REDUCE_BLOCK = 1024
+REDUCE_BLOCK = 512
 
 
 def max_block_r(dtype: torch.dtype) -> int:

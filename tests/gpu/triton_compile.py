@@ -24,9 +24,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # The most shared memory of a program. sm_86 and sm_89 run sm_80's tiles.
 SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), strict=True))
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
-# The bytes of a thread that a version of Triton spills where each other tile spills as well, or has
-# products of a shape that leaves the newest tensor cores unused.
-SPILLED = {("3.9.0", "sm_100", "backward", "bfloat16", 128): 24}
+# The bytes of a thread that a version of Triton spills where each other tile spills as well, there
+# or elsewhere, or has products of a shape that leaves the newest tensor cores unused.
+SPILLED = {
+    ("3.9.0", "sm_100", "backward", "bfloat16", 128): 24,
+    ("3.7.1", "sm_100", "tokens", "float32 bfloat16", 16): 16,
+}
 # Kernels with a product of tiles in compute dtype.
 PRODUCTS = {
     "bottleneck": {"forward", "backward", "weights"},
