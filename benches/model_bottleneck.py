@@ -15,7 +15,7 @@ from fastadapters.crossover import LIMITS
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
 from .model import GPUS, Counts, Gpu, counted, head, row
-from .workloads import BOTTLENECK, Bottleneck
+from .workloads import BOTTLENECK, GROUPED, Bottleneck, Grouped
 
 HEADING = "## GPU: predicted"
 TILE = 64
@@ -39,7 +39,9 @@ scaled to 132); writes go the other way through the crossbar and are counted bes
 
 Backward needs z where forward had it: without LayerNorm forward saves it, [M, r], and the data
 pass reads dy and z alone; behind LayerNorm it reads x and makes z once more. The weight pass reads
-x and dy again: 4/3 of the floor at least, with LayerNorm 5/3. Where r is at most 32 and shared
+x and dy again, with dz and h, which the data pass has written: 4/3 of the floor at least, with
+LayerNorm 5/3. The h of identity and relu tells their derivative, so forward saves it in the place
+of z, and the weight pass takes it from there. Where r is at most 32 and shared
 memory has room for dWu in fp32, [D, r] (99 KiB: up to D 768 at r 16, D 1024 at r 8), the data pass
 accumulates it, and dy is read once; each block's sum goes through memory, which counts as written
 and read. Partial sums that the launch
@@ -61,6 +63,9 @@ the tiles (113 MB on the A100, 138 MB on the H100, 134 MB on the 4090) do not fi
 shared memory has not kept is counted as read from memory twice. Backward's data pass then makes
 dz alone, and dx, dWd and dWu are made column by column: dx and dWu share dy, 4/3 of the floor.
 
+Several adapters: one for each item, their parameters and gradients beside x, y, dy and dx; below
+them one adapter on as many rows.
+
 Rectangular LoRA reads dy twice where dWu, [D_out, r], does not fit shared memory. Input dropout
 makes its bits anew for y, dx and dWd: some 80 instructions for four elements.
 """
@@ -75,7 +80,6 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
     """
     import cuda_backend
     import device
-    from compile_checks import PROCESSORS
 
     ops = cuda_backend.load()
     products = torch.float32 if kind == "float32" else torch.bfloat16
@@ -96,18 +100,44 @@ def run(w: Bottleneck, arch: int, rows: int, kind: str) -> tuple[list[Counts], i
             forward = len(simulation.launches)
             ops.bottleneck_backward(dy, x, z, stats, *parameters, *options, 0b1111111)
 
-    def measure(report: Any) -> Counts:
-        rows_traffic = [report.traffic(t) for t in (x, dy)]
-        blocks = PROCESSORS[arch].shared // (report.shared_bytes + 1024)
-        return counted(
-            report,
-            again=sum(t.read - t.read_unique for t in rows_traffic),
-            resident=blocks * TILE * w.dim * stored.itemsize if "data_pass" in report.name else 0,
-        )
-
     names = [report.name for report in simulation.launches]
     way = next((w for w in (ACCUMULATING, BY_COLUMNS) if any(w in name for name in names)), "")
-    return [measure(report) for report in simulation.launches], forward, way
+    return [measure(report, arch, x, dy) for report in simulation.launches], forward, way
+
+
+def measure(report: Any, arch: int, x: torch.Tensor, dy: torch.Tensor) -> Counts:
+    from compile_checks import PROCESSORS
+
+    rows_traffic = [report.traffic(t) for t in (x, dy)]
+    blocks = PROCESSORS[arch].shared // (report.shared_bytes + 1024)
+    row = x.shape[-1] * x.itemsize if "data_pass" in report.name else 0
+    again = sum(t.read - t.read_unique for t in rows_traffic)
+    return counted(report, again=again, resident=blocks * TILE * row)
+
+
+@functools.cache
+def run_grouped(w: Grouped, arch: int, adapters: int) -> tuple[list[Counts], int]:
+    """As `run`, in bf16, with so many of the adapters, each on its share of the items."""
+    import cuda_backend
+    import device
+
+    ops, bf16 = cuda_backend.load(), torch.bfloat16
+    with device.arena():
+        items = w.batch // w.adapters * adapters
+        x, dy = (torch.zeros(items, w.tokens, w.dim, dtype=bf16) for _ in range(2))
+        down, up = (
+            torch.zeros(adapters, *s) for s in ((w.bottleneck, w.dim), (w.dim, w.bottleneck))
+        )
+        biases = [torch.zeros(adapters, n) for n in (w.bottleneck, w.dim)]
+        index = torch.arange(items) % adapters
+        parameters = (down, biases[0], up, biases[1], None, None, None, None, index)
+        codes = ACTIVATION_CODES["relu"], DTYPE_CODES[bf16], DTYPE_CODES[bf16]
+        options = (1.0, 1e-5, 0.0, 0.0, *codes, True)
+        with device.simulate(arch) as simulation:
+            _, z, stats = ops.grouped_forward(x, None, *parameters, *options, True)
+            forward = len(simulation.launches)
+            ops.grouped_backward(dy, x, z, stats, *parameters, *options, 0b11111)
+    return [measure(report, arch, x, dy) for report in simulation.launches], forward
 
 
 def spared(w: Bottleneck, kind: str) -> int:
@@ -158,9 +188,10 @@ def memory(gpu: Gpu) -> list[str]:
     lines = [
         f"### Memory of a step, {gpu.name}",
         "",
-        "MB beside x, y, dy and dx: z, which is kept from forward to backward, and what backward",
-        "takes while it runs: h and dz (dz alone where dWu is accumulated) and partial sums. The",
-        "peak is their sum; without z it would be that of the others, and x be read once more.",
+        "MB beside x, y, dy and dx: z, or h in its place, which is kept from forward to backward,",
+        "and what backward takes while it runs: h and dz (dz alone where h was kept, or dWu is",
+        "accumulated) and partial sums. The peak is their sum; without z it would be that of h, dz",
+        "and the sums, and x be read once more.",
         "",
         "| workload | z | h, dz | partial sums | peak without z | with |",
         "|---|" + "---:|" * 5,
@@ -171,12 +202,31 @@ def memory(gpu: Gpu) -> list[str]:
         way = run(shape(w), gpu.arch, counted_tiles(w)[0] * TILE, "bfloat16")[2]
         splits, of_split, blocks, of_block = partial_sums(w, gpu, way)
         z = 2 * w.batch * w.tokens * w.bottleneck
-        narrow = 2 * w.batch * w.tokens * -(-w.bottleneck // 16) * 16
-        narrow *= 1 if way == ACCUMULATING else 2
+        dz = 2 * w.batch * w.tokens * -(-w.bottleneck // 16) * 16
+        h = 0 if way == ACCUMULATING else dz
+        kept = w.activation in ("identity", "relu") and w.bottleneck % 8 == 0
+        narrow = dz + (0 if kept else h)
         sums = splits * of_split + blocks * of_block
-        cells = (z, narrow, sums, narrow + sums, z + narrow + sums)
+        cells = (z, narrow, sums, h + dz + sums, z + narrow + sums)
         lines.append(f"| {title(w)} | {' | '.join(f'{n / 1e6:.1f}' for n in cells)} |")
     return [*lines, ""]
+
+
+def extrapolated(
+    few: list[Counts], many: list[Counts], sizes: tuple[int, int], full: int
+) -> list[Counts]:
+    share = (full - sizes[0]) / (sizes[1] - sizes[0])
+    pairs = [
+        zip(vars(a).values(), vars(b).values(), strict=True) for a, b in zip(few, many, strict=True)
+    ]
+    return [Counts(*(u + (v - u) * share for u, v in pair)) for pair in pairs]
+
+
+def grouped_kernels(w: Grouped, gpu: Gpu) -> tuple[list[Counts], list[Counts]]:
+    """Forward's and backward's: linear in the adapters, the rows of each being one split."""
+    (few, forward), (many, _) = (run_grouped(w, gpu.arch, n) for n in (1, 2))
+    full = extrapolated(few, many, (1, 2), w.adapters)
+    return full[:forward], full[forward:]
 
 
 def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Counts], list[Counts]]:
@@ -184,13 +234,7 @@ def kernels(w: Bottleneck, gpu: Gpu, kind: str = "bfloat16") -> tuple[list[Count
     (few, forward, way), (many, *_) = (
         run(shape(w), gpu.arch, n * TILE, kind) for n in counted_tiles(w)
     )
-    tiles = -(-w.batch * w.tokens // TILE)
-    first, second = counted_tiles(w)
-    share = (tiles - first) / (second - first)
-    full = []
-    for a, b in zip(few, many, strict=True):
-        pairs = zip(vars(a).values(), vars(b).values(), strict=True)
-        full.append(Counts(*(u + (v - u) * share for u, v in pairs)))
+    full = extrapolated(few, many, counted_tiles(w), -(-w.batch * w.tokens // TILE))
     # The machine has four processors and few tiles: here are more partial sums, and shares.
     data_pass, weight_pass, finish = full[-3:]
     splits, of_split, blocks, of_block = partial_sums(w, gpu, way, 4 if kind == "float32" else 2)
@@ -251,9 +295,14 @@ def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
 
 
 def predicted() -> list[Bottleneck]:
-    """The workloads that `auto` runs on the kernels."""
+    """The workloads that `auto` runs on the kernels; r 16 at D 1024; grouped's with one adapter."""
     limit = LIMITS["bottleneck", "cuda", "other", torch.bfloat16]
-    return [w for w in BOTTLENECK if not limit.exceeded(w.dim, w.bottleneck)]
+    found = [w for w in BOTTLENECK if not limit.exceeded(w.dim, w.bottleneck)]
+    found.append(Bottleneck("ViT-L/16 AdaptFormer", 128, 197, 1024, 16, cpu_batch=8))
+    return found + [
+        Bottleneck(f"{w.name}, one adapter", w.batch, w.tokens, w.dim, w.bottleneck, w.batch)
+        for w in GROUPED
+    ]
 
 
 def title(w: Bottleneck) -> str:
@@ -271,6 +320,15 @@ def section() -> str:
                 ("forward", "backward"), kernels(w, gpu), costs, strict=True
             ):
                 lines.append(row(title(w), gpu, direction, counts, 2.0 * cost.elements))
+        for g in GROUPED:
+            name = f"{g.name}, {g.adapters} adapters, D {g.dim}, r {g.bottleneck}"
+            for direction, counts, cost in zip(
+                ("forward", "backward"),
+                grouped_kernels(g, gpu),
+                g.costs(training=True),
+                strict=True,
+            ):
+                lines.append(row(name, gpu, direction, counts, 2.0 * cost.elements))
         lines.append("")
     lines += memory(GPUS[1])
     return "\n".join(lines)

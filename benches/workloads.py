@@ -76,6 +76,15 @@ class Grouped(NamedTuple):
     def small(self) -> Grouped:
         return self._replace(batch=8, tokens=35, dim=49, bottleneck=9, adapters=4)
 
+    def costs(self, training: bool) -> list[Cost]:
+        """As the bottleneck's, with the weights of all adapters."""
+        one = Bottleneck("", self.batch, self.tokens, self.dim, self.bottleneck, self.batch)
+        costs, others = one.costs(training), one._replace(batch=0).costs(training)
+        return [
+            cost._replace(elements=cost.elements + (self.adapters - 1) * weights.elements)
+            for cost, weights in zip(costs, others, strict=True)
+        ]
+
 
 class CrossModalAttention(NamedTuple):
     """Attention of shared texts [classes, heads, width] and one image an item, all outputs."""

@@ -39,7 +39,9 @@ struct Bottleneck {
   // mask of x is made of offset + 1, as that of h is: see philox.h.
   const int64_t* seed = nullptr;
   double dropout = 0, input_dropout = 0;
-  void* z = nullptr;  // [M, r], contiguous
+  // [M, r], contiguous: what forward keeps for backward. In the CUDA kernels' h, where that tells
+  // the derivative of the activation as well (identity, relu).
+  void* z = nullptr;
   // [M, 2] mean and reciprocal standard deviation of each row of x; in the CUDA kernels' with a
   // minus where all elements of a 16-bit row are equal
   float* stats = nullptr;
@@ -106,6 +108,14 @@ struct Groups {
   int64_t adapters = 1;            // N
   const int64_t* index = nullptr;  // [M / rows_each]: the adapter of each `rows_each` rows
   int64_t rows_each = 1;
+};
+
+struct GroupedForward : BottleneckForward {
+  Groups groups;
+};
+
+struct GroupedBackward : BottleneckBackward {
+  Groups groups;
 };
 
 }  // namespace fastadapters

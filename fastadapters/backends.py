@@ -28,10 +28,10 @@ from ._ops import add_op_namespace_prefix
 from .checks import check_choice
 from .crossover import LIMITS, Limit
 from .cuda_limits import (
-    MOST_ADAPTERS,
     attention_refusal,
     cuda_fits,
     fusion_refusal,
+    grouped_refusal,
     head_refusal,
 )
 from .options import BackendName
@@ -181,6 +181,8 @@ class Problem(NamedTuple):
     """those that the op's CUDA kernels have limits for, see cuda_limits"""
     adapters: int = 0
     """how many are stacked, where each row has one of its own"""
+    entries: int = 0
+    """of the index that says which"""
 
 
 def _all_plain(x: Tensor, problem: Problem) -> bool:
@@ -206,6 +208,8 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"
     missing = unavailable(name)
+    if missing is None and problem is not None and problem.adapters and name != "cpu":
+        missing = grouped_refusal(problem.adapters, problem.entries, max(problem.d, problem.r))
     if missing is None and name == "cuda" and problem is not None:
         return _too_large(op, x, problem, torch.cuda.get_device_capability(x.device))
     return missing
@@ -214,8 +218,6 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
 def _too_large(op: str, x: Tensor, problem: Problem, capability: tuple[int, int]) -> str | None:
     """Why the CUDA kernels of ``op`` do not take these sizes on such a GPU."""
     if op == "bottleneck":
-        if problem.adapters > MOST_ADAPTERS:
-            return f"N = {problem.adapters} adapters are too many for it: at most {MOST_ADAPTERS}"
         dtypes = (problem.compute, x.dtype, problem.out)
         if not cuda_fits(problem.r, *dtypes, capability):
             return f"r = {problem.r} is too large for the shared memory of this GPU"

@@ -1,5 +1,5 @@
-"""Which sizes the CUDA kernels take: what a block holds must fit its shared memory, and 32-bit
-indices must do. Beyond, `auto` runs `eager`.
+"""Which sizes the kernels for GPUs take: what a block of the CUDA kernels holds must fit its shared
+memory, grids and 32-bit indices must do. Beyond, `auto` runs `eager`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHARED_MEMORY = {
     (12, 1): 101_376,
 }
 
-# Of a stack, each of which may have a block of the weight pass beside what others have.
+# Of a stack: each may have a block of the weight pass beside what others have, of 65535.
 MOST_ADAPTERS = 60_000
 
 _LINE = 128
@@ -69,6 +69,20 @@ def cuda_fits(
 
 
 _LARGEST = 2**31 - 1
+
+
+def grouped_refusal(adapters: int, entries: int, columns: int) -> str | None:
+    """Why neither the CUDA nor the Triton kernels take rows of so many adapters; None if they do.
+
+    Args:
+        entries: of the index, which is counted in blocks of 64.
+        columns: the most of x, y and h.
+    """
+    if adapters > MOST_ADAPTERS:
+        return f"N = {adapters} adapters are too many for it: at most {MOST_ADAPTERS}"
+    if any((adapters + 1) * n > _LARGEST for n in (columns, entries // 64 + 1)):
+        return f"{adapters} adapters for {entries} items are beyond its 32-bit indices"
+    return None
 
 
 def head_refusal(sizes: Sequence[int], capability: tuple[int, int]) -> str | None:

@@ -261,27 +261,40 @@ def test_which_backend_runs() -> None:
     assert grouped_bottleneck(**meta).shape == (3, 5, 8)
 
 
+WIDE = "r = 999 is too large for the shared memory of this GPU"
+MANY = "N = 60001 adapters are too many for it: at most 60000"
+INDICES = "60000 adapters for 3000000 items are beyond its 32-bit indices"
+
+
 @pytest.mark.parametrize(
-    ("adapters", "r", "expected", "reason"),
+    ("adapters", "items", "r", "expected", "refusals"),
     [
-        (3, 300, "cuda", "fastest available"),
-        (3, 999, "triton", "not cuda: r = 999 is too large for the shared memory"),
-        (60_001, 2, "triton", "not cuda: N = 60001 adapters are too many for it: at most 60000"),
+        (3, 4, 300, "cuda", {}),
+        (3, 4, 999, "triton", {"cuda": WIDE}),
+        (60_000, 4, 2, "cuda", {}),
+        (60_001, 4, 2, "eager", {"cuda": MANY, "triton": MANY}),
+        (60_000, 3_000_000, 2, "eager", {"cuda": INDICES, "triton": INDICES}),
     ],
 )
 def test_which_backend_runs_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, adapters: int, r: int, expected: str, reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    adapters: int,
+    items: int,
+    r: int,
+    expected: str,
+    refusals: dict[str, str],
 ) -> None:
     """A kernel at any width: plain PyTorch multiplies N times as much."""
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (8, 0))
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
-        x, index = torch.empty(4, 5, 8), torch.zeros(4, dtype=torch.int64)
+        x, index = torch.empty(items, 5, 8), torch.zeros(items, dtype=torch.int64)
         down, up = torch.empty(adapters, r, 8), torch.empty(adapters, 8, r)
         call = partial(grouped_bottleneck, x, index, down, up, residual=x)
         (decision,) = fastadapters.explain(call)
-        assert decision.backend == expected and reason in decision.reason
-        if expected != "cuda":
-            message = re.escape(reason.removeprefix("not cuda: "))
-            with fastadapters.backend("cuda"), pytest.raises(RuntimeError, match=message):
+        reasons = [f"not {name}: {why}" for name, why in refusals.items()]
+        assert decision.backend == expected
+        assert decision.reason.split("; ") == ["fastest available", *reasons]
+        for name, why in refusals.items():
+            with fastadapters.backend(name), pytest.raises(RuntimeError, match=re.escape(why)):
                 call()

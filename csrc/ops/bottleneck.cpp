@@ -135,9 +135,10 @@ void marshal_backward(Marshal& m, BottleneckBackward& args, const Gradients& gra
     m.gradient(args.*kinds[i].gradient, gradients.parameters[i], n * kinds[i].size,
                kinds[i].gradient_name);
   // What backward has to be given, as it was saved.
-  bool none = !args.count();
-  STD_TORCH_CHECK(none || args.x.data || !args.needs_x(), "x: expected its values");
-  STD_TORCH_CHECK(none || args.z || (on_cuda(x) && args.norm_weight.data) || !args.needs_z(),
+  bool none = !args.count(), again = on_cuda(x) && args.norm_weight.data;  // z, of x
+  STD_TORCH_CHECK(none || args.x.data || !(args.needs_x() || (again && args.needs_z())),
+                  "x: expected its values");
+  STD_TORCH_CHECK(none || args.z || again || !args.needs_z(),
                   "z: expected [M, r], as saved by the forward");
   STD_TORCH_CHECK(none || args.stats || !args.norm_weight.data || !args.needs_x(),
                   "stats: expected [M, 2], as saved by the forward");
@@ -153,36 +154,6 @@ AllGradients results(const Gradients& gradients, const Tensor& x) {
           result(g[3]),         result(g[4]), result(g[5]), result(g[6])};
 }
 
-void run(const BottleneckForward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x)) {
-    return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_forward_workspace,
-                    &cuda::bottleneck_forward);
-  }
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::bottleneck_forward(args, threads());
-#endif
-}
-
-void check_x(const BottleneckBackward& args) {
-  STD_TORCH_CHECK(args.x.data || !args.norm_weight.data || !args.needs_z() || !args.count(),
-                  "x: expected values, of which z is made anew");
-}
-
-void run(const BottleneckBackward& args, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x)) {
-    check_x(args);
-    return run_cuda(args, x, args.dtype == Dtype::float32, &cuda::bottleneck_backward_workspace,
-                    &cuda::bottleneck_backward);
-  }
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::bottleneck_backward(args, threads());
-#endif
-}
-
 void bottleneck_forward_out(Tensor y, OptionalTensor z, OptionalTensor stats, Tensor x,
                             OptionalTensor residual, Tensor down_weight, OptionalTensor down_bias,
                             Tensor up_weight, OptionalTensor up_bias, OptionalTensor norm_weight,
@@ -195,7 +166,7 @@ void bottleneck_forward_out(Tensor y, OptionalTensor z, OptionalTensor stats, Te
   marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight,
                   {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps,
                    dropout, input_dropout, activation, compute_dtype, out_dtype, add_x});
-  run(args, x);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(bottleneck_forward));
 }
 
 std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
@@ -211,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_forward(
   BottleneckForward args;
   Marshal m(x, args.rows);
   marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o);
-  run(args, x);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(bottleneck_forward));
   return {y, z, stats};
 }
 
@@ -235,7 +206,7 @@ void bottleneck_backward_out(OptionalTensor dx, OptionalTensor d_down_weight,
       dy, x, z, stats, down_weight, up_weight,
       {down_bias, up_bias, norm_weight, norm_bias, scale, seed, scale_value, norm_eps, dropout,
        input_dropout, activation, compute_dtype, out_dtype, add_x});
-  run(args, x);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(bottleneck_backward));
 }
 
 AllGradients bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tensor down_weight,
@@ -251,33 +222,8 @@ AllGradients bottleneck_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Te
   BottleneckBackward args;
   Marshal m(dy, args.rows);
   marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o);
-  run(args, x);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(bottleneck_backward));
   return results(gradients, x);
-}
-
-void run(const BottleneckForward& args, const Groups& groups, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x)) {
-    return run_cuda(cuda::GroupedForward{args, groups}, x, args.dtype == Dtype::float32,
-                    &cuda::grouped_forward_workspace, &cuda::grouped_forward);
-  }
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::grouped_forward(args, groups, threads());
-#endif
-}
-
-void run(const BottleneckBackward& args, const Groups& groups, [[maybe_unused]] const Tensor& x) {
-#ifdef FASTADAPTERS_CUDA
-  if (on_cuda(x)) {
-    check_x(args);
-    return run_cuda(cuda::GroupedBackward{args, groups}, x, args.dtype == Dtype::float32,
-                    &cuda::grouped_backward_workspace, &cuda::grouped_backward);
-  }
-#endif
-#ifndef FASTADAPTERS_SIMULATION
-  cpu::grouped_backward(args, groups, threads());
-#endif
 }
 
 // After finish(): the index of the rows' adapters.
@@ -301,12 +247,11 @@ std::tuple<Tensor, Tensor, Tensor> grouped_forward(
             norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
   bool save_z = save && !(on_cuda(x) && norm_weight);
   auto [y, z, stats] = allocate(x, down_weight, up_weight, o, save_z, save);
-  BottleneckForward args;
-  Groups groups;
+  GroupedForward args;
   Marshal m(x, args.rows);
-  marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o, &groups);
-  marshal_index(groups, index, x, args);
-  run(args, groups, x);
+  marshal_forward(m, args, {y, z, stats}, x, residual, down_weight, up_weight, o, &args.groups);
+  marshal_index(args.groups, index, x, args);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(grouped_forward));
   return {y, z, stats};
 }
 
@@ -320,12 +265,11 @@ AllGradients grouped_backward(Tensor dy, Tensor x, Tensor z, Tensor stats, Tenso
   Options o{down_bias, up_bias, norm_weight,   norm_bias,  scale,         seed,      scale_value,
             norm_eps,  dropout, input_dropout, activation, compute_dtype, out_dtype, add_x};
   Gradients gradients = allocate(dy, x, down_weight, up_weight, o, needs);
-  BottleneckBackward args;
-  Groups groups;
+  GroupedBackward args;
   Marshal m(dy, args.rows);
-  marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o, &groups);
-  marshal_index(groups, index, dy, args);
-  run(args, groups, x);
+  marshal_backward(m, args, gradients, dy, x, z, stats, down_weight, up_weight, o, &args.groups);
+  marshal_index(args.groups, index, dy, args);
+  run(args, x, args.dtype == Dtype::float32, FASTADAPTERS_KERNELS(grouped_backward));
   return results(gradients, x);
 }
 

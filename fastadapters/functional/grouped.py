@@ -175,8 +175,9 @@ def grouped_bottleneck(
     index = _check_index(index, x, n)
     compute, out = compute_and_out_dtype(x, residual, scale)
     problem = backends.Problem(
-        max(d_in, d_out), r, compute, out, (residual, index, *stack), sharded, adapters=n
-    )
+        max(d_in, d_out), r, compute, out, (residual, index, *stack), sharded, adapters=n,
+        entries=index.numel(),
+    )  # fmt: skip
     name = backends.resolve("bottleneck", x, problem)
     options: dict[str, Any] = {
         "activation": activation, "norm_eps": norm_eps, "dropout": dropout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import activate, activation_backward
+from ..activations import RELU, activate, activation_backward
 from ..dropout import survivors
 from ..products import contract, expand
 from ..rows import load_stats, load_vector, row_offsets, rows_at, sum_of_products
@@ -86,6 +86,7 @@ def backward_kernel(
     dx_stride2,
     ACTIVATION: tl.constexpr,
     CHANNEL_SCALE: tl.constexpr,
+    KEEPS_H: tl.constexpr,
     ADD_X: tl.constexpr,
     ROW_DIMS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -97,7 +98,8 @@ def backward_kernel(
 ):
     """dx, and dz and h [M, R] for the weights' gradients; each where its pointer is not None.
 
-    z is what the forward saved, [M, r]; with LayerNorm, whose gradient reads x, it is made of x.
+    z is what the forward saved, [M, r], with KEEPS_H h; with LayerNorm, whose gradient reads x, it
+    is made of x.
     Where a tile is one of a table's, of rows of one adapter, z, stats, dz and h are in its order.
     """
     width = D if D_out is None else D_out
@@ -154,10 +156,12 @@ def backward_kernel(
                 other=0.0,
             ).to(tl.float32)
         kept = (units < r)[None, :]  # beyond r z or dh is NaN where x or dy is infinite
-        if seed is not None:
+        if seed is not None and not (KEEPS_H and ACTIVATION == RELU):  # whose zeros tell
             kept &= survivors(seed, rows, first, r, threshold, 0, BLOCK_R)
         if h_out is not None:
-            h = tl.where(kept, activate(z, ACTIVATION) * keep_scale, 0.0)
+            h = z
+            if not KEEPS_H:
+                h = tl.where(kept, activate(z, ACTIVATION) * keep_scale, 0.0)
             tl.store(h_out + tile, h.to(DTYPE), mask=in_rows[:, None])
         if dx is not None or dz_out is not None:
             dz = tl.where(kept, activation_backward(dh, z, ACTIVATION) * keep_scale, 0.0).to(DTYPE)

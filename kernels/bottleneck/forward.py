@@ -56,6 +56,7 @@ def forward_kernel(
     y_stride2,
     ACTIVATION: tl.constexpr,
     CHANNEL_SCALE: tl.constexpr,
+    KEEPS_H: tl.constexpr,
     ROW_DIMS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -66,6 +67,7 @@ def forward_kernel(
 ):
     """y, and what backward wants; seeds are None where nothing is dropped, D_out where it is D.
 
+    z_out: z, or with KEEPS_H h, which tells the derivative of the activation, too.
     Where a tile is one of a table's, of rows of one adapter, z, stats and hidden are in its order.
     """
     width = D if D_out is None else D_out
@@ -106,15 +108,18 @@ def forward_kernel(
             norm_products, input_seed, input_keep, input_threshold, rows, units, D, r, R, DTYPE,
             PRECISION, BLOCK_D,
         )  # fmt: skip
-        if z_out is not None:
-            tile = places.to(tl.int64)[:, None] * r + units[None, :]
-            tl.store(z_out + tile, z.to(DTYPE), mask=in_rows[:, None] & (units < r)[None, :])
+        tile = places.to(tl.int64)[:, None] * r + units[None, :]
+        in_tile = in_rows[:, None] & (units < r)[None, :]
+        if z_out is not None and not KEEPS_H:
+            tl.store(z_out + tile, z.to(DTYPE), mask=in_tile)
         active = activate(z, ACTIVATION)
         kept = (units < r)[None, :]  # beyond r z is NaN where x is infinite
         if seed is not None:
             kept &= survivors(seed, rows, first, r, threshold, 0, BLOCK_R)
             active *= keep_scale
         h = tl.where(kept, active, 0.0).to(DTYPE)
+        if z_out is not None and KEEPS_H:
+            tl.store(z_out + tile, h, mask=in_tile)
         if R > BLOCK_R:
             tl.store(
                 hidden + places.to(tl.int64)[:, None] * R + units[None, :], h, mask=in_rows[:, None]

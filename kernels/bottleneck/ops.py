@@ -16,7 +16,7 @@ from ...ops.bottleneck import (
     allocate_saved,
     asked_for,
 )
-from ...ops.codes import DTYPES
+from ...ops.codes import ACTIVATION_CODES, DTYPES
 from ..launch import contiguous, guard, processors, triton_dtype
 from ..rows import rows_of
 from . import tiles
@@ -26,6 +26,8 @@ from .problem import problem
 from .weights import reduce_kernel, weights_kernel
 
 _TENSORS = len(PARAMETERS) + 1  # and the seed
+# Of which h tells the derivative: where there is no LayerNorm it is kept in the place of z.
+_KEEPING_H = (ACTIVATION_CODES["identity"], ACTIVATION_CODES["relu"])
 
 
 def bottleneck_forward_out(
@@ -54,6 +56,7 @@ def bottleneck_forward_out(
 ) -> None:
     """``fastadapters::bottleneck_forward_out``: fills y, and z and stats where given.
 
+    z is what backward wants: h where that tells the derivative of the activation, too.
     Behind LayerNorm z is not filled: backward makes it once more. With an index [...], of the
     leading dimensions of x, parameters are stacked, and z and stats in the order of the adapters.
     """
@@ -102,6 +105,7 @@ def bottleneck_forward_out(
             *rows,
             ACTIVATION=activation,
             CHANNEL_SCALE=p.per_channel(scale),
+            KEEPS_H=activation in _KEEPING_H,
             ROW_DIMS=row_dims,
         )
 
@@ -179,7 +183,9 @@ def bottleneck_backward_out(
     dz = h = None
     if needs_dz or (dx is not None and p.padded_r > p.block_r):
         dz = x.new_empty(p.m, p.padded_r, dtype=p.dtype)
-    if needs_up_product:
+    keeps_h = norm_weight is None and activation in _KEEPING_H
+    kept_h = z if needs_up_product and keeps_h and p.r == p.padded_r else None  # laid out as h
+    if needs_up_product and kept_h is None:
         h = x.new_empty(p.m, p.padded_r, dtype=p.dtype)
 
     blocks_r = p.padded_r // p.block_r
@@ -229,6 +235,7 @@ def bottleneck_backward_out(
                 *rows,
                 ACTIVATION=activation,
                 CHANNEL_SCALE=channel_scale,
+                KEEPS_H=keeps_h,
                 ADD_X=add_x,
                 ROW_DIMS=row_dims,
             )
@@ -252,7 +259,7 @@ def bottleneck_backward_out(
             dy,
             x,
             dz,
-            h,
+            kept_h if h is None else h,
             stats,
             groups.order,
             groups.splits.table,

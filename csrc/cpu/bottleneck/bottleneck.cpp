@@ -32,13 +32,13 @@ void bottleneck_backward(const BottleneckBackward& args, const Threads& threads)
   choose(kernels, args.dtype).backward(args, threads);
 }
 
-void grouped_forward(const BottleneckForward& args, const Groups& groups, const Threads& threads) {
-  each_adapter(args, groups, threads, choose(kernels, args.dtype).forward);
+void grouped_forward(const GroupedForward& args, const Threads& threads) {
+  each_adapter<BottleneckForward>(args, args.groups, threads, choose(kernels, args.dtype).forward);
 }
 
-void grouped_backward(const BottleneckBackward& args, const Groups& groups,
-                      const Threads& threads) {
-  each_adapter(args, groups, threads, choose(kernels, args.dtype).backward);
+void grouped_backward(const GroupedBackward& args, const Threads& threads) {
+  each_adapter<BottleneckBackward>(args, args.groups, threads,
+                                   choose(kernels, args.dtype).backward);
 }
 
 }  // namespace fastadapters::cpu

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2) column_pass(const __grid_constant
   extern __shared__ __align__(128) char shared[];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int chunk = blockIdx.x, split = blockIdx.y, width = p.width;
+  const int chunk = blockIdx.x, split = blockIdx.y;
   const int first_row = split * p.rows_per_split;
   const int last_row = min(first_row + p.rows_per_split, p.end_row);
   const int steps = max(last_row - first_row + kRows - 1, 0) / kRows;
@@ -45,15 +45,15 @@ __global__ void __launch_bounds__(kThreads, 2) column_pass(const __grid_constant
           return from.data + row_offset(p, from, row + min(i, rows - 1));
         });
       };
-      const auto load_narrow = [&](char* panel, const char* from) {
+      const auto load_narrow = [&](char* panel, const char* from, int width) {
         const char* const data = from + int64_t(row) * width * kSize;
         load_panel<T, kRows, L::kHiddenLine>(panel, rows, width * kSize, true,
                                              [&](int i) { return data + i * width * kSize; });
       };
       load_wide(stage, p.x);
       load_wide(stage + kPanel, p.dy);
-      load_narrow(stage + 2 * kPanel, p.d_hidden);
-      load_narrow(stage + 3 * kPanel, p.hidden);
+      load_narrow(stage + 2 * kPanel, p.d_hidden, p.width);
+      load_narrow(stage + 3 * kPanel, p.hidden, p.hidden_width);
     }
     copy_commit();
   };
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, 2) column_pass(const __grid_constant
 
   store_products<E, kWidth>(p, p.partials[kDown], down, split, chunk, 0, p.dim);
   store_products<E, kWidth>(p, p.partials[kUp], up, split, chunk, 0, p.out_dim);
-  if (chunk == 0 && threadIdx.x < width) {
-    p.partials[kDown].sums[split * width + threadIdx.x] = dz_sum;
+  if (chunk == 0 && threadIdx.x < p.width) {
+    p.partials[kDown].sums[split * p.width + threadIdx.x] = dz_sum;
   }
   if (warp % 2 == 0 && lane % 4 == 0) {
     float* const to = p.partials[kUp].sums + int64_t(split) * p.dim;

@@ -27,8 +27,7 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
   char* const extra = shared + layout.extra;
   auto& tables = *reinterpret_cast<typename L::Tables*>(shared + layout.tables);
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int group = lane / 4, pair = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, pair = lane % 4;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2;
   const Run run = tile_at<kGrouped>(p, tile);
   const int first_row = run.first, rows = run.rows, adapter = run.adapter;
@@ -176,9 +175,8 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
         }
         if (kShift && chunk == 0) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < 4; ++i)
             shift[i / 2][i % 2] = tables.stats[warp_row + 8 * i + group].x;
-          }
         }
       }
       multiply<E, 4, false, false, X>(
@@ -186,7 +184,6 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
           {weights + now.weights * L::kWeights, 0, warp_column * (kWidth / 2)}, shift);
       now.advance(p);
     }
-
     if (!kBackward && folded && part == 0) {
       sums.x += __shfl_xor_sync(0xffffffff, sums.x, 1);
       sums.y += __shfl_xor_sync(0xffffffff, sums.y, 1);
@@ -221,8 +218,10 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
       for (int i = 0; i < 8 * kDownN; ++i)
         z[i / (4 * kDownN)][i / 4 % kDownN][i % 4] += bias[i / 4 % kDownN][i % 2];
     }
-    if (!kBackward && p.z) at.store(p.z, z);
-    const uint32_t kept = p.dropout.seed ? at.kept(p.dropout, number_of) : 0;
+    if (!kBackward && p.z && !p.keeps_h) at.store(p.z, z);
+    // A relu that was kept is 0 where dropout has been, too, and so is its derivative there.
+    const bool told = kBackward && p.keeps_h && p.activation == Activation::relu;
+    const uint32_t kept = p.dropout.seed && !told ? at.kept(p.dropout, number_of) : ~0u;
     char* const panels = hidden + part * L::kHiddenPanels * kPanel;
     const Fragment<E> place(warp_row, warp_column * (kWidth / 2), kPanel);
     constexpr int kFirst = L::kBeside ? kWidth : 0;  // column of h where dWu is accumulated
@@ -230,8 +229,9 @@ __device__ __forceinline__ void pass_tile(const DataPass& p, int tile, char* sha
     const Fragment<E> h_place(warp_row, kFirst + warp_column * (kWidth / 2), kPanel);
     if (!kBackward || kAccumulate || p.hidden) {
       float h[2][kDownN][4];
-      activate<false>(p.activation, z, h, h);
-      at.mask(h, p.dropout, kept);
+      activate<false>(p.activation, z, h, h);  // of an h that was kept it is that h
+      if (!kBackward || !p.keeps_h) at.mask(h, p.dropout, kept);
+      if (!kBackward && p.z && p.keeps_h) at.store(p.z, h);
 #pragma unroll
       for (int i = 0; i < 4 * kDownN; ++i) {
         const int n = i % kDownN;

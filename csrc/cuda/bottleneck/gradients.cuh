@@ -19,8 +19,9 @@ struct Partial {
 
 struct WeightPass : Problem {
   Activations dy;
-  const char* hidden = nullptr;
+  const char* hidden = nullptr;  // h [M, hidden_width] and dz [M, width]
   const char* d_hidden = nullptr;
+  int hidden_width = 0;
   int down_blocks = 0, mask_blocks = 0;  // of a split, in the order of the jobs
   int begin_row = 0, end_row = 0, rows_per_split = 0;
   bool add = false;  // to the partial sums of the rows before
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_pass(const __grid_constant
   const bool normalised = job == kDown && p.norm;
   const bool drop = job != kUp && p.input_dropout.seed != nullptr;
   const bool sum = job == kUp ? part == 0 : job == kDown && chunk == 0;
-  const int width = p.width;
+  const int width = job == kUp ? p.hidden_width : p.width;
   if (kGrouped && p.splits[split].rows == 0) return;
   const int first_row = kGrouped ? p.splits[split].first : p.begin_row + split * p.rows_per_split;
   const int last_row =

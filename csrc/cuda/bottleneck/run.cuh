@@ -137,6 +137,12 @@ constexpr bool kAccumulates = !kGrouped && sizeof(typename E::T) == 2 &&
 
 inline int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
 
+// Whether forward keeps h in the place of z: where it tells the activation's derivative.
+inline bool keeps_h(const Bottleneck& op) {
+  return !op.norm_weight.data &&
+         (op.activation == Activation::identity || op.activation == Activation::relu);
+}
+
 template <class E, int kWidth, class X, class Y, bool kGrouped>
 void run(const BottleneckForward& op, const Groups& groups, Arena* arena, cudaStream_t stream) {
   DataPass p;
@@ -153,6 +159,7 @@ void run(const BottleneckForward& op, const Groups& groups, Arena* arena, cudaSt
   p.tail = activations(op.rows, op.out_dtype, op.residual);
   p.out = activations(op.rows, op.out_dtype, op.y);
   p.z = static_cast<char*>(op.z);
+  p.keeps_h = keeps_h(op);
   p.add_tail = op.residual.data != nullptr;
   p.keep_tail = op.residual.data == op.x.data && op.dim == op.out_dim &&
                 op.x_dtype == op.out_dtype && !p.input_dropout.seed &&
@@ -219,7 +226,10 @@ void run(const BottleneckBackward& op, const Groups& groups, Arena* arena, cudaS
   const int blocks = accumulating_blocks<E, kWidth, X, Y, kGrouped>(op, p, device);
   const bool columns = !blocks && by_columns<E, X, Y, kGrouped>(op, p, device);
   const int64_t hidden_bytes = int64_t(p.rows) * p.width * int64_t(sizeof(typename E::T));
-  if (up && !blocks) p.hidden = arena->take<char>(hidden_bytes);
+  // h is taken from where forward has kept it, if its rows start on 16 bytes.
+  const bool kept = keeps_h(op) && op.z && on_16_bytes(op.z) &&
+                    op.bottleneck * int64_t(sizeof(typename E::T)) % 16 == 0;
+  if (up && !blocks && !kept) p.hidden = arena->take<char>(hidden_bytes);
   if (down) p.d_hidden = arena->take<char>(hidden_bytes);
 
   // The rows are split so that two blocks on each processor share the work.
@@ -261,6 +271,7 @@ void run(const BottleneckBackward& op, const Groups& groups, Arena* arena, cudaS
     p.add_tail = op.add_dy;
     p.keep_tail = !columns && op.add_dy && !(p.norm && p.input_dropout.seed);
     p.z = static_cast<char*>(op.z);
+    p.keeps_h = keeps_h(op);
     p.read_x = p.norm;
     p.read_tail = op.needs_dz();
     if constexpr (kAccumulates<E, kWidth, X, Y, kGrouped>) {
@@ -276,7 +287,8 @@ void run(const BottleneckBackward& op, const Groups& groups, Arena* arena, cudaS
     WeightPass w;
     static_cast<Problem&>(w) = p;
     w.dy = p.tail;
-    w.hidden = p.hidden;
+    w.hidden = kept ? p.z : p.hidden;
+    w.hidden_width = kept ? p.bottleneck : p.width;
     w.d_hidden = p.d_hidden;
     w.rows_per_split = tiles_per_split * kRows;
     std::copy(partials, partials + kJobs, w.partials);
@@ -284,7 +296,7 @@ void run(const BottleneckBackward& op, const Groups& groups, Arena* arena, cudaS
       p.first_tile = share * tiles_per_share;
       const int count =
           kGrouped ? plan.tile_count : std::min(tiles_per_share, tiles - p.first_tile);
-      if (op.needs_z() && !blocks) {
+      if (!blocks && (op.needs_dz() || (op.needs_z() && !kept))) {
         run_data_pass<E, kWidth, true, X, Y, kGrouped>(p, count, device, stream);
       }
       w.begin_row = p.first_tile * kRows;

@@ -24,7 +24,10 @@ struct DataPass : Problem {
   bool read_x = true, read_tail = false;  // by the passes down
   int first_tile = 0;                     // of a launch
   int ring = 0, lookahead = 0, shared = 0;
-  char* z = nullptr;       // [M, r]: forward may store it, backward without norm loads it
+  // [M, r]: forward may store it, backward without norm loads it. If h is kept in its place, which
+  // tells the derivative of the activation as well, the weights' gradients can take it from there.
+  char* z = nullptr;
+  bool keeps_h = false;
   char* hidden = nullptr;  // backward: h and dz for the weight gradients, [M, width]
   char* d_hidden = nullptr;
   // backward: columns of dWu that a block accumulates, a multiple of 8, or 0; what it makes,
