@@ -243,6 +243,16 @@ def test_traffic(arch: int, d: int, dtypes: dict[str, torch.dtype]) -> None:
     assert all(kernel.count(matrix) > 0 for kernel in (forward, backward, weights))
 
 
+def test_relu_keeps_h() -> None:
+    """Backward leaves dx and dz alone, but where h is not as wide as the blocks of r."""
+    for r, copies in ((64, 1), (48, 2)):
+        case = Case(rows=(128,), d=256, r=r, dtype=BF16, dropout=0.3)
+        with device.simulate(80) as run:
+            bottleneck_cases.check_backend(case, "triton")
+        written = run.total("backward_kernel").traffic().written
+        assert written == 128 * 256 * 2 + copies * 128 * 64 * 2
+
+
 def test_traffic_of_lora() -> None:
     """x, residual, y, dy and dx as often as without dropout in front: the mask is never stored."""
     case = Case(

@@ -32,7 +32,7 @@ EVERYTHING = Case(
 )  # fmt: skip
 CASES = [
     (
-        Case(rows=(2, 3, 30), dtype=FP16, activation="silu", scale="learnable", layout="slice"),
+        Case(rows=(2, 3, 30), dtype=FP16, dropout=0.2, scale="learnable", layout="slice"),
         2,
         80,
     ),
