@@ -52,7 +52,8 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: Any) -> Tile:
         d, in_front = max(self.d, self.d_out), self.input.seed is not None
-        key = d, self.block_r, self.dtype, self.wide, in_front, architecture()
+        grouped = self.groups.order is not None
+        key = d, self.block_r, self.dtype, self.wide, in_front, grouped, architecture()
         return tiles.tile(kernel.__name__, *key)
 
     def grouped(self, adapters: int, index: Tensor, kernel: Any, *splits: int) -> Problem:

@@ -44,6 +44,8 @@ FLOAT32_TILES = {
     "backward_kernel": {64: Tile(32, 32, 8, 2)},
     "weights_kernel": {64: Tile(32, 32, 4, 2)},
 }
+# With rows that are gathered 8 warps spill.
+GROUPED_TILES = TILES | {"weights_kernel": TILES["weights_kernel"] | {64: Tile(64, 128, 16, 3)}}
 REDUCE_BLOCK_D = 8
 NORM_BLOCK_R = 4
 NORM_BLOCK_D = 256
@@ -54,13 +56,20 @@ def max_block_r(dtype: torch.dtype) -> int:
 
 
 def tile(
-    kernel: str, d: int, block_r: int, dtype: torch.dtype, wide: bool, in_front: bool, arch: str
+    kernel: str,
+    d: int,
+    block_r: int,
+    dtype: torch.dtype,
+    wide: bool,
+    in_front: bool,
+    grouped: bool,
+    arch: str,
 ) -> Tile:
     """The tile of a kernel, by its name, on ``arch`` ("sm_90", "gfx942"); not by M.
 
     d is the wider of D and D_out. Where x or y is ``wide``, in fp32 beside 16-bit products, half
     the columns are as many bytes. Where there is dropout ``in_front`` its mask, and what LayerNorm
-    wants of it, take registers.
+    wants of it, take registers, and so do ``grouped`` rows.
     """
     if dtype == torch.float32:
         tiles = FLOAT32_TILES
@@ -71,7 +80,7 @@ def tile(
     elif arch == "sm_90":
         tiles = WGMMA_TILES
     else:
-        tiles = WIDE_TILES if wide else TILES
+        tiles = WIDE_TILES if wide else GROUPED_TILES if grouped else TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
     columns, single = chosen.block_d, dtype == torch.float32
     crowded = {"weights_kernel", "backward_kernel"} if single else {"weights_kernel"}
