@@ -35,8 +35,8 @@ DTYPES = {
 }
 NUMBERS = ("r", "registers", "shared", "blocks", "threads", "HMMA", "instructions")
 HALVES = ("bfloat16", "float16")
-# Where the kernels for rows of several adapters are tested, for the time it takes; the table has them
-# for all that are.
+# Where the kernels for rows of several adapters are tested, for the time it takes; the table has
+# them for all that are.
 GROUPED = (80,)
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason=device.TOOLS)
