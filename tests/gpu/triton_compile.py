@@ -172,7 +172,8 @@ def write(ops: Sequence[str]) -> None:
     """The tables of these ops anew: a section's text stays."""
     pairs = list(itertools.product(ops, ARCHITECTURES))
     compiled = dict(zip(pairs, compile_for(pairs), strict=True))
-    text = re.sub(r"Triton [\d.]+ ", f"Triton {triton.__version__} ", TABLE.read_text())
+    compiler = f"Compiled by Triton {triton.__version__} "
+    text = re.sub(r"Compiled by Triton [\d.]+ ", compiler, TABLE.read_text())
     for op in ops:
         before, own, after = section(text, op)
         kept = [line for line in own.splitlines() if not re.match(r"\| (sm_|gfx)", line)]
