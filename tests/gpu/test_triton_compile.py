@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from triton_compile import ARCHITECTURES, check
+from triton_compile import check
 
-PAIRS = [("bottleneck", arch) for arch in ARCHITECTURES]
+# One of each kind of matrix core that is in use; a minute each.
+PAIRS = [("bottleneck", arch) for arch in ("sm_80", "sm_90", "gfx942")]
 PAIRS += [("dropout_in_front", "sm_80"), ("sequence_fusion", "sm_90")]
 
 
