@@ -233,7 +233,7 @@ def _logits(c: Call, kept: dict[str, Tensor], logits: Tensor, save: bool) -> Non
         s.d,
         BLOCK_D=tiles.PAIR_COLUMNS,
         **pair_meta(c),
-        **tiles.registers(architecture()),
+        **tiles.pair_registers(architecture()),
         **tile,
     )
 

@@ -31,11 +31,16 @@ def pairs(r: int) -> dict[str, int]:
 
 
 def registers(arch: str) -> dict[str, int]:
-    """The most registers of a thread of products and of the forward's pairs, where to say so.
+    """The most registers of a thread of products, where to say so.
 
     For Blackwell ptxas keeps fewer by itself, to have more programs on a processor, and spills.
     """
     return {"maxnreg": REGISTERS} if arch.startswith(("sm_10", "sm_12")) else {}
+
+
+def pair_registers(arch: str) -> dict[str, int]:
+    """The same of the forward's pairs: beside some versions of Triton for Hopper as well."""
+    return {"maxnreg": 128} if arch == "sm_90" else registers(arch)
 
 
 def d_pairs(r: int, arch: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ...ops.codes import DTYPES
-from ..launch import Tile, precision, triton_dtype
+from ..launch import Tile, architecture, precision, triton_dtype
 from . import tiles
 
 
@@ -72,13 +72,13 @@ class Problem(NamedTuple):
 
     def row_tile(self, kernel: Any) -> Tile:
         """Of rows of y and columns of D."""
-        return tiles.tile(kernel.__name__, None, self.dim, self.block_r, self.dtype)
+        return tiles.tile(kernel.__name__, None, self.dim, self.block_r, self.dtype, architecture())
 
     def token_tile(self, kernel: Any) -> Tile:
         """Of tokens and columns of D_m; not by how many tokens there are: it decides what is summed
         in which order."""
         tokens, columns = max(self.factor_tokens), max(self.dims)
-        return tiles.tile(kernel.__name__, tokens, columns, self.block_r, self.dtype)
+        return tiles.tile(kernel.__name__, tokens, columns, self.block_r, self.dtype, architecture())
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **meta: Any

@@ -23,6 +23,8 @@ FLOAT32_TILES = {
     "tokens_kernel": {32: Tile(32, 32, 8, 1)},
     "inputs_kernel": {32: Tile(32, 32, 4, 2)},
 }
+# Of Hopper's newer tensor cores products by 8 warps spill under Triton 3.6 and 3.9.
+HOPPER_TILES = TILES | {"fuse_kernel": {64: Tile(32, 64, 4, 2)}}
 BLOCK_O = 16
 REDUCE_BLOCK = 512
 
@@ -31,9 +33,12 @@ def max_block_r(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def tile(kernel: str, rows: int | None, columns: int, block_r: int, dtype: torch.dtype) -> Tile:
+def tile(
+    kernel: str, rows: int | None, columns: int, block_r: int, dtype: torch.dtype, arch: str
+) -> Tile:
     """The tile of a kernel, by its name, for so many columns, and rows if they do not vary."""
-    tiles = (FLOAT32_TILES if dtype == torch.float32 else TILES)[kernel]
+    sixteen = HOPPER_TILES if arch == "sm_90" else TILES
+    tiles = (FLOAT32_TILES if dtype == torch.float32 else sixteen)[kernel]
     chosen = next(tile for most, tile in tiles.items() if block_r <= most)
     block_m = chosen.block_m
     if rows is not None:
