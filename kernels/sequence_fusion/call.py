@@ -77,8 +77,8 @@ class Problem(NamedTuple):
     def token_tile(self, kernel: Any) -> Tile:
         """Of tokens and columns of D_m; not by how many tokens there are: it decides what is summed
         in which order."""
-        tokens, columns = max(self.factor_tokens), max(self.dims)
-        return tiles.tile(kernel.__name__, tokens, columns, self.block_r, self.dtype, architecture())
+        sizes = max(self.factor_tokens), max(self.dims), self.block_r
+        return tiles.tile(kernel.__name__, *sizes, self.dtype, architecture())
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], tile: Tile, *args: Any, **meta: Any
