@@ -14,7 +14,7 @@ import torch
 from fastadapters.crossover import LIMITS
 from fastadapters.ops.codes import ACTIVATION_CODES, DTYPE_CODES
 
-from .model import GPUS, Counts, Gpu, counted, head, row
+from .model import GPUS, Counts, Gpu, counted, head, row, worse_ratio
 from .workloads import BOTTLENECK, GROUPED, Bottleneck, Grouped
 
 HEADING = "## GPU: predicted"
@@ -288,8 +288,7 @@ def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
         for r in widths:
             w = Bottleneck("", 64, 512, d, r, cpu_batch=64)
             ours = [sum(max(c.times(gpu).values()) for c in cs) for cs in kernels(w, gpu, kind)]
-            forward, backward = eager_times(w, gpu, kind)
-            found[d, r] = min(forward / ours[0], (forward + backward) / sum(ours))
+            found[d, r] = worse_ratio(eager_times(w, gpu, kind), ours)
             print(f"{gpu.name} {kind} D {d} r {r}: {found[d, r]:.2f}", flush=True)
     return found
 

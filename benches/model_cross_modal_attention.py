@@ -13,7 +13,17 @@ import torch
 
 from fastadapters.functional import cross_modal_attention
 
-from .model import GPUS, Counts, Gpu, counted, eager_launches, head, row
+from .model import (
+    GPUS,
+    Counts,
+    Gpu,
+    counted,
+    eager_launches,
+    head,
+    least_seconds,
+    row,
+    worse_ratio,
+)
 from .model_bottleneck import LAUNCH
 from .workloads import CROSS_MODAL_ATTENTION, CrossModalAttention
 
@@ -63,16 +73,12 @@ def eager_times(w: CrossModalAttention, gpu: Gpu, dtype: torch.dtype) -> tuple[f
     width = w.heads * w.width
     scores, out = 4 * w.heads * c * (c + b), size * b * c * width
     products = 2 * c * (c + b) * width + b * c * width  # texts and images over texts; lse of pairs
-    rate = 0.8 * (gpu.vendor_fp32 if dtype == torch.float32 else gpu.vendor)
-
-    def took(passes: tuple[int, int], times: float) -> float:
-        seconds = 2 * times * products / rate
-        for n, size in zip(passes, (scores, out), strict=True):
-            seconds += n * size / (gpu.l2 if 2 * size < gpu.l2_size else gpu.memory)
-        return seconds
-
+    rate = gpu.vendor_fp32 if dtype == torch.float32 else gpu.vendor
     # lerp's backward makes three tensors as large as its output, and each is summed.
-    return took((8, 1), 1), took((10, 9), 2)
+    return (
+        least_seconds(gpu, 2 * products, rate, ((8, scores), (1, out))),
+        least_seconds(gpu, 4 * products, rate, ((10, scores), (9, out))),
+    )
 
 
 def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
@@ -85,14 +91,12 @@ def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
     launches = eager_launches(lambda t: cross_modal_attention(**t, bias=ADDITIVE), tensors)
     for width, (c, b) in itertools.product((32, 128), ((397, 64), (1000, 64))):
         w = CrossModalAttention("", c, b, width=width)
-        times = []
-        for part, eager, n in zip(
-            run(w, gpu, dtype), eager_times(w, gpu, dtype), launches, strict=True
-        ):
-            ours = sum(max(k.times(gpu).values()) + LAUNCH for k in part)
-            times.append((ours, eager + n * LAUNCH))
-        ours, plain = (sum(t) for t in zip(*times, strict=True))
-        ratio = min(times[0][1] / times[0][0], plain / ours)
+        ours = [
+            sum(max(k.times(gpu).values()) + LAUNCH for k in part) for part in run(w, gpu, dtype)
+        ]
+        eager = eager_times(w, gpu, dtype)
+        plain = [t + n * LAUNCH for t, n in zip(eager, launches, strict=True)]
+        ratio = worse_ratio(plain, ours)
         print(f"{gpu.name} {kind} d {width} C {c} B {b}: {ratio:.2f}", flush=True)
         at = w.heads * width, width
         found[at] = min(ratio, found.get(at, ratio))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .model import FREE, GPUS, Gpu, eager_launches
+from .model import FREE, GPUS, Gpu, eager_launches, least_seconds, worse_ratio
 from .model_bottleneck import LAUNCH
 
 HEADING = "## GPU: predicted, the multi-modal head"
@@ -132,16 +132,12 @@ def eager_times(gpu: Gpu, c: int, b: int, r: int) -> tuple[float, float]:
     attention = 2 * c * rows * WIDTH
     mixtures, forms = 2 * HEADS * c * b * r, c * b * r * r
 
-    def took(passes: tuple[int, int], products: int) -> float:
-        seconds = 2 * products / (0.8 * gpu.vendor_fp32)
-        for n, size in zip(passes, (pairs, scores), strict=True):
-            seconds += n * size / (gpu.l2 if 2 * size < gpu.l2_size else gpu.memory)
-        return seconds
-
+    forward = layers + attention + mixtures + 2 * forms
+    backward = 2 * (layers + mixtures + forms) + 5 * attention // 2
     # Of its elementwise operations and sums each reads what it is given and writes what it makes.
     return (
-        took((24, 8), layers + attention + mixtures + 2 * forms),
-        took((32, 10), 2 * (layers + mixtures + forms) + 5 * attention // 2),
+        least_seconds(gpu, 2 * forward, gpu.vendor_fp32, ((24, pairs), (8, scores))),
+        least_seconds(gpu, 2 * backward, gpu.vendor_fp32, ((32, pairs), (10, scores))),
     )
 
 
@@ -165,13 +161,10 @@ def points(gpu: Gpu, kind: str) -> dict[tuple[int, int], float]:
     tensors = head_tensors(5, 3, 16, 8, 4, torch.float32)
     launches = eager_launches(lambda t: [logits(t, bias=bias)], tensors)
     for r, (c, b) in itertools.product((32, 64, 128), ((100, 32), (397, 256), (1000, 64))):
-        times = []
-        for part, eager, n in zip(
-            kernels(c, b, r), eager_times(gpu, c, b, r), launches, strict=True
-        ):
-            times.append((predicted(part, gpu) + len(part) * LAUNCH, eager + n * LAUNCH))
-        ours, plain = (sum(t) for t in zip(*times, strict=True))
-        ratio = min(times[0][1] / times[0][0], plain / ours)
+        ours = [predicted(part, gpu) + len(part) * LAUNCH for part in kernels(c, b, r)]
+        eager = eager_times(gpu, c, b, r)
+        plain = [t + n * LAUNCH for t, n in zip(eager, launches, strict=True)]
+        ratio = worse_ratio(plain, ours)
         print(f"{gpu.name} {kind} C {c} B {b} R {r}: {ratio:.2f}", flush=True)
         found[DIM, r] = min(ratio, found.get((DIM, r), ratio))
     return found
