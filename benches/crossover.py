@@ -180,13 +180,18 @@ def render(limits: dict[Key, Limit]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", choices=MODELLED, default=MODELLED, help="with --gpu")
-    parser.add_argument("--gpu", action="store_true", help="from the model, instead of this CPU")
+    parser.add_argument(
+        "--gpu", nargs="*", choices=MODELLED, metavar="OP",
+        help="from the model instead of this CPU, of these ops or of all",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="float32,bfloat16,float16", help="comma-separated")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a pair is measured")
     args = parser.parse_args()
     dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
-    found = modelled(dtypes, args.ops) if args.gpu else this_cpu(dtypes, args.budget)
+    if args.gpu is None:
+        found = this_cpu(dtypes, args.budget)
+    else:
+        found = modelled(dtypes, args.gpu or MODELLED)
     for key, limit in found.items():
         print(*key, *limit)
     TABLE.write_text(render({**LIMITS, **found}))

@@ -161,6 +161,20 @@ def test_the_ratio_of_the_crossover_is_the_worst(monkeypatch) -> None:
     assert crossover.worst_ratio(8, 4, torch.float32, 16, 0.0) == 0.5
 
 
+def test_commands_of_the_crossover(monkeypatch, tmp_path) -> None:
+    """As its docstring has them."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(crossover, "measure", lambda dtype, budget: asked.append(["cpu"]) or {})
+    monkeypatch.setattr(crossover, "modelled", lambda dtypes, ops: asked.append([*ops]) or {})
+    monkeypatch.setattr(crossover, "render", lambda limits: "written")
+    monkeypatch.setattr(crossover, "TABLE", tmp_path / "table.py")
+    for arguments in ([], ["--gpu"], ["--gpu", "multimodal"]):
+        monkeypatch.setattr("sys.argv", ["crossover", "--dtype", "float32", *arguments])
+        crossover.main()
+    assert asked == [["cpu"], crossover.MODELLED, ["multimodal"]]
+    assert crossover.TABLE.read_text() == "written"
+
+
 def test_definition_in_parts_is_the_definition() -> None:
     workload = workloads.MULTIMODAL[0].small()
     case = test_multimodal.case(workload, "cpu", torch.float32)
