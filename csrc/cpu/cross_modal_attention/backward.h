@@ -64,6 +64,9 @@ inline void add_to(float* sum, const float* part, int64_t n) {
 
 // What one item's d_out gives: adds to the sums over items, and leaves the gradients of its scores
 // and of its image values in d_weights and d_values. `text_weights` and `weights` are the item's.
+//
+// A score's gradient is w_i (g_i - sum_j w_j g_j) where g_j = d_out . v_j. Of what outweighs all
+// others, w_i near to 1, that would leave little but roundings: its g is taken off all first.
 inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t, const Head& d_out,
                                int64_t first, int64_t n, const float* values,
                                const float* text_weights, const float* weights, float* d_weights,
@@ -72,16 +75,23 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
   for (int64_t c = 0; c < n; c += kLanes) {
     int64_t rows = least(kLanes, n - c);
     d_out.read_rows(first + c, rows, 1, t.d_rows, s.ld);
-    Vec by_texts = {}, mean = {};
+    Vec by_texts = {}, heaviest = read<Vec>(text_weights + c), of_heaviest = {};
     if (s.sees[0][0] && images) by_texts = dots(s, rows, t.d_rows, t.forward.out + c * s.ld, s.ld);
     for (int64_t i = 0; i < images; ++i) {
+      Vec weight = read<Vec>(weights + i * kTexts + c);
       Vec by_weight = dots(s, rows, t.d_rows, values + i * s.ld, 0) - by_texts;
-      mean += read<Vec>(weights + i * kTexts + c) * by_weight;
+      of_heaviest = weight > heaviest ? by_weight : of_heaviest;
+      heaviest = weight > heaviest ? weight : heaviest;
       store(d_weights + i * kTexts + c, by_weight);
     }
+    Vec mean = -read<Vec>(text_weights + c) * of_heaviest;
+    for (int64_t i = 0; i < images; ++i)
+      mean += read<Vec>(weights + i * kTexts + c) *
+              (read<Vec>(d_weights + i * kTexts + c) - of_heaviest);
     for (int64_t i = 0; i < images; ++i) {
       float* of_image = d_weights + i * kTexts + c;
-      store(of_image, read<Vec>(weights + i * kTexts + c) * (read<Vec>(of_image) - mean));
+      store(of_image,
+            read<Vec>(weights + i * kTexts + c) * (read<Vec>(of_image) - of_heaviest - mean));
       for (int64_t j = 0; w.v[1] && j < width; j += kLanes) {
         Vec sum = {};
         for (int64_t r = 0; r < rows; ++r)
@@ -90,7 +100,8 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
       }
     }
     if (!s.sees[0][0]) continue;
-    store(t.some_beyond + c, read<Vec>(t.some_beyond + c) + read<Vec>(text_weights + c) * mean);
+    store(t.some_beyond + c,
+          read<Vec>(t.some_beyond + c) + read<Vec>(text_weights + c) * (of_heaviest + mean));
     for (int64_t r = 0; r < rows; ++r) {
       Vec weight = broadcast(text_weights[c + r]);
       for (int64_t j = 0; j < width; j += kLanes) {
