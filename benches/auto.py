@@ -1,6 +1,7 @@
 """Whether `auto` loses to `eager` anywhere: every op with kernels, forward and training step.
 
-    python -m benches.auto        # a quarter of an hour on two cores
+    python -m benches.auto              # eight minutes on two cores
+    python -m benches.auto --compile    # and against torch.compile, in an hour
 
 A cell is two calls of one function, as `auto` runs it and on backend `eager`, which take turns
 until it is plain which is faster: most cells are settled in three rounds, those near to equal get
@@ -62,6 +63,8 @@ class Cell(NamedTuple):
     ratio: float
     """of eager's time to that of `auto`, the median of the rounds; 1 where `auto` is `eager`"""
     rounds: int
+    compiled: float | None = None
+    """as ``ratio``, of torch.compile of eager; None where that was not measured"""
 
 
 def settled(ratios: Sequence[float]) -> bool:
@@ -122,25 +125,37 @@ def smaller(workload: Any) -> Any:
     return workload._replace(batch=max(1, batch // 8))
 
 
-def cells(case: Case, dtype: str, threads: Sequence[int], budget: float) -> Iterator[Cell]:
+def cells(
+    case: Case, dtype: str, threads: Sequence[int], budget: float, compiles: bool = False
+) -> Iterator[Cell]:
     ours = case.candidates["ours"]
+    forms = [on_backend("auto", ours), on_backend("eager", ours)]
+    if compiles:
+        torch.compiler.reset()
+        forms.append(torch.compile(case.candidates["eager"], dynamic=False))
     with torch.no_grad():
         outputs: list[Outputs] = []
         decisions = fastadapters.explain(lambda: outputs.append(ours(**case.inputs)))
     cotangents = tuple(map(torch.randn_like, as_tuple(outputs.pop())))
     for direction, given in (("forward", None), ("training step", cotangents)):
-        candidates = [
-            stepper(on_backend(name, ours), case.inputs, given) for name in ("auto", "eager")
-        ]
+        candidates = [stepper(fn, case.inputs, given) for fn in forms]
+        crashes = given is not None and "compiled eager" in case.untrainable
         for n in threads:
             torch.set_num_threads(n)
             chosen = decisions[0].backend
             ratios = [] if chosen == "eager" else duel(candidates[0], candidates[1], budget)
             ratio = statistics.median(ratios or [1.0])
-            yield Cell(case.op, case.workload, dtype, direction, n, chosen, ratio, len(ratios))
+            cell = Cell(case.op, case.workload, dtype, direction, n, chosen, ratio, len(ratios))
+            if compiles and not crashes:
+                candidates[2]()  # compiles, for this number of threads
+                rounds = duel(candidates[0], candidates[2], budget / 3)
+                cell = cell._replace(compiled=statistics.median(rounds))
+            yield cell
 
 
-def measure(dtypes: Sequence[str], threads: Sequence[int], budget: float) -> Iterator[Cell]:
+def measure(
+    dtypes: Sequence[str], threads: Sequence[int], budget: float, compiles: bool
+) -> Iterator[Cell]:
     slow = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for make_case, table in TABLE:
         for workload in table:
@@ -152,15 +167,17 @@ def measure(dtypes: Sequence[str], threads: Sequence[int], budget: float) -> Ite
                     case = autocast(make_case(w, "cpu", torch.float32), "cpu", torch.bfloat16)
                 else:
                     case = make_case(w, "cpu", getattr(torch, dtype))
-                yield from cells(case, dtype, threads, budget)
+                yield from cells(case, dtype, threads, budget, compiles)
 
 
 def table(found: Sequence[Cell]) -> str:
-    """A line for each workload and dtype; in bold where `auto` loses."""
+    """A line for each workload and dtype: eager / torch.compile to ours; in bold where `auto` loses."""
     places = sorted({(c.direction, c.threads) for c in found})
     lines: dict[tuple[str, ...], dict[tuple[str, int], str]] = {}
     for c in found:
         text = f"**{c.ratio:.2f}**" if c.ratio < LOSES else f"{c.ratio:.2f}"
+        if c.compiled is not None:
+            text += f" / {c.compiled:.2f}"
         key = (c.op, c.workload, c.dtype, c.backend)
         lines.setdefault(key, {})[c.direction, c.threads] = text
     head = ("op", "workload", "dtype", "backend")
@@ -175,10 +192,15 @@ def main() -> None:
     parser.add_argument("--dtype", default=",".join(DTYPES), help="comma-separated")
     parser.add_argument("--threads", default=f"1,{os.cpu_count()}", help="comma-separated")
     parser.add_argument("--budget", type=float, default=3.0, help="seconds a cell takes at most")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile, too")
     args = parser.parse_args()
+    threads = [*map(int, args.threads.split(","))]
     found = []
-    for cell in measure(args.dtype.split(","), [*map(int, args.threads.split(","))], args.budget):
-        print(*cell[:-2], f"{cell.ratio:.2f} ({cell.rounds})", sep=" | ", flush=True)
+    for cell in measure(args.dtype.split(","), threads, args.budget, args.compile):
+        times = f"{cell.ratio:.2f} ({cell.rounds})"
+        if cell.compiled is not None:
+            times += f", compiled {cell.compiled:.2f}"
+        print(*cell[:6], times, sep=" | ", flush=True)
         found.append(cell)
     print(f"\n{table(found)}")
 

@@ -296,7 +296,7 @@ def test_auto_measures_until_it_is_settled() -> None:
     assert not auto.settled([1.05, 0.9] * 20)
 
 
-def test_auto_compares_what_it_would_run_with_eager() -> None:
+def test_auto_compares_what_it_would_run_with_eager(monkeypatch) -> None:
     ran: list[str] = []
 
     def call(name: str) -> Callable[..., torch.Tensor]:
@@ -312,19 +312,27 @@ def test_auto_compares_what_it_would_run_with_eager() -> None:
         "up_weight": torch.randn(8, 2),
     }
     inputs = {n: t.requires_grad_() for n, t in inputs.items()}
-    case = harness.Case("bottleneck", "w", inputs, {"ours": call("ours")}, call("definition"))
+    forms = {"ours": call("ours"), "eager": call("eager")}
+    case = harness.Case("bottleneck", "w", inputs, forms, call("definition"))
     found = list(auto.cells(case, "float32", [1], 0.01))
     assert [c.direction for c in found] == ["forward", "training step"]
+    assert [c.compiled for c in found] == [None, None]
     assert {"auto", "eager"} <= set(ran)
+
+    monkeypatch.setattr(torch, "compile", lambda fn, dynamic: fn)
+    case = case._replace(untrainable={"compiled eager": "crashes"})
+    forward, step = auto.cells(case, "float32", [1], 0.01, compiles=True)
+    assert forward.compiled is not None and step.compiled is None
 
 
 def test_the_table_of_auto_marks_what_loses() -> None:
     cell = auto.Cell("bottleneck", "w", "float32", "forward", 2, "cpu", 1.5, 3)
     losing = cell._replace(threads=1, ratio=0.95)
     other = cell._replace(workload="v", dtype="autocast", backend="eager", ratio=1.0, rounds=0)
+    other = other._replace(compiled=1.25)
     lines = auto.table([cell, losing, other]).splitlines()
     assert lines[2] == "| bottleneck | w | float32 | cpu | **0.95** | 1.50 |"
-    assert lines[3] == "| bottleneck | v | autocast | eager | - | 1.00 |"
+    assert lines[3] == "| bottleneck | v | autocast | eager | - | 1.00 / 1.25 |"
     assert lines[-1] == "1 of 3 below 0.97 of eager."
 
 
