@@ -171,7 +171,7 @@ def measure(
 
 
 def table(found: Sequence[Cell]) -> str:
-    """A line for each workload and dtype: eager / torch.compile to ours; in bold where `auto` loses."""
+    """A line for each workload and dtype: against eager / compiled eager; bold where it loses."""
     places = sorted({(c.direction, c.threads) for c in found})
     lines: dict[tuple[str, ...], dict[tuple[str, int], str]] = {}
     for c in found:
