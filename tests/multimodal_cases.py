@@ -21,10 +21,18 @@ ADAPT = ("both", "image", "text")
 
 
 def head_tensors(
-    c: int, b: int, d: int, e: int, r: int, dtype: torch.dtype, down: int = 1, up: int = 2
+    c: int,
+    b: int,
+    d: int,
+    e: int,
+    r: int,
+    dtype: torch.dtype,
+    down: int = 1,
+    up: int = 2,
+    seed: int = 0,
 ) -> Tensors:
     """Features and the parameters of ``down`` and ``up`` layers."""
-    gen = torch.Generator().manual_seed(0)
+    gen = torch.Generator().manual_seed(seed)
     widths = {
         "down": [d, *[r] * (down - 1), e],
         "in": [e, 3 * e],

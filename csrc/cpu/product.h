@@ -19,29 +19,48 @@ struct View {
 inline View rows_of(const float* data, int64_t ld) { return {data, ld, 1}; }
 inline View columns_of(const float* data, int64_t ld) { return {data, 1, ld}; }
 
-using Single_ = Gemm<Single>;
-constexpr int kBlockRows = Single_::kRows;
-constexpr int kPanelVectors = Single_::kPanel;
+struct PanelOfB {
+  static constexpr int kPanel = 4;
+};
+using Panels_ = Panels<PanelOfB>;
+constexpr int kPanelVectors = PanelOfB::kPanel;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
 constexpr int64_t kChain = 32;   // longest chain of additions
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
 
-// c += the product of kBlockRows rows of A, of which those from `rows` on repeat the last one, and
-// rows of B that are `ldb` apart.
+// Rows of a block of C: as many as leave registers for what is multiplied.
 template <int vectors>
+constexpr int kBlockRows = vectors == 1 ? 8 : (kLanes == 16 ? 24 : 12) / vectors;
+
+// c += the product of so many rows of A, of which those from `rows` on repeat the last one, and
+// rows of B that are `ldb` apart.
+template <int vectors, int block>
 FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const float* b, int64_t ldb,
-                                     Vec (&c)[kBlockRows][vectors]) {
-  const float* row[kBlockRows];
-  for (int i = 0; i < kBlockRows; ++i) row[i] = a.data + least(i, rows - 1) * a.row;
+                                     Vec (&c)[block][vectors]) {
+  const float* row[block];
+  for (int i = 0; i < block; ++i) row[i] = a.data + least(i, rows - 1) * a.row;
   for (int64_t step = 0; step < k; ++step, b += ldb) {
-    Vec bk[vectors];
+    int64_t at = step * a.column;
+    if constexpr (block < vectors) {  // the fewer operands stay in registers
+      Vec ak[block];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+      for (int i = 0; i < block; ++i) ak[i] = broadcast(row[i][at]);
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlockRows; ++i) {
-      Vec aik = broadcast(row[i][step * a.column]);
+      for (int j = 0; j < vectors; ++j) {
+        Vec bkj = read<Vec>(b + j * kLanes);
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) c[i][j] = aik * bk[j] + c[i][j];
+        for (int i = 0; i < block; ++i) c[i][j] = ak[i] * bkj + c[i][j];
+      }
+    } else {
+      Vec bk[vectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < block; ++i) {
+        Vec aik = broadcast(row[i][at]);
+#pragma GCC unroll 8
+        for (int j = 0; j < vectors; ++j) c[i][j] = aik * bk[j] + c[i][j];
+      }
     }
   }
 }
@@ -52,25 +71,38 @@ template <int vectors>
 __attribute__((noinline)) void product_block(int64_t rows, int64_t n, int64_t k, View a,
                                              const float* b, int64_t ldb, float* c, int64_t ldc,
                                              bool add, const float* bias) {
+  constexpr int block = kBlockRows<vectors>;
   for (int64_t step = 0; step == 0 || step < k; step += kChain) {
-    Vec sum[kBlockRows][vectors] = {};
-    add_product<vectors>(rows, least(kChain, k - step), a.from(0, step), b + step * ldb, ldb, sum);
+    Vec sum[block][vectors] = {};
+    add_product(rows, least(kChain, k - step), a.from(0, step), b + step * ldb, ldb, sum);
+    auto finish = [&](auto left) FASTADAPTERS_INLINED {
+#pragma GCC unroll 16
+      for (int i = 0; i < block; ++i) {
+        if (i >= rows) break;
+        float* to = c + i * ldc;
 #pragma GCC unroll 8
-    for (int i = 0; i < kBlockRows; ++i) {
-      if (i >= rows) break;
-      float* to = c + i * ldc;
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) {
-        int64_t left = n - j * kLanes;
-        Vec v = sum[i][j];
-        if (add || step)
-          v += load(to + j * kLanes, left);
-        else if (bias)
-          v += load(bias + j * kLanes, left);
-        store(to + j * kLanes, v, left);
+        for (int j = 0; j < vectors; ++j) {
+          Vec v = sum[i][j];
+          if (add || step)
+            v += load(to + j * kLanes, left(j));
+          else if (bias)
+            v += load(bias + j * kLanes, left(j));
+          store(to + j * kLanes, v, left(j));
+        }
       }
-    }
+    };
+    if (n >= vectors * kLanes)
+      finish([](int) { return int64_t(kLanes); });
+    else
+      finish([n](int j) { return n - j * kLanes; });
   }
+}
+
+template <int vectors, class F>
+FASTADAPTERS_INLINE void with_panel(int64_t n, const F& f) {
+  if constexpr (vectors > 1)
+    if (n < vectors) return with_panel<vectors - 1>(n, f);
+  f(std::integral_constant<int, vectors>());
 }
 
 // C = A B, or C += A B, for a panel of B with `ldb` from row to row.
@@ -78,10 +110,11 @@ __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m,
                                                      int64_t k, View a, const float* b, int64_t ldb,
                                                      float* c, int64_t ldc, bool add,
                                                      const float* bias = nullptr) {
-  with_vectors<Single_>(vectors, [&](auto vectors) {
-    for (int64_t i = 0; i < m; i += kBlockRows)
-      product_block<vectors>(least(kBlockRows, m - i), n, k, a.from(i, 0), b, ldb, c + i * ldc, ldc,
-                             add, bias);
+  with_panel<kPanelVectors>(vectors, [&](auto vectors) {
+    constexpr int block = kBlockRows<vectors>;
+    for (int64_t i = 0; i < m; i += block)
+      product_block<vectors>(least(block, m - i), n, k, a.from(i, 0), b, ldb, c + i * ldc, ldc, add,
+                             bias);
   });
 }
 
@@ -109,7 +142,7 @@ __attribute__((noinline)) inline void pack_panel(View b, int64_t k, int64_t n, i
 
 // All of B, panel p at k * kLanes * first(p).
 __attribute__((noinline)) inline void pack(View b, int64_t k, int64_t n, float* out) {
-  Panels<Single_> panels(n);
+  Panels_ panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes;
     pack_panel(b.from(0, column), k, n - column, panels.size(p), out + k * column);
@@ -121,7 +154,7 @@ inline int64_t packed_size(int64_t k, int64_t n) { return k * round_up(n, kLanes
 __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int64_t k, View a,
                                                       const float* b, float* c, int64_t ldc,
                                                       bool add, const float* bias = nullptr) {
-  Panels<Single_> panels(n);
+  Panels_ panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes, ldb = panels.size(p) * kLanes;
     for (int64_t step = 0; step < k; step += kDepth)
@@ -135,14 +168,15 @@ __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int6
 __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
                                                int64_t k, View a, View b, float* c, int64_t ldc,
                                                bool add = false, const float* bias = nullptr) {
-  Panels<Single_> panels(n);
-  int64_t blocks = divide_up(m, kBlockRows);
+  Panels_ panels(n);
+  constexpr int block = kBlockRows<kPanelVectors>;
+  int64_t blocks = divide_up(m, block);
   int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));
   bool by_rows = blocks >= 4 * tasks;
   if (!by_rows) tasks = least(tasks, panels.count);
   parallel(threads, tasks, [&](int64_t t) {
-    int64_t begin = by_rows ? blocks * t / tasks * kBlockRows : 0;
-    int64_t rows = (by_rows ? least(m, blocks * (t + 1) / tasks * kBlockRows) : m) - begin;
+    int64_t begin = by_rows ? blocks * t / tasks * block : 0;
+    int64_t rows = (by_rows ? least(m, blocks * (t + 1) / tasks * block) : m) - begin;
     int64_t last = by_rows ? panels.count : panels.count * (t + 1) / tasks;
     alignas(64) float panel[kDepth * kPanelColumns];
     for (int64_t p = by_rows ? 0 : panels.count * t / tasks; p < last; ++p) {

@@ -7,8 +7,8 @@
 namespace fastadapters::cpu {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-constexpr int64_t kForwardStrip = 16, kBackwardStrip = 32, kKeyPanels = 4;
+constexpr float kLog2E = 1.44269504f;
+constexpr int64_t kForwardStrip = 24, kBackwardStrip = 24, kKeyPanels = 3;
 constexpr int64_t kKeyBlock = kKeyPanels * kPanelColumns;
 
 // Keys and values of all heads, packed. `p` counts from the first value of a head in `qkv`.
@@ -40,7 +40,7 @@ struct PackedTexts {
 };
 
 // Scores of a row become its softmax's numerators; returns their sum and the log-sum-exp.
-inline float exponentiate(int64_t n, float factor, float* scores, float* lse) {
+inline float exponentiate(int64_t n, float scale, float* scores, float* lse) {
   Vec top = broadcast(-INFINITY);
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
@@ -52,7 +52,7 @@ inline float exponentiate(int64_t n, float factor, float* scores, float* lse) {
   for (; j < n; ++j) highest = std::fmax(highest, scores[j]);
 
   Vec part[4] = {};
-  const float lowest = -126 / factor;
+  const float factor = scale * kLog2E, lowest = -126 / factor;
   auto power = [&](int64_t at, Vec v) {
     v -= highest;
     v = power_of_two(v < lowest ? broadcast(lowest) : v, factor);
@@ -65,7 +65,7 @@ inline float exponentiate(int64_t n, float factor, float* scores, float* lse) {
       part[i] += power(j + i * kLanes, read<Vec>(scores + j + i * kLanes));
   for (; j < n; j += kLanes) part[0] += first_lanes(power(j, read<Vec>(scores + j)), n - j);
   float total = sum((part[0] + part[1]) + (part[2] + part[3]));
-  *lse = highest * factor * kLn2 + std::log(total);
+  *lse = highest * scale + std::log(total);
   return total;
 }
 
@@ -90,8 +90,8 @@ inline void attend(const Head& h, const PackedTexts& packed, const Threads& thre
                       packed.keys_transposed + i * packed.transposed_size, task.scores, ld, false);
       float total[kForwardStrip];
       for (int64_t q = 0; q < n; ++q)
-        total[q] = exponentiate(h.texts, h.scale * kLog2E, task.scores + q * ld,
-                                s.lse + (row + q) * h.heads + i);
+        total[q] =
+            exponentiate(h.texts, h.scale, task.scores + q * ld, s.lse + (row + q) * h.heads + i);
       multiply_packed(n, d, h.texts, rows_of(task.scores, ld), packed.values + i * packed.rows_size,
                       task.out, d, false);
       for (int64_t q = 0; q < n; ++q) {
@@ -133,14 +133,14 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
           d_out(c.take<float>(packed_size(kBackwardStrip, d))),
           dq(c.take<float>(kBackwardStrip * d)) {}
   };
-  Panels<Single_> panels(h.texts);
+  Panels_ panels(h.texts);
 
   parallel(threads, h.heads * groups, [&](int64_t t) {
     auto task = carve<Task>(task_scratch(), d);
     int64_t i = t / groups, group = t % groups;
     const float* kt = packed.keys_transposed + i * packed.transposed_size;
     const float* vt = packed.values_transposed + i * packed.transposed_size;
-    Panels<Single_> thin(d);
+    Panels_ thin(d);
     for (int64_t strip = g.strips * group / groups; strip < g.strips * (group + 1) / groups;
          ++strip) {
       int64_t row = h.first_query + strip * kBackwardStrip;
@@ -154,7 +154,7 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
         int64_t at = (row + r) * h.heads + i;
         delta[r] =
             dot(d_o.data + r * d_o.row, s.attended + (row + r) * h.width + i * d, d) - d_lse[at];
-        lse[r] = s.lse[at] * kLog2E;
+        lse[r] = s.lse[at];
       }
       for (int64_t p = 0; p < panels.count; p += kKeyPanels) {
         int64_t end = least(p + kKeyPanels, panels.count);
@@ -170,8 +170,9 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
         for (int64_t r = 0; r < n; ++r)
           for (int64_t j = 0; j < stored; j += kLanes) {
             float *w = task.weights + r * kKeyBlock + j, *ds = task.d_scores + r * kKeyBlock + j;
-            Vec y = read<Vec>(w) * (h.scale * kLog2E) - lse[r];
-            Vec weight = power_of_two(y < -126 ? broadcast(-126) : y > 1 ? broadcast(1) : y, 1);
+            Vec y = read<Vec>(w) * h.scale - lse[r];
+            y = y < -87 ? broadcast(-87) : y > 1 ? broadcast(1) : y;
+            Vec weight = power_of_two(y, kLog2E);
             store(w, weight);
             store(ds, weight * (read<Vec>(ds) - delta[r]) * h.scale);
           }

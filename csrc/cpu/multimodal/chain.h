@@ -154,8 +154,10 @@ inline void last_layer_backward(const BackwardArrays& a, const MultimodalBackwar
              rows_of(g.image_dots, g.padded), d, n, true);
     multiply(threads, h.dim, n, n, rows_of(h.last, n), rows_of(g.form, g.padded), d, n, true);
   }
+  for (int64_t i = 0; i < h.dim; ++i)
+    for (int64_t j = 0; j < h.inner; ++j) d[i * n + j] += d[i * n + h.inner] * s.center[j];
   if (h.adapts_image) {
-    activate_rows(h, h.items, s.inner, s.center, a.e);
+    activate_rows(h, h.items, s.inner, nullptr, a.e);
     multiply(threads, h.dim, n, h.items, columns_of(a.d_adapted, h.dim), rows_of(a.e, n), d, n,
              true);
   }
@@ -163,7 +165,6 @@ inline void last_layer_backward(const BackwardArrays& a, const MultimodalBackwar
   const Parameter& weight = h.gelu ? out.up_weight_2 : out.up_weight;
   const Parameter& bias = h.gelu ? out.up_bias_2 : out.up_bias;
   for (int64_t i = 0; i < h.dim; ++i) {
-    for (int64_t j = 0; j < h.inner; ++j) d[i * n + j] += d[i * n + h.inner] * s.center[j];
     if (weight.data) write_row(weight, i * h.inner, d + i * n, h.inner);
     if (bias.data) write_row(bias, i, d + i * n + h.inner, 1);
   }

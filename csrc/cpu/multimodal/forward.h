@@ -128,7 +128,7 @@ inline void finish_images(const Head& h, const MultimodalState& s, const Threads
     mix_images(h, s);
     multiply(threads, h.items, h.inner, h.width, rows_of(s.mixed, h.width),
              columns_of(h.inner_weight, h.width), s.inner, h.inner, false, h.inner_bias);
-    activate_rows(h, h.items, s.inner, s.center, e);
+    activate_rows(h, h.items, s.inner, nullptr, e);
     multiply(threads, h.items, h.dim, h.columns, rows_of(e, h.columns),
              columns_of(h.last, h.columns), s.adapted, h.dim);
   }
@@ -223,9 +223,9 @@ inline void forward(const MultimodalForward& p, const MultimodalState& saved,
     a.packed.fill(h, threads, s.qkv);
     attend(h, a.packed, threads, s);
   }
+  finish_images(h, s, threads, p, a.e);
   find_center(h, s, a.mean);
   center_last_layer(h, s);
-  finish_images(h, s, threads, p, a.e);
   finish_texts(h, s, threads, a.gram);
   if (!h.adapts_text) {
     for (int64_t i = 0; i < h.texts; ++i)

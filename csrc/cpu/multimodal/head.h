@@ -61,8 +61,9 @@ struct Head {
     scale = float(1 / std::sqrt(double(head)));
 
     const MultimodalParameters& w = p.parameters;
-    share = w.blend.data ? *fp32(c, w.blend, 1) : p.blend_value;
-    rest = 1 - share;
+    double blend = w.blend.data ? *fp32(c, w.blend, 1) : p.blend_value;
+    share = float(blend);
+    rest = float(1 - blend);
     logit_scale = w.logit_scale.data ? *fp32(c, w.logit_scale, 1) : p.scale_value;
     text = features(c, p.text, texts);
     image = features(c, p.image, items);
@@ -134,12 +135,13 @@ struct Head {
 
 constexpr float kFloor = 1e-12f;  // of a length that is divided by
 
-// Rows (e ; 1), e = activation(z) - center.
+// Rows (e ; 1), e = activation(z), less `center` if there is one.
 inline void activate_rows(const Head& h, int64_t m, const float* z, const float* center, float* e) {
   for (int64_t i = 0; i < m; ++i, z += h.inner, e += h.columns) {
     for (int64_t j = 0; j < h.inner; j += kLanes) {
       Vec v = load(z + j, h.inner - j);
-      v = (h.gelu ? gelu(v).value : v) - load(center + j, h.inner - j);
+      if (h.gelu) v = gelu(v).value;
+      if (center) v -= load(center + j, h.inner - j);
       store(e + j, v, h.inner - j);
     }
     e[h.inner] = 1;

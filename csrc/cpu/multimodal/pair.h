@@ -12,7 +12,8 @@
 namespace fastadapters::cpu {
 namespace {
 
-constexpr int kTexts = kPanelVectors;
+constexpr int kTexts = 3;
+constexpr int kPairRows = kBlockRows<kTexts>;
 constexpr int64_t kTile = kTexts * kLanes;
 constexpr int64_t kTextBlock = 16 * kTexts;  // texts that meet an image before the next ones
 
@@ -157,17 +158,16 @@ inline void finish_pairs(const Head& h, const MultimodalState& s, int64_t text, 
     out[i] = {broadcast(corner * corner), broadcast(text_dots[i][r]),
               read<Vec>(t.image_dots + r * kLanes), dot, broadcast(text_square(h, s, c))};
   }
-  for (int64_t row = 0; row < r; row += kBlockRows) {
-    int64_t rows = least(kBlockRows, r - row);
-    Vec f[kBlockRows][kTexts], square[kTexts] = {};
+  for (int64_t row = 0; row < r; row += kPairRows) {
+    int64_t rows = least(kPairRows, r - row);
+    Vec f[kPairRows][kTexts], square[kTexts] = {};
 #pragma GCC unroll 8
-    for (int j = 0; j < kBlockRows; ++j)
+    for (int j = 0; j < kPairRows; ++j)
 #pragma GCC unroll 8
       for (int i = 0; i < kTexts; ++i) f[j][i] = broadcast(s.form[least(row + j, r) * n + r]);
-    add_product<kTexts>(rows, r - row, rows_of(s.form + row * n + row, n), t.e + row * kTile, kTile,
-                        f);
+    add_product(rows, r - row, rows_of(s.form + row * n + row, n), t.e + row * kTile, kTile, f);
 #pragma GCC unroll 8
-    for (int j = 0; j < kBlockRows; ++j) {
+    for (int j = 0; j < kPairRows; ++j) {
       if (j >= rows) break;
 #pragma GCC unroll 8
       for (int i = 0; i < kTexts; ++i) {

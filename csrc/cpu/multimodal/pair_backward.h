@@ -77,12 +77,12 @@ inline void pair_hidden_backward(const Head& h, const MultimodalState& s,
                                  const Products (&by)[kTexts],
                                  const float* const (&text_dots)[kTexts], PairBackwardTile& t) {
   int64_t n = h.columns;
-  for (int64_t row = 0; row < h.inner; row += kBlockRows) {
-    int64_t rows = least(kBlockRows, h.inner - row);
-    Vec g[kBlockRows][kTexts] = {};
-    add_product<kTexts>(rows, row + rows, columns_of(s.form + row, n), t.form, kTile, g);
+  for (int64_t row = 0; row < h.inner; row += kPairRows) {
+    int64_t rows = least(kPairRows, h.inner - row);
+    Vec g[kPairRows][kTexts] = {};
+    add_product(rows, row + rows, columns_of(s.form + row, n), t.form, kTile, g);
 #pragma GCC unroll 8
-    for (int j = 0; j < kBlockRows; ++j) {
+    for (int j = 0; j < kPairRows; ++j) {
       if (j >= rows) break;
       int64_t r = row + j;
       Vec image_dot = read<Vec>(t.image_dots + r * kLanes);
@@ -119,7 +119,7 @@ inline void lanes_to_rows(int64_t inner, const float* lanes, float* rows) {
 // C [m, columns from `first` on] += A B for rows of B that are `inner` apart.
 inline void add_rows(int64_t m, int64_t inner, int64_t first, int64_t k, View a, const float* b,
                      float* c) {
-  Panels<Single_> panels(inner - first);
+  Panels_ panels(inner - first);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = first + panels.first(p) * kLanes;
     multiply_panel(panels.size(p), m, panels.size(p) * kLanes, k, a, b + column, inner, c + column,
@@ -190,8 +190,8 @@ inline void pair_tile_backward(const Head& h, const Pairs& p, const MultimodalSt
 
   pair_hidden_backward(h, s, by, text_dots, t);
   lanes_to_rows(p.inner, t.e, t.e_rows);
-  for (int64_t row = 0; needs.last && row < h.inner; row += kBlockRows)
-    add_rows(least(kBlockRows, h.inner - row), p.inner, row / kLanes * kLanes, kTile,
+  for (int64_t row = 0; needs.last && row < h.inner; row += kPairRows)
+    add_rows(least(kPairRows, h.inner - row), p.inner, row / kLanes * kLanes, kTile,
              rows_of(t.weighted + row * kTile, kTile), t.e_rows, t.gram + row * p.inner);
   for (int i = 0; i < kTexts && text + i < h.texts; ++i)
     for (int64_t r = 0; r < h.inner; r += kLanes) {
