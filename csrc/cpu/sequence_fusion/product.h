@@ -36,6 +36,9 @@ FASTADAPTERS_INLINE void with_size(int64_t vectors, const F& f) {
 
 // Sums along k are made of chains of this many additions: rounding errors grow with their length.
 constexpr int64_t kChain = 64;
+// The definition takes the sums over r before those over tokens, ours after them: where they cancel
+// the errors of the sums over tokens are what is left, so these have shorter chains.
+constexpr int64_t kTokenChain = 8;
 
 // Enough chains of additions at a time to hide the latency of one.
 template <int vectors>
@@ -89,19 +92,19 @@ FASTADAPTERS_INLINE void add_chain(int64_t first, int64_t steps, const float* co
 }
 
 // c = the sum, chain by chain; before(k) comes before each line.
-template <class Step, int rows, int vectors, class Before>
+template <class Step, int64_t chain = kChain, int rows, int vectors, class Before>
 FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[rows], const float* b,
                                       int64_t ldb, Vec (&c)[rows][vectors], const Before& before) {
   clear(c);
-  add_chain<Step>(0, least(steps, kChain), a, b, ldb, c, before);
-  if (steps <= kChain) return;
+  add_chain<Step>(0, least(steps, chain), a, b, ldb, c, before);
+  if (steps <= chain) return;
   Vec total[rows][vectors];
   std::memcpy(total, c, sizeof c);
-  for (int64_t k = kChain; k < steps; k += kChain) {
+  for (int64_t k = chain; k < steps; k += chain) {
     asm("" : "+m"(total));  // in memory, for the chain needs the registers
     Vec part[rows][vectors];
     clear(part);
-    add_chain<Step>(k, least(steps - k, kChain), a, b, ldb, part, before);
+    add_chain<Step>(k, least(steps - k, chain), a, b, ldb, part, before);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -129,7 +132,7 @@ FASTADAPTERS_INLINE void each_vector(const Vec (&c)[rows][vectors], int64_t n, c
 }
 
 // C [m, n] = A [m, k] B [k, n], or += it, for n = vectors * kLanes.
-template <bool add, int vectors>
+template <bool add, int64_t chain, int vectors>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t lda, const float* b,
                       int64_t ldb, float* c, int64_t ldc) {
   constexpr int rows = kBlockRows<vectors>;
@@ -137,7 +140,7 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t lda, const f
     const float* block[rows];
     block_of_rows(i, m, [&](int64_t row) { return a + row * lda; }, block);
     Vec sum[rows][vectors];
-    sum_products<int32_t>(k, block, b, ldb, sum, [](int64_t) {});
+    sum_products<int32_t, chain>(k, block, b, ldb, sum, [](int64_t) {});
     each_vector(sum, m - i, [&](Vec v, int l, int j) {
       float* to = c + (i + l) * ldc + j * kLanes;
       store(to, add ? read<Vec>(to) + v : v);
@@ -148,14 +151,14 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t lda, const f
 // The same for any number of columns. Whole vectors are written: where rows of C are shorter (only
 // without `add`) a row overwrites the head of the next, which therefore comes later, and C needs
 // room for one vector behind it.
-template <bool add>
+template <bool add, int64_t chain = kChain>
 void multiply(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
               int64_t columns, float* c, int64_t ldc) {
   Columns n(columns);
   for (int64_t p = n.count - 1; p >= 0; --p) {
     int64_t first = n.first(p) * kLanes;
     with_size(n.size(p), [&](auto vectors) {
-      multiply_columns<add, vectors>(m, k, a, lda, b + first, ldb, c + first, ldc);
+      multiply_columns<add, chain, vectors>(m, k, a, lda, b + first, ldb, c + first, ldc);
     });
   }
 }
