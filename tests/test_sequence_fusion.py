@@ -183,6 +183,17 @@ def test_kernels_on_drawn_samples(
     )
 
 
+@pytest.mark.parametrize("backend", FORMS[1:])
+def test_sums_over_r_that_cancel(backend: str) -> None:
+    """The definition forms these first; errors of the sums over tokens must not show behind them."""
+    tensors = sample((53,) * 3, (1,) * 3, width=15, out_len=15, out_dim=1, rank=2, residual=False)
+    lengths = [torch.tensor(n) for n in ([3, 30, 20], [15, 42, 50], [26, 30, 24])]
+    check_against_reference(
+        lambda t: fuse(t, activation="identity", residual="leading", lengths=lengths),
+        tensors, "fusion", backend,
+    )  # fmt: skip
+
+
 def test_factor_of_zeros() -> None:
     """A factor that is 0 has a gradient all the same: nothing divides by it."""
     tensors = sample(rank=2)
