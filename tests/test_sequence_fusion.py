@@ -185,7 +185,7 @@ def test_kernels_on_drawn_samples(
 
 @pytest.mark.parametrize("backend", FORMS[1:])
 def test_sums_over_r_that_cancel(backend: str) -> None:
-    """The definition forms these first; errors of the sums over tokens must not show behind them."""
+    """The definition forms these first: errors of the sums over tokens must not show behind."""
     tensors = sample((53,) * 3, (1,) * 3, width=15, out_len=15, out_dim=1, rank=2, residual=False)
     lengths = [torch.tensor(n) for n in ([3, 30, 20], [15, 42, 50], [26, 30, 24])]
     check_against_reference(

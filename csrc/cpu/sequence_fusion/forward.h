@@ -74,8 +74,8 @@ inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, c
     store(task.h + j, activated(p.activation, read<Vec>(task.h + j)).value);
   unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
     float* part = shared.parts + (item * shared.splits + unit.token / kSplit) * shared.slot;
-    multiply<false, kTokenChain>(p.rank() * p.out_len, n, shared.time + unit.token, shared.time_stride,
-                    task.h + row * r, r, r, part, r);
+    multiply<false, kTokenChain>(p.rank() * p.out_len, n, shared.time + unit.token,
+                                 shared.time_stride, task.h + row * r, r, r, part, r);
   });
 }
 
