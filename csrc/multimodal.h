@@ -41,8 +41,7 @@ struct Multimodal {
   int64_t down_hidden = 0, up_hidden = 0;  // 0 where there is one layer
   Features text, image;                    // [C, D], [B, D]
   MultimodalParameters parameters;
-  double blend_value = 0;  // whose 1 - blend is rounded once
-  float scale_value = 1;
+  float blend_value = 0, rest_value = 1, scale_value = 1;  // rest: 1 - blend, rounded once
   // Added to the scores of text and image queries (rows) with text and image keys; -inf blocks.
   float bias[2][2] = {};
   Adapt adapt = Adapt::both;  // with `image`, image features are blended as they come

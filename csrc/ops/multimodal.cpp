@@ -75,7 +75,8 @@ class Arguments {
         "expected a bias with each weight");
     for (int i = 0; i < kParameters; ++i)
       marshal_.parameter(args.parameters.*members[i], parameters[i], sizes[i], names[i]);
-    args.blend_value = o.blend_value;
+    args.blend_value = float(o.blend_value);
+    args.rest_value = float(1 - o.blend_value);
     args.scale_value = float(o.scale_value);
     args.bias[0][0] = float(o.bias_tt);
     args.bias[0][1] = float(o.bias_ti);

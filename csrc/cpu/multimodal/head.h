@@ -61,9 +61,8 @@ struct Head {
     scale = float(1 / std::sqrt(double(head)));
 
     const MultimodalParameters& w = p.parameters;
-    double blend = w.blend.data ? *fp32(c, w.blend, 1) : p.blend_value;
-    share = float(blend);
-    rest = float(1 - blend);
+    share = w.blend.data ? *fp32(c, w.blend, 1) : p.blend_value;
+    rest = w.blend.data ? 1 - share : p.rest_value;
     logit_scale = w.logit_scale.data ? *fp32(c, w.logit_scale, 1) : p.scale_value;
     text = features(c, p.text, texts);
     image = features(c, p.image, items);

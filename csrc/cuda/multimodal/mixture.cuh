@@ -9,8 +9,8 @@ struct Mixture {
   float blend, rest, scale;
 
   __device__ explicit Mixture(const Problem& p)
-      : blend(number(p.op.parameters.blend, float(p.op.blend_value))),
-        rest(p.op.parameters.blend.data ? 1 - blend : float(1 - p.op.blend_value)),
+      : blend(number(p.op.parameters.blend, p.op.blend_value)),
+        rest(p.op.parameters.blend.data ? 1 - blend : p.op.rest_value),
         scale(number(p.op.parameters.logit_scale, p.op.scale_value)) {}
 };
 
