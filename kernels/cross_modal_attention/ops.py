@@ -53,6 +53,10 @@ class Problem(NamedTuple):
     def tile(self) -> tiles.Tile:
         return tiles.tile(self.dtype, self.width, architecture())
 
+    @property
+    def key_options(self) -> dict[str, int]:
+        return tiles.key_options(self.dtype, self.tile, architecture())
+
     def single(self, sees: tuple[bool, bool]) -> bool:
         """Whether a query that sees these sees one key in all: no score has a gradient."""
         return sees[0] * self.texts + sees[1] * self.images == 1
@@ -68,11 +72,11 @@ class Problem(NamedTuple):
             tf32 = self.dtype != torch.float32 and torch.version.hip is None
             meta["SUM_PRECISION"] = "tf32" if tf32 else precision()
         multiplies = "PRECISION" in kernel.arg_names
-        warps = tile.warps
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if not multiplies:
-            warps = tiles.WARPS_WITHOUT_PRODUCTS
-            meta |= tiles.registers(architecture())
-        kernel[grid](*args, num_warps=warps, num_stages=tile.stages, **meta)
+            options["num_warps"] = tiles.WARPS_WITHOUT_PRODUCTS
+            options |= tiles.registers(architecture())
+        kernel[grid](*args, **options | meta)
 
     def blocks(self, n: int) -> int:
         return triton.cdiv(n, self.tile.block_m)
@@ -270,6 +274,7 @@ def cross_modal_attention_backward(
                 parts.image_softmax, d_text_k, d_text_v, p.texts, p.images, p.n_rows,
                 scores_scale, scale, BY_TEXTS=by_texts, BY_IMAGES=images and p.images_see[0],
                 SINGLE_TEXT=p.single(p.texts_see), SINGLE_IMAGE=p.single(p.images_see),
+                **p.key_options,
             )  # fmt: skip
         if d_image_k is not None or d_image_v is not None:
             n_rows = p.items * p.images
@@ -278,7 +283,7 @@ def cross_modal_attention_backward(
                 *_placed(image_q, image_k, image_v), parts.image_softmax, sums.dk, sums.dv,
                 d_image_k, d_image_v, n_rows, p.images, blocks, scores_scale, p.shifts[1], scale,
                 BY_TEXTS=texts and p.texts_see[1], BY_IMAGES=images and p.images_see[1],
-                SINGLE=p.single(p.images_see),
+                SINGLE=p.single(p.images_see), **p.key_options,
             )  # fmt: skip
     return gradients
 

@@ -43,3 +43,16 @@ def registers(arch: str) -> dict[str, int]:
     For these GPUs ptxas keeps fewer by itself, to have more programs on a processor, and spills.
     """
     return {"maxnreg": 255} if arch.startswith("sm_12") else {}
+
+
+def key_options(dtype: torch.dtype, tile: Tile, arch: str) -> dict[str, int]:
+    """Launch options of the kernels that own keys, where they are not the tile's.
+
+    In fp32 they hold what they pipeline beside two products of its size, in all the registers there
+    are; loaded as it is multiplied it takes a third of them, so that more programs hide the loads.
+    For the newest GPUs ptxas by itself keeps 64 registers then, and spills.
+    """
+    if dtype != torch.float32 or tile.stages == 1:
+        return {}
+    newest = tile.block_d == 64 and arch.startswith(("sm_10", "sm_12"))
+    return {"num_stages": 1} | ({"maxnreg": 128} if newest else {})
