@@ -7,13 +7,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-WARPS_WITHOUT_PRODUCTS = 4
-
 
 class Tile(NamedTuple):
     """Queries, keys and the width of a tile, warps of a program, stages of its pipelined loads.
 
-    A program that multiplies no tiles has WARPS_WITHOUT_PRODUCTS.
+    A program that multiplies no tiles has `warps_without_products`.
     """
 
     block_m: int
@@ -37,12 +35,9 @@ def tile(dtype: torch.dtype, width: int, arch: str) -> Tile:
     return Tile(32, 16, block_d, 4, 2) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
 
 
-def registers(arch: str) -> dict[str, int]:
-    """The most registers of a thread of a kernel without products, where that must be said.
-
-    For these GPUs ptxas keeps fewer by itself, to have more programs on a processor, and spills.
-    """
-    return {"maxnreg": 255} if arch.startswith("sm_12") else {}
+def warps_without_products(arch: str) -> int:
+    """Of a program that multiplies no tiles; 4 spill registers on sm_120."""
+    return 8 if arch.startswith("sm_12") else 4
 
 
 def key_options(dtype: torch.dtype, tile: Tile, arch: str) -> dict[str, int]:
