@@ -295,6 +295,7 @@ def bottleneck_backward_out(
             R=p.padded_r,
             BLOCK_R=p.block_r,
             BLOCK_D=tiles.REDUCE_BLOCK_D,
+            num_warps=tiles.reduce_warps(groups.order is not None),
         )
         if d_scale is not None and not channel_scale:
             d_scale.copy_(d_scales.sum(1))

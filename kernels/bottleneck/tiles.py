@@ -44,8 +44,9 @@ FLOAT32_TILES = {
     "backward_kernel": {64: Tile(32, 32, 8, 2)},
     "weights_kernel": {64: Tile(32, 32, 4, 2)},
 }
-# With rows that are gathered 8 warps spill.
+# With rows that are gathered 8 warps spill, and so do fp32 loads that are pipelined.
 GROUPED_TILES = TILES | {"weights_kernel": TILES["weights_kernel"] | {64: Tile(64, 128, 16, 3)}}
+GROUPED_FLOAT32_TILES = FLOAT32_TILES | {"backward_kernel": {64: Tile(32, 32, 8, 1)}}
 REDUCE_BLOCK_D = 8
 NORM_BLOCK_R = 4
 NORM_BLOCK_D = 256
@@ -72,7 +73,7 @@ def tile(
     wants of it, take registers, and so do ``grouped`` rows.
     """
     if dtype == torch.float32:
-        tiles = FLOAT32_TILES
+        tiles = GROUPED_FLOAT32_TILES if grouped else FLOAT32_TILES
     elif arch.startswith("gfx"):
         tiles = AMD_TILES
     elif arch.startswith("sm_10"):
@@ -86,4 +87,13 @@ def tile(
     crowded = {"weights_kernel", "backward_kernel"} if single else {"weights_kernel"}
     if (wide and not single) or (in_front and kernel in crowded):
         columns = max(columns // 2, 16 if single else 32)
-    return chosen._replace(block_d=min(columns, max(16, triton.next_power_of_2(d))))
+    stages = chosen.stages
+    if wide and in_front and not single and kernel == "backward_kernel" and arch == "sm_90":
+        stages = min(stages, 2)  # a third spills registers
+    columns = min(columns, max(16, triton.next_power_of_2(d)))
+    return chosen._replace(block_d=columns, stages=stages)
+
+
+def reduce_warps(grouped: bool) -> int:
+    """With the splits of one adapter of many 4 spill registers."""
+    return 8 if grouped else 4

@@ -74,7 +74,7 @@ class Problem(NamedTuple):
         multiplies = "PRECISION" in kernel.arg_names
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         if not multiplies:
-            options["num_warps"] = tiles.warps_without_products(architecture())
+            options["num_warps"] = tiles.warps_without_products(self.dtype, architecture())
         kernel[grid](*args, **options | meta)
 
     def blocks(self, n: int) -> int:

@@ -35,9 +35,13 @@ def tile(dtype: torch.dtype, width: int, arch: str) -> Tile:
     return Tile(32, 16, block_d, 4, 2) if block_d <= 128 else Tile(16, 16, block_d, 8, 1)
 
 
-def warps_without_products(arch: str) -> int:
-    """Of a program that multiplies no tiles; 4 spill registers on sm_120."""
-    return 8 if arch.startswith("sm_12") else 4
+def warps_without_products(dtype: torch.dtype, arch: str) -> int:
+    """Of a program that multiplies no tiles; those of 16-bit inputs are twice as large.
+
+    On sm_120 ptxas by itself keeps fewer registers than 4 warps need.
+    """
+    large = dtype != torch.float32 and not arch.startswith("gfx")
+    return 8 if large or arch.startswith("sm_12") else 4
 
 
 def key_options(dtype: torch.dtype, tile: Tile, arch: str) -> dict[str, int]:
