@@ -28,10 +28,8 @@ MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"),
 # or elsewhere, or has products of a shape that leaves the newest tensor cores unused.
 SPILLED = {
     ("3.9.0", "sm_100", "bottleneck", "backward", "bfloat16", 128): 24,
-    ("3.7.1", "sm_100", "grouped", "backward", "float32", 64): 8,
     ("3.7.1", "sm_100", "sequence_fusion", "tokens", "float32 bfloat16", 16): 16,
     ("3.7.1", "sm_120", "grouped", "backward", "bfloat16", 128): 16,
-    ("3.7.1", "sm_120", "grouped", "backward", "float32", 64): 16,
     ("3.7.1", "sm_120", "grouped", "backward", "float32 bfloat16 float32", 128): 24,
 }
 # Kernels with a product of tiles in compute dtype.
