@@ -115,6 +115,12 @@ def test_large_mean_under_layernorm(backend: str) -> None:
     check_all(run(case, tensors, backend), reference_pair(case, tensors))
 
 
+def test_sums_over_rows_of_short_runs() -> None:
+    """Rows that lie in memory by fours: sums over all rows are no longer chains for that."""
+    case = Case(rows=(40, 40, 4), d=8, r=4, scale="channel", layout="transposed")
+    check_backend(case, "cpu")
+
+
 def test_equal_bits_from_run_to_run(backend: str) -> None:
     case = Case(rows=(700,), d=128, r=48, norm="both", scale="channel", dropout=0.1)
     tensors = inputs(case)

@@ -134,15 +134,17 @@ struct Sizes {
   }
 
   // tile(rows) for every tile of task t of n. Rows of one stride never cross the innermost row
-  // dimension; a few rows are listed, and so are one tile whatever their strides.
+  // dimension; where that is a few rows they are listed, as many as fit whatever their strides:
+  // tiles of four rows would be slow, and the sums over tiles long.
   template <class F>
   void tiles(const Bottleneck& p, int64_t t, int64_t n, const F& tile) const {
     int64_t blocks = divide_up(m, G::kRows);
     int64_t end = least(m, blocks * (t + 1) / n * G::kRows);
-    static constexpr int64_t all[kFewRows] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const int64_t* order = few && !p.order ? all : p.order;
+    const bool lists = !p.order && (few || p.rows[2] <= kFewRows);
+    int64_t listed[kTileRows];
     for (int64_t begin = blocks * t / n * G::kRows; begin < end;) {
-      const int64_t* list = order ? order + begin : nullptr;
+      for (int64_t i = 0; lists && i < least(kTileRows, end - begin); ++i) listed[i] = begin + i;
+      const int64_t* list = lists ? listed : p.order ? p.order + begin : nullptr;
       int64_t first = list ? *list : begin, within = p.rows[2] - first % p.rows[2];
       int64_t left = list ? end - begin : least(end - begin, within);
       int64_t rows = least(left, round_up(divide_up(left, divide_up(left, tile_rows)), G::kRows));
