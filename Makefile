@@ -156,7 +156,7 @@ bench-full: setup ## All benchmarks and their table
 	FASTADAPTERS_KEEP_PAGES=1 pytest benches/test_bottleneck.py --full --benchmark-quiet --benchmark-json=build/bench-kept.json
 	python -m benches.report build/bench.json build/bench-kept.json
 
-bench-auto: setup ## Whether `auto` loses to eager anywhere: every op with kernels, on one thread and on all, in 15 minutes
+bench-auto: setup ## Whether `auto` loses to eager anywhere: every op with kernels, on one thread and on all, in 10 minutes
 	python -m benches.auto
 
 ARCHITECTURES := 8.0 8.6 8.9 9.0 10.0 12.0+PTX
