@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import architecture
+
 BLOCK_E = 64
 BLOCK_ROWS = 32
 BLOCK_RUNS = 8
@@ -243,6 +245,8 @@ def make_groups(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_RUNS=BLOCK_RUNS,
         BLOCK_N=BLOCK_N,
+        # All there are: beside some versions of Triton ptxas by itself keeps fewer, and spills.
+        **({} if architecture().startswith("gfx") else {"maxnreg": 255}),
     )
     return groups
 
