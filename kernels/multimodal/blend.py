@@ -17,6 +17,15 @@ def scalar(pointer, value):
 
 
 @triton.jit
+def portions(blend, value, rest_value):
+    """blend and 1 - blend; of a number the host has taken the latter, rounded once."""
+    if blend is not None:
+        share = tl.load(blend).to(tl.float32)
+        return share, 1.0 - share
+    return value, rest_value
+
+
+@triton.jit
 def squared_unit(lengths, rows, in_rows, stride):
     """The square of a unit row, of the row's length before: 1, or less where it was floored."""
     length = tl.load(lengths + rows * stride, mask=in_rows, other=1.0)
@@ -32,12 +41,11 @@ def inverse_length(square):
 
 
 @triton.jit
-def blended(text_dot, image_dot, similarity, text_square, new_square, blend):
-    """p.i and |p|^2 of p = blend u^ + (1 - blend) t.
+def blended(text_dot, image_dot, similarity, text_square, new_square, blend, rest):
+    """p.i and |p|^2 of p = blend u^ + rest t, where rest is 1 - blend.
 
     text_dot is t.u^, image_dot i.u^, similarity t.i; the squares are those of t and u^.
     """
-    rest = 1.0 - blend
     square = blend * blend * new_square + rest * rest * text_square
     square += 2.0 * blend * rest * text_dot
     return blend * image_dot + rest * similarity, square
@@ -58,9 +66,10 @@ def d_blended(d, along, square, scale):
 
 
 @triton.jit
-def d_share(d_along, d_square, text_dot, image_dot, similarity, text_square, new_square, blend):
+def d_share(
+    d_along, d_square, text_dot, image_dot, similarity, text_square, new_square, blend, rest
+):
     """What the blend gets from the gradients of p.i and |p|^2."""
-    rest = 1.0 - blend
     of_square = 2.0 * blend * new_square - 2.0 * rest * text_square
-    of_square += 2.0 * (1.0 - 2.0 * blend) * text_dot
+    of_square += 2.0 * (rest - blend) * text_dot
     return (image_dot - similarity) * d_along + of_square * d_square

@@ -60,9 +60,15 @@ class Call(NamedTuple):
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """blend and logit_scale, each as tensor or None and as number."""
+        """blend and its rest, and logit_scale: each as tensor or None and as numbers."""
         of = self.of
-        return of["blend"], of["blend_value"], of["logit_scale"], of["scale_value"]
+        return (*self.blend, of["logit_scale"], of["scale_value"])
+
+    @property
+    def blend(self) -> tuple[Tensor | None, float, float]:
+        """As tensor or None, as number, and 1 minus that number, before it is rounded."""
+        value = self.of["blend_value"]
+        return self.of["blend"], value, 1 - value
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

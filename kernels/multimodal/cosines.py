@@ -16,6 +16,7 @@ from .blend import (
     d_share,
     inverse_length,
     logit,
+    portions,
     scalar,
     squared_unit,
 )
@@ -31,6 +32,7 @@ def cosines_kernel(
     lengths,
     blend,
     blend_value,
+    rest_value,
     logit_scale,
     scale_value,
     C,
@@ -51,6 +53,7 @@ def cosines_kernel(
     in_items = items < B
     inside = in_texts[:, None] & in_items[None, :]
     factor = scalar(logit_scale, scale_value)
+    share, rest = portions(blend, blend_value, rest_value)
     alike = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
     alike = multiply(
         alike, features, texts * D, in_texts, 1, features, (items + C) * D, in_items, 1, D,
@@ -72,7 +75,8 @@ def cosines_kernel(
             alike,
             squared_unit(lengths, texts, in_texts, 3)[:, None],
             squared_unit(item_lengths, items, in_items, 1)[None, :],
-            scalar(blend, blend_value),
+            share,
+            rest,
         )
         result = logit(along, square, factor)
     else:
@@ -102,6 +106,7 @@ def d_cosines_kernel(
     lengths,
     blend,
     blend_value,
+    rest_value,
     logit_scale,
     scale_value,
     C,
@@ -124,7 +129,7 @@ def d_cosines_kernel(
     inside = in_texts[:, None] & in_items[None, :]
     tile = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     factor = scalar(logit_scale, scale_value)
-    share = scalar(blend, blend_value)
+    share, rest = portions(blend, blend_value, rest_value)
     d = tl.load(d_logits + (items * C)[None, :] + texts[:, None], mask=inside, other=0.0)
     d = d.to(tl.float32)
     width = B
@@ -143,16 +148,16 @@ def d_cosines_kernel(
             new_square = squared_unit(item_lengths, items, in_items, 1)[None, :]
             text_dot = tl.load(similarity + row + B, mask=inside, other=0.0)
             image_dot = tl.load(item_dot + items, mask=in_items, other=0.0)[None, :]
-        along, mixed = blended(text_dot, image_dot, alike, text_square, new_square, share)
+        along, mixed = blended(text_dot, image_dot, alike, text_square, new_square, share, rest)
         d_along, d_mixed, d_scale = d_blended(d, along, mixed, factor)
         d_blend = d_share(
-            d_along, d_mixed, text_dot, image_dot, alike, text_square, new_square, share
+            d_along, d_mixed, text_dot, image_dot, alike, text_square, new_square, share, rest
         )
-        tl.store(d_similarity + row, (1.0 - share) * d_along, mask=inside)
+        tl.store(d_similarity + row, rest * d_along, mask=inside)
         sums = of_texts + tl.program_id(1) * C.to(tl.int64) + texts
-        d_square = (1.0 - share) * (1.0 - share) * tl.sum(d_mixed, 1)
+        d_square = rest * rest * tl.sum(d_mixed, 1)
         tl.store(sums, d_square, mask=in_texts)
-        d_text_dot = 2.0 * share * (1.0 - share) * d_mixed
+        d_text_dot = 2.0 * share * rest * d_mixed
         d_image_dot = share * d_along
         d_new_square = share * share * d_mixed
         if squares is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blend import scalar
+from .blend import portions
 from .features import FLOOR, load_tile, store_tile
 from .linear import rows_of_block
 
@@ -24,6 +24,7 @@ def _d_new_features(
     rows,
     in_rows,
     blend,
+    rest,
     item_features,
     d_item_features,
     d_item_dot,
@@ -39,8 +40,8 @@ def _d_new_features(
 ):
     """d_x, d_u and each row's part of d_blend from d_features.
 
-    With f = p / |p| and p = blend u^ + (1 - blend) x^: dp = (df - f (f.df)) / |p|, and so on; no
-    projection where a length was floored. Only sums along D are needed before. d_squares
+    With f = p / |p|, p = blend u^ + rest x^, rest 1 - blend: dp = (df - f (f.df)) / |p|, and so on;
+    no projection where a length was floored. Only sums along D are needed before. d_squares
     [square_tiles, n_rows] are parts of the gradient of |f|^2, which is 1 but where it was floored.
     """
     length = tl.load(lengths + rows * 3, mask=in_rows, other=1.0)
@@ -119,7 +120,7 @@ def _d_new_features(
             if not RAW:
                 x_hat = load_tile(x, rows, in_rows, x_stride, cols, D) * rescale[:, None]
                 d = (d - x_along[:, None] * x_hat) * rescale[:, None]
-            d *= 1.0 - blend
+            d *= rest
         else:
             d *= rescale[:, None]
         if d_x is not None:
@@ -147,6 +148,7 @@ def d_features_kernel(
     square_tiles,
     blend,
     blend_value,
+    rest_value,
     C,
     B,
     D,
@@ -164,7 +166,7 @@ def d_features_kernel(
     [C + B] the rows' parts of it.
     """
     rows, in_rows, is_image = rows_of_block(C, B, BLOCK_M)
-    share = scalar(blend, blend_value)
+    share, rest = portions(blend, blend_value, rest_value)
     if is_image:
         first = C.to(tl.int64)
         second = (C + B).to(tl.int64)
@@ -173,7 +175,7 @@ def d_features_kernel(
             d_blend_image += first
         _d_new_features(
             d_features + first * D, features + first * D, image, image_stride, u_image,
-            d_u_image, lengths + first * 3, d_image, d_blend_image, rows, in_rows, share,
+            d_u_image, lengths + first * 3, d_image, d_blend_image, rows, in_rows, share, rest,
             features + second * D, d_features + second * D, item_dot, item_lengths, d_u_item,
             None, 0, B, D, RAW, BLOCK_M, BLOCK_D,
         )  # fmt: skip
@@ -181,6 +183,6 @@ def d_features_kernel(
         if TEXTS:
             _d_new_features(
                 d_features, features, text, text_stride, u_text, d_u_text, lengths, d_text,
-                d_blend, rows, in_rows, share, None, None, None, None, None,
+                d_blend, rows, in_rows, share, rest, None, None, None, None, None,
                 d_squares, square_tiles, C, D, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..products import multiply
-from .blend import scalar
+from .blend import portions
 from .linear import rows_of_block
 
 FLOOR = tl.constexpr(1e-12)  # of a length that divides, as in torch.nn.functional.normalize
@@ -76,6 +76,7 @@ def _new_features(
     weight,
     bias,
     blend,
+    rest,
     D,
     R,
     RAW: tl.constexpr,
@@ -111,7 +112,7 @@ def _new_features(
     if e is not None:
         new_square = tl.sum(new_squares, 1)
         tl.store(lengths + rows * 3 + 1, tl.sqrt_rn(new_square), mask=in_rows)
-        x_part = tl.full([BLOCK_M], 1.0, tl.float32) - blend
+        x_part = tl.zeros([BLOCK_M], tl.float32) + rest
         if not RAW:
             x_part *= rescale
         new_part = blend * inverse_length(new_square)
@@ -169,6 +170,7 @@ def features_kernel(
     constants,
     blend,
     blend_value,
+    rest_value,
     C,
     B,
     D,
@@ -186,18 +188,18 @@ def features_kernel(
     products [C + B, R] and constants [C + B] are theirs with the last layer's weight and bias.
     """
     rows, in_rows, is_image = rows_of_block(C, B, BLOCK_M)
-    share = scalar(blend, blend_value)
+    share, rest = portions(blend, blend_value, rest_value)
     if is_image:
         _new_features(
             image, image_stride, e_image, e_item, u_image, u_item, lengths + C.to(tl.int64) * 3,
             item_lengths, features + C.to(tl.int64) * D, features + (C + B).to(tl.int64) * D,
-            item_dot, rows, in_rows, last_weight, last_bias, share, D, R,
+            item_dot, rows, in_rows, last_weight, last_bias, share, rest, D, R,
             RAW, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     else:
         _new_features(
             text, text_stride, e_text, None, u_text, None, lengths, None, features, None, None,
-            rows, in_rows, last_weight, last_bias, share, D, R,
+            rows, in_rows, last_weight, last_bias, share, rest, D, R,
             False, PRECISION, BLOCK_M, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     if products is not None:

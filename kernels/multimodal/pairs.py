@@ -17,7 +17,7 @@ from ..activations import activate
 from ..products import multiply, plus
 from ..rows import sum_of_products
 from .attention import load_head, shares
-from .blend import blended, inverse_length, logit, scalar, squared_unit
+from .blend import blended, inverse_length, logit, portions, scalar, squared_unit
 
 SMALL = tl.constexpr(0.0625)
 
@@ -226,6 +226,7 @@ def pairs_kernel(
     gram,
     blend,
     blend_value,
+    rest_value,
     logit_scale,
     scale_value,
     C,
@@ -277,13 +278,15 @@ def pairs_kernel(
         tl.store(text_dots + place, text_dot, mask=inside)
         tl.store(image_dots + place, image_dot, mask=inside)
     inverse, unit = inverse_length(square)
+    share, rest = portions(blend, blend_value, rest_value)
     along, mixed = blended(
         text_dot * inverse,
         image_dot * inverse,
         tl.load(similarity + place, mask=inside, other=0.0),
         squared_unit(lengths, texts, in_texts, 3)[:, None],
         unit,
-        scalar(blend, blend_value),
+        share,
+        rest,
     )
     result = logit(along, mixed, scalar(logit_scale, scale_value))
     target = logits + (items * C)[None, :] + texts[:, None]

@@ -80,6 +80,12 @@ def test_forms(
     check(tensors, arch, bias=bias, adapt=adapt, down_activation="gelu")
 
 
+@pytest.mark.parametrize("bias", [((-INF,) * 2,) * 2, ADDITIVE], ids=["image", "both"])
+def test_blend_is_rounded_once(bias: Sequence[Sequence[float]]) -> None:
+    adapt = "both" if bias == ADDITIVE else "image"
+    check(sample(7, 5, 32, 16, 8), 80, bias=bias, adapt=adapt, blend=0.9999)
+
+
 def test_sums_of_narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton may keep parts of a sum apart over a loop: it must not be one that is taken off."""
     attention = backward._attention
