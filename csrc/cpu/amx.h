@@ -18,7 +18,7 @@ struct AmxGemm {
   static constexpr int kBlock = 32;
   static constexpr int kPanel = 2;
   static constexpr int kDepth = 16;
-  static constexpr bool kFolds = false;
+  static constexpr bool kFolds = false, kPacksOnTheWay = false;
 
   // The tile configuration belongs to the thread.
   struct Session {
@@ -62,9 +62,11 @@ struct AmxGemm {
     tile_fence();
   }
 
-  template <int wide>
+  template <int wide, class Finish>
   static inline void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
-                             const float* b, float* c, int64_t ldc) {
+                             const float* b, const Finish& finish) {
+    constexpr int64_t ldc = wide * kLanes;
+    alignas(64) float c[kBlock * ldc];
     with_height(rows, [&](auto tall) {
       _tile_zero(0);
       if constexpr (wide == 2) _tile_zero(1);
@@ -73,6 +75,12 @@ struct AmxGemm {
       run<tall, wide>(words, a, lda, b);
       store_tiles<tall, wide>(c, ldc);
     });
+    auto row = finish();
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec v[wide];
+      for (int j = 0; j < wide; ++j) v[j] = read<Vec>(c + i * ldc + j * kLanes);
+      row(i, v);
+    }
   }
 
   template <int wide>

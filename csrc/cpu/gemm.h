@@ -17,14 +17,14 @@ struct Gemm {
   static constexpr int kBlock = kRows;
   static constexpr int kPanel = 3;
   static constexpr int kDepth = 2;  // k is padded to a multiple of this many words
-  static constexpr bool kFolds = true;
+  static constexpr bool kFolds = true, kPacksOnTheWay = true;
 
   struct Session {};
 
   // c = the product of a block. A step along k is a word, or two words for folded columns. Rows of
-  // A may lie at any address.
-  template <int vectors, class Step = int32_t>
-  static FASTADAPTERS_INLINE void run(int64_t steps, const Store* a, int64_t lda, const float* b,
+  // A may lie at any address. B is packed or gives the vectors of a step: (k, where they belong).
+  template <int vectors, class Step = int32_t, class B>
+  static FASTADAPTERS_INLINE void run(int64_t steps, const Store* a, int64_t lda, const B& b,
                                       Vec (&c)[kRows][vectors]) {
     const char* row[kRows];
     for (int i = 0; i < kRows; ++i, a += lda) row[i] = (const char*)a;
@@ -32,10 +32,14 @@ struct Gemm {
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
-    for (int64_t k = 0; k < steps; ++k, b += vectors * kLanes) {
+    for (int64_t k = 0; k < steps; ++k) {
       Vec bk[vectors];
+      if constexpr (std::is_convertible_v<B, const float*>) {
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+        for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + (k * vectors + j) * kLanes);
+      } else {
+        b(k, bk);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         Vec aik = splat<Step>(row[i] + k * sizeof(Step));
@@ -45,23 +49,24 @@ struct Gemm {
     }
   }
 
-  // C [kBlock, vectors * kLanes] = the product. How many of its rows are wanted may be told.
-  template <int vectors>
-  static FASTADAPTERS_INLINE void product(int64_t, int64_t words, const Store* a, int64_t lda,
-                                          const float* b, float* c, int64_t ldc) {
+  // finish() gives what takes each of the first `rows` rows of the product: (i, its vectors). It
+  // comes behind the sums, since what it keeps in registers would displace them.
+  template <int vectors, class Finish>
+  static FASTADAPTERS_INLINE void product(int64_t rows, int64_t words, const Store* a, int64_t lda,
+                                          const float* b, const Finish& finish) {
     Vec sum[kRows][vectors];
     run<vectors>(words, a, lda, b, sum);
+    auto row = finish();
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+      if (i < rows) row(i, sum[i]);
   }
 
   // C [kBlock, vectors * kLanes] += the product, summed apart first: over many calls the rounding
   // errors grow with their number, not with the number of terms.
-  template <int vectors>
+  template <int vectors, class B>
   static FASTADAPTERS_INLINE void accumulate(int64_t, int64_t words, const Store* a, int64_t lda,
-                                             const float* b, float* c, int64_t ldc) {
+                                             const B& b, float* c, int64_t ldc) {
     Vec sum[kRows][vectors];
     run<vectors>(words, a, lda, b, sum);
 #pragma GCC unroll 8
@@ -147,23 +152,34 @@ inline void multiply_long(int64_t chain, int64_t m, int64_t words, const typenam
       }
 }
 
-// A [m, k] B [k, n] for a short k, block by block: epilogue(row, rows, column, columns, c, ldc)
-// has one in c [rows, ldc]. prepare(row, column) comes before, for each row of a block.
-template <class G, class Prepare, class Epilogue>
+// A [m, k] B [k, n] for a short k, block by block. finish(vectors, row, column) gives what takes
+// the rows of a block: (i, their vectors). prepare(row, rows, column) comes before.
+template <class G, class Prepare, class Finish>
 inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
-                     const float* b, Panels<G> n, const Prepare& prepare,
-                     const Epilogue& epilogue) {
-  constexpr int64_t ldc = G::kPanel * kLanes;
-  alignas(64) float c[G::kBlock * ldc];
+                     const float* b, Panels<G> n, const Prepare& prepare, const Finish& finish) {
   for (int64_t i = 0; i < m; i += G::kBlock)
     for (int64_t p = 0; p < n.count; ++p) {
       int64_t column = n.first(p) * kLanes, rows = least(m - i, G::kBlock);
-      for (int64_t row = i; row < i + rows; ++row) prepare(row, column);
+      prepare(i, rows, column);
       with_vectors<G>(n.size(p), [&](auto vectors) {
-        G::template product<vectors>(rows, words, a + i * lda, lda, b + words * column, c, ldc);
+        G::template product<vectors>(
+            rows, words, a + i * lda, lda, b + words * column,
+            [&]() FASTADAPTERS_INLINED { return finish(vectors, i, column); });
       });
-      epilogue(i, rows, column, n.size(p) * kLanes, c, ldc);
     }
+}
+
+// The same of a product in memory.
+template <class Finish>
+inline void finish_stored(int64_t m, const float* c, int64_t ldc, int64_t columns,
+                          const Finish& finish) {
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    auto row = finish(std::integral_constant<int, 1>(), 0, j);
+    for (int64_t i = 0; i < m; ++i) {
+      Vec v[1] = {read<Vec>(c + i * ldc + j)};
+      row(i, v);
+    }
+  }
 }
 
 }  // namespace

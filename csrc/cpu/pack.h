@@ -82,41 +82,56 @@ inline void pack_transposed(const float* t, int64_t m, int64_t n, float* a, int6
 }
 
 // One panel of B = X, a tile of m rows and d columns, from column `first` on; rows beyond m are 0.
-// Adds each column's sum to `sums` unless that is null.
 template <class G, int vectors>
 inline void pack_tile(const typename G::Store* x, int64_t ld, int64_t m, int64_t d, int64_t first,
-                      int64_t words, float* b, double* sums) {
+                      int64_t words, float* b) {
   constexpr int per_word = G::Unit::kPerWord;
-  constexpr int64_t chain = 8;  // words of a column that are summed apart
-  Vec total[vectors] = {}, part[vectors] = {};
-  auto row = [&](int64_t k, auto columns) {
+  int64_t filled = divide_up(m, per_word);
+  for (int64_t k = 0; k < filled; ++k) {
     const auto* row = x + k * per_word * ld + first;
     const auto* next = k * per_word + 1 < m ? row + ld : nullptr;
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      Vec v = G::Unit::interleave(row + j * kLanes, next ? next + j * kLanes : nullptr,
-                                  columns - j * kLanes);
-      store(b + (k * vectors + j) * kLanes, v);
-      part[j] = G::Unit::multiply_add(G::Unit::one(), v, part[j]);
-    }
-  };
-  int64_t filled = divide_up(m, per_word);
-  for (int64_t begin = 0; begin < filled; begin += chain) {
-    int64_t end = least(begin + chain, filled);
-    if (d - first >= vectors * kLanes)
-      for (int64_t k = begin; k < end; ++k)
-        row(k, std::integral_constant<int64_t, vectors * kLanes>());
-    else
-      for (int64_t k = begin; k < end; ++k) row(k, d - first);
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
-      total[j] += part[j];
-      part[j] = Vec{};
-    }
+    for (int j = 0; j < vectors; ++j)
+      store(b + (k * vectors + j) * kLanes,
+            G::Unit::interleave(row + j * kLanes, next ? next + j * kLanes : nullptr,
+                                d - first - j * kLanes));
   }
   std::memset(b + filled * vectors * kLanes, 0, (words - filled) * vectors * sizeof(Vec));
-  for (int j = 0; sums && j < vectors; ++j)
-    for (int lane = 0; lane < kLanes; ++lane) sums[first + j * kLanes + lane] += total[j][lane];
+}
+
+// The same of whole words and vectors, by the product that first needs them: it hides the way from
+// the second-level cache.
+template <class G, int vectors>
+struct PackOnTheWay {
+  const typename G::Store* x;
+  int64_t ld;
+  float* b;
+  FASTADAPTERS_INLINE void operator()(int64_t k, Vec (&bk)[vectors]) const {
+    const auto* row = x + k * G::Unit::kPerWord * ld;
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) {
+      bk[j] = G::Unit::interleave(row + j * kLanes, row + ld + j * kLanes, kLanes);
+      store(b + (k * vectors + j) * kLanes, bk[j]);
+    }
+  }
+};
+
+// Adds each column's sum of a packed panel, of short chains of additions.
+template <class G, int vectors>
+inline void add_columns(const float* b, int64_t words, double* sums) {
+  constexpr int64_t chain = 8;
+  Vec total[vectors] = {};
+  for (int64_t begin = 0; begin < words; begin += chain) {
+    Vec part[vectors] = {};
+    for (int64_t k = begin; k < least(begin + chain, words); ++k)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j)
+        part[j] = G::Unit::multiply_add(G::Unit::one(), read<Vec>(b + (k * vectors + j) * kLanes),
+                                        part[j]);
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) total[j] += part[j];
+  }
+  for (int j = 0; j < vectors; ++j)
+    for (int lane = 0; lane < kLanes; ++lane) sums[j * kLanes + lane] += total[j][lane];
 }
 
 }  // namespace

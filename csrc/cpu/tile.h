@@ -57,33 +57,49 @@ struct Tile {
       if (!wide) return f((T*)data);
     return f((float*)data);
   }
-  // n columns of what will be read, or written. GCC drops calls of functions that only prefetch.
-  FASTADAPTERS_INLINE void expect(int64_t i, int64_t j, int64_t n) const {
-    if (data && !listed)
-      typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<0, 2>(p + i * ld + j, n); });
+  // n columns of rows that will be read, or written. GCC drops calls of functions that only
+  // prefetch.
+  FASTADAPTERS_INLINE void expect(int64_t row, int64_t rows, int64_t j, int64_t n) const {
+    if (data && !listed) prefetch<0, 2>(row, rows, j, n);
   }
-  FASTADAPTERS_INLINE void expect_write(int64_t i, int64_t j, int64_t n) const {
-    if (!listed)
-      typed([&](auto* p) FASTADAPTERS_INLINED { prefetch_columns<1, 3>(p + i * ld + j, n); });
+  FASTADAPTERS_INLINE void expect_write(int64_t row, int64_t rows, int64_t j, int64_t n) const {
+    if (!listed) prefetch<1, 3>(row, rows, j, n);
+  }
+
+ private:
+  template <int write, int locality>
+  FASTADAPTERS_INLINE void prefetch(int64_t row, int64_t rows, int64_t j, int64_t n) const {
+    typed([&](auto* p) FASTADAPTERS_INLINED {
+      p += row * ld + j;
+      for (int64_t i = 0; i < rows; ++i, p += ld) prefetch_columns<write, locality>(p, n);
+    });
   }
 };
 
-// out = values(i, j) + add in a block of a tile; `add`, of out's dtype, may be absent.
-template <class T, class F>
-inline void write(const Tile<T>& out, const Tile<T>& add, int64_t row, int64_t rows, int64_t column,
-                  int64_t columns, const F& values) {
-  out.typed([&](auto* data) {
-    for (int64_t i = row; i < row + rows; ++i) {
-      auto* to = data + out.offset(i);
-      auto* more = add.data ? (decltype(to))add.data + add.offset(i) : nullptr;
-      for (int64_t j = column; j < least(column + columns, out.d); j += kLanes) {
-        Vec v = values(i, j);
-        if (more) v += load(more + j, out.d - j);
-        store(to + j, v, out.d - j);
-      }
-    }
-  });
-}
+// Writes row i of a tile from column j on, vector by vector, plus what `add` has there: of the same
+// dtype, or absent.
+template <class Out>
+struct RowWriter {
+  Out* to;
+  const Out* more;
+  int64_t left;  // columns
+
+  template <class T>
+  RowWriter(Out* data, const Tile<T>& out, const Tile<T>& add, int64_t i, int64_t j)
+      : to(data + out.offset(i) + j),
+        more(add.data ? (const Out*)add.data + add.offset(i) + j : nullptr),
+        left(out.d - j) {}
+  FASTADAPTERS_INLINE void put(int64_t j, Vec v) const {
+    if (more) v += load(more + j, left - j);
+    store(to + j, v, left - j);
+  }
+  // As many vectors as a panel has.
+  template <int vectors, class F>
+  FASTADAPTERS_INLINE void panel(const F& value) const {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) put(j * kLanes, value(j));
+  }
+};
 
 // A number of columns, as what every layout is made of. "Words" are the 32-bit words of unit.h
 // along k.

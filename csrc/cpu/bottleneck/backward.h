@@ -45,13 +45,21 @@ inline void accumulate(const Width<G>& width, int64_t r, int64_t m, const float*
   for (int64_t p = 0; p < width.panels.count; ++p) {
     int64_t first = width.panels.first(p) * kLanes;
     with_vectors<G>(width.panels.size(p), [&](auto vectors) {
-      pack_tile<G, vectors>(x.data, x.ld, m, width.size, first, words, panel, sums);
-      if (g)
-        for (int64_t i = 0; i < g_rows; i += G::kBlock)
-          G::template accumulate<vectors>(
-              g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
-              k_stride * G::Unit::kPerWord, panel, g + g_rows * first + i * vectors * kLanes,
-              vectors * kLanes);
+      auto add = [&](int64_t i, const auto& b) FASTADAPTERS_INLINED {
+        G::template accumulate<vectors>(
+            g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
+            k_stride * G::Unit::kPerWord, b, g + g_rows * first + i * vectors * kLanes,
+            vectors * kLanes);
+      };
+      int64_t i = 0;
+      if constexpr (G::kPacksOnTheWay)
+        if (g && m == words * G::Unit::kPerWord && first + vectors * kLanes <= width.size) {
+          add(i, PackOnTheWay<G, vectors>{x.data + first, x.ld, panel});
+          i += G::kBlock;
+        }
+      if (i == 0) pack_tile<G, vectors>(x.data, x.ld, m, width.size, first, words, panel);
+      for (; g && i < g_rows; i += G::kBlock) add(i, panel);
+      if (sums) add_columns<G, vectors>(panel, words, sums + first);
     });
   }
 }
@@ -70,8 +78,7 @@ inline auto through_norm(int64_t d, const float* v, const Store* xhat, float rst
   float mean = sum(sum_columns(d, [&](int64_t j) { return load(v + j, d - j); })) / d;
   auto product = [&](int64_t j) { return load(v + j, d - j) * load(xhat + j, d - j); };
   float slope = sum(sum_columns(d, product)) / d;
-  return
-      [=](int64_t, int64_t j) { return (read<Vec>(v + j) - mean - slope * load(xhat + j)) * rstd; };
+  return [=](int64_t j) { return (read<Vec>(v + j) - mean - slope * load(xhat + j)) * rstd; };
 }
 
 template <class G, class T>
@@ -80,6 +87,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   const Width<G>&in = sizes.in, &out = sizes.out, &thin = sizes.thin;
   const Masks masks(p);
   const Needs needs(p, masks);
+  const bool norm = needs.norm;
   int64_t z_columns = thin.columns();
   int64_t tasks = sizes.tasks(threads.count, 2 * kTileRows);
   auto shared = carve<BackwardShared<G>>(shared_scratch(), sizes, needs, tasks);
@@ -166,43 +174,50 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
           for (int lane = 0; lane < kLanes; ++lane) dz_sum[c + lane] += total[lane];
         }
 
-      if (needs.dx) {
-        Tile<T> add = p.add_dy ? dy : Tile<T>();
-        int64_t block = sizes.few ? m : G::kBlock;
-        for (int64_t first = 0; first < m; first += block) {
-          int64_t rows = least(m - first, block);
-          auto finish = [&](int64_t row, int64_t n_rows, int64_t column, int64_t n, const float* c,
-                            int64_t ldc) {
-            auto value = [&](int64_t i, int64_t j) {
-              Vec v = read<Vec>(c + (i - first - row) * ldc + j - column);
-              return mask.kept ? v * (mask(i, j) * masks.x.factor) : v;
+      if (needs.dx)
+        dx.typed([&](auto* data) {
+          Tile<T> add = p.add_dy ? dy : Tile<T>();
+          int64_t block = sizes.few ? m : G::kBlock;
+          for (int64_t first = 0; first < m; first += block) {
+            int64_t rows = least(m - first, block);
+            auto finish = [&](auto vectors, int64_t begin, int64_t column) FASTADAPTERS_INLINED {
+              return [=, &mask, &masks, &task, &dx, &add, &in](
+                         int64_t i, const Vec(&v)[vectors]) FASTADAPTERS_INLINED {
+                i += begin;
+                auto masked = [&](int j) FASTADAPTERS_INLINED {
+                  if (!mask.kept) return v[j];
+                  return v[j] * (mask(first + i, column + j * kLanes) * masks.x.factor);
+                };
+                float* normal = task.normal + i * in.columns() + column;
+                if (norm)
+                  for (int j = 0; j < vectors; ++j) store(normal + j * kLanes, masked(j));
+                else
+                  RowWriter(data, dx, add, first + i, column).template panel<vectors>(masked);
+              };
             };
-            if (!needs.norm) return write(dx, add, first + row, n_rows, column, n, value);
-            for (int64_t i = row; i < row + n_rows; ++i)
-              for (int64_t j = column; j < column + n; j += kLanes)
-                store(task.normal + i * in.columns() + j, value(first + i, j));
-          };
-          if (sizes.few) {
-            multiply_stored(m, task.dh, z_columns, down, task.normal, in.columns());
-            finish(0, m, 0, in.columns(), task.normal, in.columns());
-          } else {
-            multiply<G>(
-                rows, thin.words, task.dz + first * thin.stride, thin.stride, shared.down,
-                in.panels,
-                [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
-                  i += first;
-                  dx.expect_write(i, j, G::kPanel * kLanes);
-                  if (j < out.size) dy.expect(i + m, j, G::kPanel * kLanes);
-                  x.expect(i + m, j, G::kPanel * kLanes);
-                },
-                finish);
+            if (sizes.few) {
+              multiply_stored(m, task.dh, z_columns, down, task.normal, in.columns());
+              finish_stored(m, task.normal, in.columns(), in.columns(), finish);
+            } else {
+              multiply<G>(
+                  rows, thin.words, task.dz + first * thin.stride, thin.stride, shared.down,
+                  in.panels,
+                  [&](int64_t i, int64_t n, int64_t j) FASTADAPTERS_INLINED {
+                    i += first;
+                    dx.expect_write(i, n, j, G::kPanel * kLanes);
+                    if (j < out.size) dy.expect(i + m, n, j, G::kPanel * kLanes);
+                    x.expect(i + m, n, j, G::kPanel * kLanes);
+                  },
+                  finish);
+            }
+            for (int64_t i = first; norm && i < first + rows; ++i) {
+              auto value = through_norm(in.size, task.normal + (i - first) * in.columns(),
+                                        xhat.data + i * xhat.ld, stats[2 * i + 1]);
+              RowWriter row(data, dx, add, i, 0);
+              for (int64_t j = 0; j < in.size; j += kLanes) row.put(j, value(j));
+            }
           }
-          for (int64_t i = first; needs.norm && i < first + rows; ++i)
-            write(dx, add, i, 1, 0, in.size,
-                  through_norm(in.size, task.normal + (i - first) * in.columns(),
-                               xhat.data + i * xhat.ld, stats[2 * i + 1]));
-        }
-      }
+        });
       if (needs.g1 && needs.norm && mask.kept) mask_rows(task.x, m, in.size, in.stride, mask);
       if (sizes.few) {
         few = {m, xhat, dy_operand, task.dh, task.h, mask};

@@ -60,6 +60,16 @@ inline void expand_norm(const Bottleneck& p, float* weight, float* bias) {
   p.x_dtype == Dtype::float32 ? expand_as((float*)nullptr) : expand_as((T*)nullptr);
 }
 
+// A vector of parameters, as many columns of it as a panel has, in registers.
+template <int vectors>
+struct Columns {
+  Vec of[vectors];
+  explicit FASTADAPTERS_INLINE Columns(const float* p) {
+#pragma GCC unroll 8
+    for (int j = 0; j < vectors; ++j) of[j] = read<Vec>(p + j * kLanes);
+  }
+};
+
 template <class G, class T>
 void forward(const BottleneckForward& p, const Threads& threads) {
   Sizes<G> sizes(p);
@@ -128,24 +138,27 @@ void forward(const BottleneckForward& p, const Threads& threads) {
         }
       }
 
-      auto finish = [&](int64_t first, int64_t rows, int64_t column, int64_t n, const float* c,
-                        int64_t ldc) {
-        write(y, residual, first, rows, column, n, [&](int64_t i, int64_t j) {
-          Vec v = read<Vec>(c + (i - first) * ldc + j - column);
-          return v * read<Vec>(shared.scale + j) + read<Vec>(shared.up_bias + j);
-        });
-      };
-      if (sizes.few) {
-        multiply_stored_transposed(m, task.h, thin.stride, up, task.u, out.columns());
-        return finish(0, m, 0, out.columns(), task.u, out.columns());
-      }
-      multiply<G>(
-          m, thin.words, task.h, thin.stride, shared.up, out.panels,
-          [&](int64_t i, int64_t j) FASTADAPTERS_INLINED {
-            y.expect_write(i, j, G::kPanel * kLanes);
-            if (j < in.size) x.expect(i + m, j, G::kPanel * kLanes);
-          },
-          finish);
+      y.typed([&](auto* data) {
+        auto finish = [&](auto vectors, int64_t first, int64_t column) FASTADAPTERS_INLINED {
+          Columns<vectors> scale(shared.scale + column), shift(shared.up_bias + column);
+          return [=, &y, &residual](int64_t i, const Vec(&v)[vectors]) FASTADAPTERS_INLINED {
+            RowWriter row(data, y, residual, first + i, column);
+            row.template panel<vectors>(
+                [&](int j) FASTADAPTERS_INLINED { return v[j] * scale.of[j] + shift.of[j]; });
+          };
+        };
+        if (sizes.few) {
+          multiply_stored_transposed(m, task.h, thin.stride, up, task.u, out.columns());
+          return finish_stored(m, task.u, out.columns(), out.columns(), finish);
+        }
+        multiply<G>(
+            m, thin.words, task.h, thin.stride, shared.up, out.panels,
+            [&](int64_t i, int64_t rows, int64_t j) FASTADAPTERS_INLINED {
+              y.expect_write(i, rows, j, G::kPanel * kLanes);
+              if (j < in.size) x.expect(i + m, rows, j, G::kPanel * kLanes);
+            },
+            finish);
+      });
     });
   });
 }
