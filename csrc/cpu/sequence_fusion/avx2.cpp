@@ -3,6 +3,6 @@
 
 namespace fastadapters::cpu {
 
-const SequenceFusionKernels avx2_sequence_fusion = {forward, backward};
+const SequenceFusionKernels avx2_sequence_fusion = {forward<Single>, backward<Single>};
 
 }  // namespace fastadapters::cpu

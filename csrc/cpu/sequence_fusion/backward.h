@@ -57,6 +57,7 @@ inline void write_gradients(const SequenceFusionBackward& p, int i, BackwardModa
   }
 }
 
+template <class Words>
 inline void backward(const SequenceFusionBackward& p, const Threads& threads) {
   std::vector<Unit> units;
   bool factors = false;
@@ -69,7 +70,7 @@ inline void backward(const SequenceFusionBackward& p, const Threads& threads) {
   int64_t unit_tasks = count_tasks(p, threads, int64_t(units.size()));
   int64_t group_tasks = count_tasks(p, threads, groups);
   auto shared = carve<BackwardShared>(shared_scratch(), p, unit_tasks, group_tasks);
-  for (int m = 0; m < p.modalities; ++m) shared.modality[m].pack(p, p.modality[m]);
+  for (int m = 0; m < p.modalities; ++m) shared.modality[m].pack<Words>(p, p.modality[m]);
 
   parallel(threads, group_tasks, [&](int64_t t) {
     auto task = carve<FactorTask>(task_scratch(), p, shared);
@@ -82,7 +83,7 @@ inline void backward(const SequenceFusionBackward& p, const Threads& threads) {
   });
   int64_t n = int64_t(units.size());
   parallel(threads, unit_tasks, [&](int64_t t) {
-    auto task = carve<UnitTask>(task_scratch(), p);
+    auto task = carve<UnitTask<Words>>(task_scratch(), p);
     for (auto& modality : shared.modality)
       for (auto* sums : {&modality.d_down, &modality.d_time, &modality.d_bias}) (*sums)[t].clear();
     int64_t end = n * (t + 1) / unit_tasks;

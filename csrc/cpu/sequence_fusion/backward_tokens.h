@@ -6,11 +6,15 @@
 namespace fastadapters::cpu {
 namespace {
 
+template <class Words>
 struct UnitTask {
+  static constexpr bool kPairs = Words::kPerWord == 2;
   float *stage, *h, *dz, *staged, *d_products;
-  const char **x, **next, **add;  // rows of this unit, of the next one, of what joins dx
+  typename Words::Store* dz_rows;  // words of dz are along r
+  float* dz_columns;               // words of dz are along the tokens
+  const char **x, **next, **add;   // rows of this unit, of the next one, of what joins dx
   char** dx;
-  const float** values;  // rows of x in fp32
+  const float** values;  // rows of x as words along the tokens
   UnitTask(Carver& c, const SequenceFusionBackward& p)
       : stage(c.take<float>(stage_size(p))),
         h(c.take<float>(kMostRows * widest(p) + kLanes)),
@@ -21,26 +25,32 @@ struct UnitTask {
         next(c.take<const char*>(kMostRows)),
         add(c.take<const char*>(kMostRows)),
         dx(c.take<char*>(kMostRows)),
-        values(c.take<const float*>(kMostRows)) {}
+        values(c.take<const float*>(kMostRows)) {
+    dz_rows = (decltype(dz_rows))dz;
+    dz_columns = dz;
+    if (!kPairs) return;
+    int64_t width = round_up(widest(p), 2);
+    dz_rows = c.take<typename Words::Store>(kMostRows * width + kLanes);
+    dz_columns = c.take<float>(kMostRows / 2 * width + kLanes);
+  }
 
   static int64_t largest_unit(const SequenceFusionBackward& p) {
     int64_t n = 0;
     for (int i = 0; i < p.modalities; ++i) {
       const Modality& m = p.modality[i];
-      if (!in_place(p, m)) n = greatest(n, unit_rows(m.dim) * round_up(m.dim, kLanes));
+      if (kPairs || !in_place<Words>(p, m))
+        n = greatest(n, unit_rows(m.dim) / Words::kPerWord * round_up(m.dim, kLanes));
     }
     return n;
-  }
-  static bool in_place(const SequenceFusion& p, const Modality& m) {
-    return m.x_dtype == p.dtype && p.dtype == Dtype::float32;
   }
 };
 
 // z of a unit in task.h, as saved or made again.
+template <class Words>
 inline void find_z(const SequenceFusionBackward& p, const BackwardModality& own, const Unit& unit,
-                   const UnitTask& task) {
+                   const UnitTask<Words>& task) {
   const Modality& m = p.modality[unit.modality];
-  if (!p.z) return project(p, m, own.down, task.x, unit.rows, 0, task.stage, task.h);
+  if (!p.z) return project<Words>(p, m, own.down, task.x, unit.rows, 0, task.stage, task.h);
   unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
     read_values(z_of(p, unit.modality, item, unit.token), p.dtype, p.dtype, n * m.width,
                 task.h + row * m.width);
@@ -48,43 +58,84 @@ inline void find_z(const SequenceFusionBackward& p, const BackwardModality& own,
 }
 
 // One panel of dx = dz Wd + add for a block of rows; what the next block writes is fetched.
-template <class T, int rows, int vectors>
-FASTADAPTERS_INLINE void write_dx_block(int64_t n, int64_t r, int64_t d, const float* dz,
+template <class T, class Words, int rows, int vectors>
+FASTADAPTERS_INLINE void write_dx_block(int64_t n, int64_t words, int64_t d, const float* dz,
                                         const float* down, int64_t column, char* const* dx,
                                         int64_t next, const char* const* add) {
   const float* a[rows];
-  block_of_rows(0, n, [&](int64_t row) { return dz + row * r; }, a);
+  block_of_rows(0, n, [&](int64_t row) { return dz + row * words; }, a);
   for (int64_t l = rows; l < rows + next; ++l)
     prefetch_columns<1, 3>((T*)dx[l] + column, vectors * kLanes);
   Vec sum[rows][vectors];
-  sum_products<int32_t>(r, a, down, vectors * kLanes, sum, [](int64_t) {});
-  each_vector(sum, n, [&](Vec v, int l, int j) {
-    int64_t first = column + j * kLanes;
-    if (add[l]) v += load((const T*)add[l] + first, d - first);
-    store((T*)dx[l] + first, v, d - first);
-  });
+  sum_products<Words>(words, a, down, vectors * kLanes, sum, [](int64_t) {});
+  auto write = [&](auto left) FASTADAPTERS_INLINED {
+#pragma GCC unroll 8
+    for (int l = 0; l < rows; ++l) {
+      if (l >= n) break;
+      T* to = (T*)dx[l] + column;
+      const T* more = add[l] ? (const T*)add[l] + column : nullptr;
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) {
+        Vec v = sum[l][j];
+        if (more) v += load(more + j * kLanes, left(j));
+        store(to + j * kLanes, v, left(j));
+      }
+    }
+  };
+  if (d - column >= vectors * kLanes)
+    write([](int) { return std::integral_constant<int64_t, kLanes>(); });
+  else
+    write([&](int j) { return d - column - j * kLanes; });
 }
 
-template <class T>
-void write_dx(const Modality& m, const BackwardModality& own, int64_t rows, const UnitTask& task) {
+template <class T, class Words>
+inline void write_dx(const Modality& m, const BackwardModality& own, int64_t rows,
+                     const UnitTask<Words>& task) {
   constexpr int block = kBlockRows<Columns::kPanel>;
-  const int64_t r = m.width, d = m.dim;
+  const int64_t r = m.width, d = m.dim, words = divide_up(r, Words::kPerWord);
   for (int64_t i = 0; i < rows; i += block)
     for (int64_t panel = 0; panel < own.columns.count; ++panel) {
       int64_t column = own.columns.first(panel) * kLanes;
       with_size(own.columns.size(panel), [&](auto vectors) {
-        write_dx_block<T, block, vectors>(
-            rows - i, r, d, task.dz + i * r, own.down_rows + r * column, column, task.dx + i,
-            greatest(0, least(block, rows - i - block)), task.add + i);
+        write_dx_block<T, Words, block, vectors>(
+            rows - i, words, d, (const float*)task.dz_rows + i * words, own.down_rows + r * column,
+            column, task.dx + i, greatest(0, least(block, rows - i - block)), task.add + i);
       });
     }
 }
 
-// What the products see of the rows of a unit.
-inline const float* const* values_of(const SequenceFusion& p, const Modality& m, int64_t rows,
-                                     const UnitTask& task) {
-  if (UnitTask::in_place(p, m)) return (const float* const*)task.x;
+// Row i of words along the tokens: of a row of values and its neighbour, if there is one.
+inline void interleave(const char* row, const char* next, Dtype dtype, int64_t n, float* out) {
+  auto words = [&](int64_t j, auto left) FASTADAPTERS_INLINED {
+    if (dtype == Dtype::bfloat16)
+      return Pair::interleave((const bfloat16*)row + j, next ? (const bfloat16*)next + j : nullptr,
+                              left);
+    return Pair::across_rows(0, [&](int64_t i) {
+      return i == 0 ? load((const float*)row + j, left)
+             : next ? load((const float*)next + j, left)
+                    : Vec{};
+    });
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    store(out + j, words(j, std::integral_constant<int64_t, kLanes>()));
+  if (j < n) store(out + j, words(j, n - j));
+}
+
+// The rows of a unit as words along the tokens.
+template <class Words>
+const float* const* words_of(const SequenceFusion& p, const Modality& m, int64_t rows,
+                             const UnitTask<Words>& task) {
   int64_t stride = round_up(m.dim, kLanes);
+  if constexpr (Words::kPerWord == 2) {
+    for (int64_t i = 0; i < rows; i += 2) {
+      float* to = task.staged + i / 2 * stride;
+      interleave(task.x[i], i + 1 < rows ? task.x[i + 1] : nullptr, m.x_dtype, m.dim, to);
+      task.values[i / 2] = to;
+    }
+    return task.values;
+  }
+  if (in_place<Words>(p, m)) return (const float* const*)task.x;
   for (int64_t i = 0; i < rows; ++i) {
     read_values(task.x[i], m.x_dtype, p.dtype, m.dim, task.staged + i * stride);
     task.values[i] = task.staged + i * stride;
@@ -106,8 +157,24 @@ struct Fetch {
   }
 };
 
-// sums [columns, vectors] += x^T dz for `wanted` columns of x and a panel of dz, n rows.
-template <int columns, int vectors, class Column>
+// dz of a unit as words.
+template <class Words>
+inline void make_words(int64_t rows, int64_t r, const UnitTask<Words>& task) {
+  if constexpr (Words::kPerWord == 2) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < r; j += kLanes)
+        store(task.dz_rows + i * round_up(r, 2) + j,
+              first_lanes(read<Vec>(task.dz + i * r + j), r - j));
+    for (int64_t i = 0; i < divide_up(rows, 2); ++i)
+      for (int64_t j = 0; j < r; j += kLanes)
+        store(task.dz_columns + i * r + j, Words::across_rows(i, [&](int64_t row) {
+                return row < rows ? read<Vec>(task.dz + row * r + j) : Vec{};
+              }));
+  }
+}
+
+// sums [columns, vectors] += x^T dz for `wanted` columns of x and a panel of dz, n rows of words.
+template <class Words, int columns, int vectors, class Column>
 FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Column& column,
                                      int64_t wanted, const float* dz, int64_t r, float* sums,
                                      int64_t stride) {
@@ -121,7 +188,7 @@ FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Col
     for (int l = 0; l < columns; ++l) {
       Vec value = splat<int32_t>((const char*)(x[t] + column(l)));
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[l][j] = Single::multiply_add(value, row[j], sum[l][j]);
+      for (int j = 0; j < vectors; ++j) sum[l][j] = Words::multiply_add(value, row[j], sum[l][j]);
     }
   }
   each_vector(sum, wanted, [&](Vec v, int l, int j) {
@@ -132,6 +199,7 @@ FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Col
 
 // dWd^T [D, r] += x^T dz, a few rows at a time: the lines where they are read, which may be some
 // multiple of 1 KB apart, then have room in the first-level cache.
+template <class Words>
 inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, const float* dz,
                               int64_t r, float* sums, Fetch fetch) {
   constexpr int64_t strip = 48, few = 16;  // a strip is whole blocks of any panel
@@ -148,10 +216,10 @@ inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, co
             float* to = sums + column * stride + at;
             fetch();
             if (d - column >= block)
-              add_columns<block, vectors>(
+              add_columns<Words, block, vectors>(
                   n, x + t, [&](int l) { return column + l; }, block, right, r, to, stride);
             else
-              add_columns<block, vectors>(
+              add_columns<Words, block, vectors>(
                   n, x + t, [&](int l) { return least(column + l, d - 1); }, d - column, right, r,
                   to, stride);
           }
@@ -160,8 +228,9 @@ inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, co
 }
 
 // Everything behind dP, for the tokens of a unit; those of the `next` one are fetched meanwhile.
+template <class Words>
 inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModality& own, int64_t t,
-                                 const Unit& unit, const Unit* next, const UnitTask& task) {
+                                 const Unit& unit, const Unit* next, const UnitTask<Words>& task) {
   const Modality& m = p.modality[unit.modality];
   const auto& gradients = p.gradients[unit.modality];
   int64_t r = m.width, products = p.rank() * p.out_len;
@@ -198,13 +267,15 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
         total += read<Vec>(task.dz + i * r + c);
       for (int64_t l = 0; l < least(kLanes, r - c); ++l) own.d_bias[t].total[c + l] += total[l];
     }
+  if (own.needs.down || own.needs.dx) make_words(unit.rows, r, task);
   if (own.needs.down) {
     bool follows = next && next->modality == unit.modality;
     if (follows) collect_rows(m, m.x, m.x_dtype, *next, task.next);
     int64_t n = follows ? next->rows : 0, lines = divide_up(m.dim * item_size(m.x_dtype), 64);
-    add_down_gradient(unit.rows, values_of(p, m, unit.rows, task), m.dim, task.dz, r,
-                      own.d_down[t].part,
-                      {task.next, n, lines, divide_up(n * lines * 8 * 16, m.dim * unit.rows)});
+    int64_t rows = divide_up(unit.rows, Words::kPerWord);
+    add_down_gradient<Words>(rows, words_of(p, m, unit.rows, task), m.dim, task.dz_columns, r,
+                             own.d_down[t].part,
+                             {task.next, n, lines, divide_up(n * lines * 8 * 16, m.dim * rows)});
     own.d_down[t].advance(unit.rows);
   }
   if (own.needs.dx) {
@@ -220,7 +291,7 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
       });
     });
     with_type({gradients.dx.data, m.x_dtype}, [&](auto* data) {
-      write_dx<std::remove_pointer_t<decltype(data)>>(m, own, unit.rows, task);
+      write_dx<std::remove_pointer_t<decltype(data)>, Words>(m, own, unit.rows, task);
     });
   }
 }

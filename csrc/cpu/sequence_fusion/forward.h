@@ -29,8 +29,9 @@ struct ForwardModality {
         time(c.take<float>(p.rank() * p.out_len * time_stride)),
         parts(c.take<float>(p.items * splits * slot)) {}
 
+  template <class Words>
   void pack(const SequenceFusion& p, const Modality& m) const {
-    down.pack(m);
+    down.pack<Words>(m);
     up.pack(p, m);
     const float* values = factors.get();
     for (int64_t q = 0; q < p.rank(); ++q)
@@ -56,6 +57,7 @@ struct ForwardTask {
 };
 
 // The P of a unit's items, each from the tokens that are in the unit.
+template <class Words>
 inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, const Unit& unit,
                        const Unit* next, const ForwardTask& task) {
   const Modality& m = p.modality[unit.modality];
@@ -65,7 +67,8 @@ inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, c
     const Modality& other = p.modality[next->modality];
     collect_rows(other, other.x, other.x_dtype, *next, task.rows + unit.rows);
   }
-  project(p, m, shared.down, task.rows, unit.rows, next ? next->rows : 0, task.stage, task.h);
+  project<Words>(p, m, shared.down, task.rows, unit.rows, next ? next->rows : 0, task.stage,
+                 task.h);
   if (p.z)
     unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
       write_values(task.h + row * r, n * r, z_of(p, unit.modality, item, unit.token), p.dtype);
@@ -128,8 +131,8 @@ void multiply_factors(const SequenceFusion& p, const ForwardShared& shared, int6
         const float* products = task.products[m] + q * rows * r;
         const float* a[block];
         block_of_rows(i, rows, [&](int64_t row) { return products + row * r; }, a);
-        sum_products<int32_t>(r, a, shared.modality[m].up.panel(p.modality[m], q, panel),
-                              vectors * kLanes, out, [](int64_t) {});
+        sum_products<Single>(r, a, shared.modality[m].up.panel(p.modality[m], q, panel),
+                             vectors * kLanes, out, [](int64_t) {});
       };
       Vec product[block][vectors];
       factor(0, product);
@@ -193,19 +196,21 @@ inline void write_result(const SequenceFusionForward& p, const ForwardShared& sh
   }
 }
 
+// Words are what x and Wd are multiplied as.
+template <class Words>
 inline void forward(const SequenceFusionForward& p, const Threads& threads) {
   if (p.items == 0) return;
   auto shared = carve<ForwardShared>(shared_scratch(), p);
   std::vector<Unit> units;
   for (int m = 0; m < p.modalities; ++m) {
-    shared.modality[m].pack(p, p.modality[m]);
+    shared.modality[m].pack<Words>(p, p.modality[m]);
     cut(p, m, kSplit, units);
   }
   in_tasks(p, threads, int64_t(units.size()), [&](int64_t begin, int64_t end) {
     auto task = carve<ForwardTask>(task_scratch(), p);
     for (int64_t i = begin; i < end; ++i)
-      sum_tokens(p, shared.modality[units[i].modality], units[i],
-                 i + 1 < end ? &units[i + 1] : nullptr, task);
+      sum_tokens<Words>(p, shared.modality[units[i].modality], units[i],
+                        i + 1 < end ? &units[i + 1] : nullptr, task);
   });
   int64_t group = items_at_a_time(p);
   in_tasks(p, threads, divide_up(p.items, group), [&](int64_t begin, int64_t end) {

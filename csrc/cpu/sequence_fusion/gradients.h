@@ -68,14 +68,15 @@ struct BackwardModality {
       d_up.emplace_back(c, p.rank() * m.width * up.columns.columns(), needs.up);
   }
 
+  template <class Words>
   void pack(const SequenceFusionBackward& p, const Modality& m) {
-    if (!p.z && needs.products) down.pack(m);
+    if (!p.z && needs.products) down.pack<Words>(m);
     up.pack(p, m);
     const float* features = up.factors.get();
     for (int64_t q = 0; needs.products && q < p.rank(); ++q)
       transpose_into(features + q * m.width * p.dim, p.dim, m.width, p.dim,
                      up_transposed + q * p.dim * r_stride, r_stride);
-    if (needs.dx) cpu::pack(down.weights.get(), m.width, columns, m.dim, down_rows);
+    if (needs.dx) cpu::pack<Words>(down.weights.get(), m.width, columns, m.dim, down_rows);
     const float* values = factors.get();
     if (!time) {
       time = (float*)values;

@@ -1,5 +1,4 @@
-// The kernels of sequence fusion, for every dtype, which each instruction set's source file
-// defines.
+// The kernels of sequence fusion, which each instruction set's source file defines.
 #pragma once
 
 #include "../../sequence_fusion.h"
@@ -12,6 +11,7 @@ struct SequenceFusionKernels {
   void (*backward)(const SequenceFusionBackward&, const Threads&);
 };
 
+extern const SequenceFusionKernels avx512_bf16_sequence_fusion;  // bf16 only
 extern const SequenceFusionKernels avx512_sequence_fusion, avx2_sequence_fusion;
 extern const SequenceFusionKernels portable_sequence_fusion;
 

@@ -48,9 +48,11 @@ FASTADAPTERS_INLINE void with_reader(Dtype stored, Dtype dtype, const F& f) {
     });
 }
 
-// The n values from `data` on, in their own dtype, as fp32 rounded to `dtype`.
-inline void read_values(const void* data, Dtype stored, Dtype dtype, int64_t n, float* out) {
-  with_reader(stored, dtype, [&](auto read) {
+// The n values from `data` on, in their own dtype, rounded to `dtype`; what is stored as it is not
+// rounded before.
+template <class T>
+inline void read_values(const void* data, Dtype stored, Dtype dtype, int64_t n, T* out) {
+  with_reader(stored, std::is_same_v<T, float> ? dtype : Dtype::float32, [&](auto read) {
     for (int64_t j = 0; j < n; j += kLanes) store(out + j, read(data, j, n - j));
   });
 }
@@ -169,23 +171,23 @@ struct Values {
 // Wd^T as the B of x Wd^T, and the bias.
 struct Down {
   Columns columns;
-  int64_t words;  // D in whole pairs, for folding
+  int64_t depth;  // D in whole folded words
   Values weights, constants;
   float *packed, *bias;
 
   Down(Carver& c, const SequenceFusion& p, const Modality& m)
       : columns(m.width),
-        words(round_up(m.dim, 2)),
+        depth(round_up(m.dim, 4)),
         weights(c, m.down_weight, 1, m.width * m.dim, false, p.dtype),
         constants(c, m.down_bias, 1, m.width, false, p.dtype),
-        packed(c.take<float>(words * columns.columns())),
+        packed(c.take<float>(depth * columns.columns())),
         bias(c.take<float>(columns.columns())) {}
 
+  template <class Words>
   void pack(const Modality& m) const {
-    if (words > m.dim)
-      std::memset(packed + m.dim * columns.columns(), 0, columns.columns() * sizeof(float));
-    pack_transposed(weights.get(), m.dim, columns, m.width, words, packed);
-    fold(columns, words, packed);
+    pack_transposed(weights.get(), m.dim, columns, m.width, depth, packed);
+    to_words<Words>(columns, m.dim, depth, packed);
+    fold(columns, depth / Words::kPerWord, packed);
     const float* given = constants.get();
     for (int64_t j = 0; j < columns.columns(); j += kLanes)
       store(bias + j, given ? load(given + j, m.width - j) : Vec{});
@@ -214,13 +216,20 @@ struct Up {
   }
 };
 
+// Whether rows of x in memory are rows of words.
+template <class Words>
+bool in_place(const SequenceFusion& p, const Modality& m) {
+  return m.x_dtype == p.dtype && item_size(p.dtype) == sizeof(typename Words::Store);
+}
+
 // z [m, r] of rows in memory, the next ones of which are fetched meanwhile: x has `follow` rows
 // more than it has to multiply.
-template <class Step, int rows>
+template <class Words, class Step, int rows>
 void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
                   const char* const* x, int64_t count, int64_t follow, float* stage, float* z) {
-  constexpr int64_t per_step = sizeof(Step) / sizeof(float);
-  const bool in_place = m.x_dtype == p.dtype && p.dtype == Dtype::float32 && m.dim % per_step == 0;
+  using Store = typename Words::Store;
+  constexpr int64_t per_step = sizeof(Step) / sizeof(Store);
+  const bool as_is = in_place<Words>(p, m) && m.dim % per_step == 0;
   const int64_t size = item_size(m.x_dtype), stride = round_up(m.dim, kLanes);
   const int64_t r = m.width, d = m.dim;
   const float* bias = down.bias;
@@ -228,9 +237,10 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
     const float* a[rows];
     const char* next[rows];
     block_of_rows(i, count, [&](int64_t row) { return (const float*)x[row]; }, a);
-    for (int l = 0; !in_place && l < rows; ++l) {
-      if (i + l < count) read_values(a[l], m.x_dtype, p.dtype, m.dim, stage + l * stride);
-      a[l] = stage + least(l, count - 1 - i) * stride;
+    for (int l = 0; !as_is && l < rows; ++l) {
+      auto* staged = (Store*)stage + least(l, count - 1 - i) * stride;
+      if (i + l < count) read_values(a[l], m.x_dtype, p.dtype, m.dim, staged);
+      a[l] = (const float*)staged;
     }
     for (int l = 0; l < rows; ++l) next[l] = x[least(i + rows + l, count + follow - 1)];
     for (int64_t panel = down.columns.count - 1; panel >= 0; --panel) {
@@ -245,10 +255,11 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
       with_size(down.columns.size(panel), [&](auto vectors) {
         if constexpr (rows <= kBlockRows<vectors>) {
           Vec sum[rows][vectors];
-          sum_products<Step>(divide_up(d, per_step), a, down.packed + down.words * first,
-                             vectors * kLanes, sum, fetch);
+          sum_products<Words, Step>(divide_up(d, per_step), a, down.packed + down.depth * first,
+                                    vectors * kLanes, sum, fetch);
           each_vector(sum, count - i, [&](Vec v, int l, int j) {
-            if constexpr (per_step == 2) v = add_neighbours(v, std::make_index_sequence<kLanes>());
+            if constexpr (sizeof(Step) == 8)
+              v = add_neighbours(v, std::make_index_sequence<kLanes>());
             int64_t column = first + j * kLanes;
             store(z + (i + l) * r + column, v + read<Vec>(bias + column));
           });
@@ -259,16 +270,17 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
 }
 
 // The rows of `z` are as short as they are; behind the last one is room for a vector.
+template <class Words>
 inline void project(const SequenceFusion& p, const Modality& m, const Down& down,
                     const char* const* x, int64_t count, int64_t follow, float* stage, float* z) {
   if (down.columns.narrow)
-    project_rows<int64_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
+    project_rows<Words, int64_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
   else if (down.columns.vectors == 1)
-    project_rows<int32_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
+    project_rows<Words, int32_t, kBlockRows<1>>(p, m, down, x, count, follow, stage, z);
   else if (down.columns.vectors == 2)
-    project_rows<int32_t, kBlockRows<2>>(p, m, down, x, count, follow, stage, z);
+    project_rows<Words, int32_t, kBlockRows<2>>(p, m, down, x, count, follow, stage, z);
   else
-    project_rows<int32_t, kBlockRows<3>>(p, m, down, x, count, follow, stage, z);
+    project_rows<Words, int32_t, kBlockRows<3>>(p, m, down, x, count, follow, stage, z);
 }
 
 inline int64_t widest(const SequenceFusion& p) {

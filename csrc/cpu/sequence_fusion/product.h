@@ -46,9 +46,9 @@ constexpr int kBlockRows = vectors == 1 || kLanes == 16 ? 8
                            : vectors == 2               ? 6
                                                         : 4;
 
-// c[i][j] += the sum of a[i][k] * b[k * ldb + j] over `steps` k. A Step is a float, or two of them
-// for a folded b.
-template <class Step, int rows, int vectors>
+// c[i][j] += the sum of a[i][k] * b[k * ldb + j] over `steps` k. A Step is one of the Words, or two
+// of them for a folded b.
+template <class Words, class Step, int rows, int vectors>
 FASTADAPTERS_INLINE void add_products(int64_t steps, const float* const (&a)[rows], const float* b,
                                       int64_t ldb, Vec (&c)[rows][vectors]) {
 #pragma GCC unroll 4
@@ -60,12 +60,12 @@ FASTADAPTERS_INLINE void add_products(int64_t steps, const float* const (&a)[row
     for (int i = 0; i < rows; ++i) {
       Vec aik = splat<Step>((const char*)a[i] + k * sizeof(Step));
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) c[i][j] = Single::multiply_add(aik, bk[j], c[i][j]);
+      for (int j = 0; j < vectors; ++j) c[i][j] = Words::multiply_add(aik, bk[j], c[i][j]);
     }
   }
 }
 
-// So many steps along a row of floats are a line of the cache.
+// So many steps along a row of words are a line of the cache.
 constexpr int64_t kLine = 16;
 
 // By vectors: what GCC makes of an empty initializer takes longer than a short chain.
@@ -78,7 +78,7 @@ FASTADAPTERS_INLINE void clear(Vec (&c)[rows][vectors]) {
 }
 
 // c += one chain; before(k) comes before each line of it.
-template <class Step, int rows, int vectors, class Before>
+template <class Words, class Step, int rows, int vectors, class Before>
 FASTADAPTERS_INLINE void add_chain(int64_t first, int64_t steps, const float* const (&a)[rows],
                                    const float* b, int64_t ldb, Vec (&c)[rows][vectors],
                                    const Before& before) {
@@ -87,16 +87,17 @@ FASTADAPTERS_INLINE void add_chain(int64_t first, int64_t steps, const float* co
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) rest[i] = (const float*)((const Step*)a[i] + k);
     before(k);
-    add_products<Step>(least(kLine, first + steps - k), rest, b + k * ldb, ldb, c);
+    add_products<Words, Step>(least(kLine, first + steps - k), rest, b + k * ldb, ldb, c);
   }
 }
 
 // c = the sum, chain by chain; before(k) comes before each line.
-template <class Step, int64_t chain = kChain, int rows, int vectors, class Before>
+template <class Words, class Step = int32_t, int64_t chain = kChain, int rows, int vectors,
+          class Before>
 FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[rows], const float* b,
                                       int64_t ldb, Vec (&c)[rows][vectors], const Before& before) {
   clear(c);
-  add_chain<Step>(0, least(steps, chain), a, b, ldb, c, before);
+  add_chain<Words, Step>(0, least(steps, chain), a, b, ldb, c, before);
   if (steps <= chain) return;
   Vec total[rows][vectors];
   std::memcpy(total, c, sizeof c);
@@ -104,7 +105,7 @@ FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[row
     asm("" : "+m"(total));  // in memory, for the chain needs the registers
     Vec part[rows][vectors];
     clear(part);
-    add_chain<Step>(k, least(steps - k, chain), a, b, ldb, part, before);
+    add_chain<Words, Step>(k, least(steps - k, chain), a, b, ldb, part, before);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -140,7 +141,7 @@ void multiply_columns(int64_t m, int64_t k, const float* a, int64_t lda, const f
     const float* block[rows];
     block_of_rows(i, m, [&](int64_t row) { return a + row * lda; }, block);
     Vec sum[rows][vectors];
-    sum_products<int32_t, chain>(k, block, b, ldb, sum, [](int64_t) {});
+    sum_products<Single, int32_t, chain>(k, block, b, ldb, sum, [](int64_t) {});
     each_vector(sum, m - i, [&](Vec v, int l, int j) {
       float* to = c + (i + l) * ldc + j * kLanes;
       store(to, add ? read<Vec>(to) + v : v);
@@ -188,13 +189,30 @@ inline void pack_transposed(const float* w, int64_t k, Columns n, int64_t n_colu
 }
 
 // A packed B = W, from W [k, n].
+template <class Words = Single>
 inline void pack(const float* w, int64_t k, Columns n, int64_t n_columns, float* b) {
   for (int64_t p = 0; p < n.count; ++p) {
     int64_t first = n.first(p) * kLanes, width = n.size(p) * kLanes;
-    for (int64_t i = 0; i < k; ++i)
+    for (int64_t i = 0; i < divide_up(k, Words::kPerWord); ++i)
       for (int64_t j = 0; j < width; j += kLanes)
-        store(b + k * first + i * width + j,
-              load(w + i * n_columns + first + j, n_columns - first - j));
+        store(b + k * first + i * width + j, Words::across_rows(i, [&](int64_t row) {
+                int64_t n = Words::kPerWord == 1 || row < k ? n_columns - first - j : 0;
+                return load(w + row * n_columns + first + j, n);
+              }));
+  }
+}
+
+// A packed B of fp32 as words, in place; its rows from k to `depth` become 0.
+template <class Words>
+inline void to_words(Columns n, int64_t k, int64_t depth, float* b) {
+  for (int64_t p = 0; p < n.count; ++p) {
+    int64_t width = n.size(p) * kLanes;
+    float* panel = b + depth * n.first(p) * kLanes;
+    for (int64_t i = Words::kPerWord == 1 ? k : 0; i < depth / Words::kPerWord; ++i)
+      for (int64_t j = 0; j < width; j += kLanes)
+        store(panel + i * width + j, Words::across_rows(i, [&](int64_t row) {
+                return row < k ? read<Vec>(panel + row * width + j) : Vec{};
+              }));
   }
 }
 

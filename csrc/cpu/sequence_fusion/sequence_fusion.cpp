@@ -6,13 +6,12 @@
 namespace fastadapters::cpu {
 namespace {
 
-// bf16 is widened and multiplied in fp32: an x that is read once and a narrow r leave little to
-// gain from instructions for pairs of bf16.
 const SequenceFusionKernels& kernels(Dtype dtype) {
   switch (isa(dtype)) {
 #if defined(__x86_64__)
-    case Isa::amx:
     case Isa::avx512_bf16:
+      return avx512_bf16_sequence_fusion;
+    case Isa::amx:
     case Isa::avx512:
       return avx512_sequence_fusion;
     case Isa::avx2:
