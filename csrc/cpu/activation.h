@@ -1,7 +1,7 @@
 // The activations and their derivatives, in fp32, vector by vector.
 #pragma once
 
-#include "simd.h"
+#include "gelu.h"
 
 namespace fastadapters::cpu {
 namespace {
@@ -25,32 +25,7 @@ inline Vec exp(Vec x) {
   return x > 88.72f ? broadcast(__builtin_inff()) : p;
 }
 
-inline Vec erf(Vec x) {
-  Vec magnitude = x < 0 ? -x : x;
-  Vec s = x * x;
-  Vec p = broadcast(-6.01303356e-4f);
-  p = p * s + 4.99793189e-3f;
-  p = p * s - 2.67701857e-2f;
-  p = p * s + 1.12819262e-1f;
-  p = p * s - 3.76125067e-1f;
-  p = p * s + 1.28379151e-1f;
-  Vec small = x + x * p;
-  Vec t = magnitude > 4.0f ? broadcast(4.0f) : magnitude;
-  Vec q = broadcast(2.14155967e-4f);  // log(erfc(t)) / t
-  q = q * t - 3.21646757e-3f;
-  q = q * t + 2.28951742e-2f;
-  q = q * t - 1.05270575e-1f;
-  q = q * t - 6.35711193e-1f;
-  q = q * t - 1.12851667f;
-  Vec large = 1.0f - exp(q * t);
-  return magnitude < 0.92f ? small : x < 0 ? -large : large;
-}
-
 inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-
-struct Activated {
-  Vec value, derivative;
-};
 
 // silu, quick_gelu and gelu_tanh are all z * sigmoid(t(z)).
 inline Activated gated(Vec z, Vec t, Vec dt) {
@@ -62,11 +37,8 @@ inline Activated activate(Activation activation, Vec z) {
   switch (activation) {
     case Activation::relu:
       return {z <= 0 ? Vec{} : z, z <= 0 ? Vec{} : broadcast(1)};
-    case Activation::gelu: {
-      Vec phi = 0.398942280f * exp(-0.5f * z * z);
-      Vec cdf = 0.5f + 0.5f * erf(0.707106781f * z);
-      return {z * cdf, cdf + z * phi};
-    }
+    case Activation::gelu:
+      return gelu(z);
     case Activation::gelu_tanh: {
       Vec near = z < -16  ? broadcast(-16)
                  : z > 16 ? broadcast(16)

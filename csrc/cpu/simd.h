@@ -171,6 +171,27 @@ inline Vec round_to(Vec v) {
 // v with the lanes from n on as 0, whatever they held; n may exceed the vector.
 inline Vec first_lanes(Vec v, int64_t n) { return n >= kLanes ? v : (Vec)((Int)v & first_mask(n)); }
 
+// The larger and the smaller of two; the second one where one is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(__mmask16(-1), (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec smaller(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec absolute(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
+
 inline float sum(Vec v) {
   float lanes[kLanes];
   std::memcpy(lanes, &v, sizeof v);

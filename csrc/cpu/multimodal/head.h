@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "../gelu.h"
+#include "../activation.h"
 #include "../product.h"
 #include "state.h"
 

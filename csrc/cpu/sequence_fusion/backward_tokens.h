@@ -247,7 +247,7 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
     });
   for (int64_t j = 0; j < unit.rows * r; j += kLanes) {
     Vec z = read<Vec>(task.h + j);
-    Activated a = activated(p.activation, z);
+    Activated a = activate(p.activation, z);
     store(task.h + j, a.value);
     if (own.needs.dz) store(task.dz + j, backpropagate(p.activation, z, a, read<Vec>(task.dz + j)));
   }

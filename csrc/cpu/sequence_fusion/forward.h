@@ -74,7 +74,7 @@ inline void sum_tokens(const SequenceFusion& p, const ForwardModality& shared, c
       write_values(task.h + row * r, n * r, z_of(p, unit.modality, item, unit.token), p.dtype);
     });
   for (int64_t j = 0; j < unit.rows * r; j += kLanes)
-    store(task.h + j, activated(p.activation, read<Vec>(task.h + j)).value);
+    store(task.h + j, activate(p.activation, read<Vec>(task.h + j)).value);
   unit.each(m, [&](int64_t item, int64_t row, int64_t n) {
     float* part = shared.parts + (item * shared.splits + unit.token / kSplit) * shared.slot;
     multiply<false, kTokenChain>(p.rank() * p.out_len, n, shared.time + unit.token,

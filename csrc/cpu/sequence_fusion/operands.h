@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../../sequence_fusion.h"
-#include "../gelu.h"
+#include "../activation.h"
 #include "../scratch.h"
 #include "product.h"
 
@@ -25,11 +25,6 @@ inline Vec round_as(Dtype dtype, Vec v) {
   return dtype == Dtype::float32    ? v
          : dtype == Dtype::bfloat16 ? round_to_bfloat16(v)
                                     : round_to<float16>(v);
-}
-
-// With the cheaper of the two GELUs.
-inline Activated activated(Activation activation, Vec z) {
-  return activation == Activation::gelu ? gelu(z) : activate(activation, z);
 }
 
 // f(read), where read(row, j, n) gives what the products see of a row in memory from column j on,
