@@ -20,10 +20,15 @@ def up_project(
 ) -> Tensor:
     """residual + scale * (h Wu^T + bu) for h [M, r], residual [M, D_out]; one fresh tensor.
 
-    The scale moves into the small factors. On the CPU in 16 bit the bias becomes one more column
-    of h, which leaves the GEMM's own accumulation into a copy of the residual; in float32 its width
-    r + 1 costs more in backward than it saves, and the residual is added in place.
+    The scale moves into the small factors, unless it wants a gradient: as a product over all rows
+    that would be one long chain of additions, so there it is applied last. On the CPU in 16 bit the
+    bias becomes one more column of h, which leaves the GEMM's own accumulation into a copy of the
+    residual; in float32 its width r + 1 costs more in backward than it saves, and the residual is
+    added in place.
     """
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        y = F.linear(h, up_weight, up_bias) * scale
+        return y if residual is None else residual + y
     per_row = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
     up_weight = up_weight * per_row
     bias = None if up_bias is None else up_bias * scale
