@@ -95,6 +95,8 @@ LIMITS: dict[tuple[str, str, str, torch.dtype], Limit] = {
         128, 131072, "Zen 3, busy: r 128 1.1 and 1.1, r 256 1.1 and 1.0 at D 256, 768"),
     ("sequence_fusion", "cpu", "avx512", torch.float32): Limit(
         128, 131072, "reckoned from avx2"),
+    ("sequence_fusion", "cpu", "avx512_bf16", torch.bfloat16): Limit(
+        64, 98304, "Zen 4, by hand: D 768 r 64 1.3 and 1.1, r 128 1.1 and 0.96"),
     ("sequence_fusion", "cpu", "other", torch.bfloat16): Limit(
         64, 131072, "reckoned"),
     ("sequence_fusion", "cpu", "other", torch.float16): Limit(
