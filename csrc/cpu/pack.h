@@ -109,7 +109,7 @@ struct PackOnTheWay {
     const auto* row = x + k * G::Unit::kPerWord * ld;
 #pragma GCC unroll 8
     for (int j = 0; j < vectors; ++j) {
-      bk[j] = G::Unit::interleave(row + j * kLanes, row + ld + j * kLanes, kLanes);
+      bk[j] = G::Unit::interleave(row + j * kLanes, row + ld + j * kLanes);
       store(b + (k * vectors + j) * kLanes, bk[j]);
     }
   }

@@ -209,17 +209,26 @@ inline Operand<G> operand(const X* x, const Tile<T>& tile, int64_t m, const Widt
     if (!tile.listed && !norm.stats && !mask.kept && m % G::kRows == 0 &&
         width.words * G::Unit::kPerWord == width.size)
       return {x, tile.ld};
-  for (int64_t i = 0; i < round_up(m, G::kRows); ++i)
-    for (int64_t j = 0; j < width.stride; j += kLanes) {
-      Vec v = {};
-      if (i < m && j < width.size) {
-        v = load(x + tile.offset(i) + j, width.size - j);
+  for (int64_t i = 0; i < round_up(m, G::kRows); ++i) {
+    auto* to = copy + i * width.stride;
+    int64_t j = 0;
+    auto each = [&](const auto& value) FASTADAPTERS_INLINED {
+      const X* from = x + tile.offset(i);
+      for (; j + kLanes <= width.size; j += kLanes) store(to + j, value(load(from + j), j));
+      if (j == width.size) return;
+      store(to + j, value(load(from + j, width.size - j), j));
+      j += kLanes;
+    };
+    if (i < m && !norm.stats && !mask.kept)
+      each([](Vec v, int64_t) { return v; });
+    else if (i < m)
+      each([&](Vec v, int64_t j) {
         if (norm.stats) v = (v - norm.stats[2 * i]) * norm.stats[2 * i + 1];
         if (norm.weight) v = v * read<Vec>(norm.weight + j) + read<Vec>(norm.bias + j);
-        if (mask.kept) v *= mask(i, j);
-      }
-      store(copy + i * width.stride + j, v);
-    }
+        return mask.kept ? v * mask(i, j) : v;
+      });
+    for (; j < width.stride; j += kLanes) store(to + j, Vec{});
+  }
   return {copy, width.stride};
 }
 

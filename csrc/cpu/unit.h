@@ -32,6 +32,7 @@ struct Single {
   static Vec along_row(int64_t k, const Columns& columns) {
     return columns(k);
   }
+  static Vec interleave(const float* row, const float*) { return load(row); }
   static Vec interleave(const float* row, const float*, int64_t n) { return load(row, n); }
 };
 
@@ -58,6 +59,18 @@ struct Pair {
     Half halves[2] = {narrow((const bfloat16*)nullptr, columns(2 * k)),
                       narrow((const bfloat16*)nullptr, columns(2 * k + kLanes))};
     return read<Vec>(halves);
+  }
+  // Two rows of whole vectors.
+  static Vec interleave(const bfloat16* first, const bfloat16* second) {
+#if __has_builtin(__builtin_shufflevector)  // not in GCC 11
+    return zip(read<Half>(first), read<Half>(second), std::make_index_sequence<2 * kLanes>());
+  }
+  template <size_t... lane>
+  static Vec zip(Half first, Half second, std::index_sequence<lane...>) {
+    return (Vec)__builtin_shufflevector(first, second, (lane / 2 + lane % 2 * kLanes)...);
+#else
+    return interleave(first, second, kLanes);
+#endif
   }
   // Two rows of n columns, the second one may be null (zeros).
   static Vec interleave(const bfloat16* first, const bfloat16* second, int64_t n) {
