@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast, get_args
 
@@ -135,21 +136,24 @@ def _check(
     (time_rank, _, out_len), (rank, _, d) = time_factors[0].shape, feature_factors[0].shape
     if fusion == "cp":
         time_rank = rank
-    for i, x in enumerate(inputs):
-        check_tensor(f"inputs[{i}]", x, "[B, T, D]", (n_items, *x.shape[1:]), device)
-        check_ndim(f"down_weights[{i}]", down_weights[i], "[r, D]", 2)
-        width = down_weights[i].shape[0]
-        check_tensor(f"down_weights[{i}]", down_weights[i], "[r, D]", (width, x.shape[2]), device)
-        constant = down_biases[i]
+    for i, (x, weight, constant, time, feature) in enumerate(
+        zip(inputs, down_weights, down_biases, time_factors, feature_factors, strict=True)
+    ):
+        n, n_tokens, n_columns = x.shape
+        if n != n_items or x.device != device:
+            check_tensor(f"inputs[{i}]", x, "[B, T, D]", (n_items, n_tokens, n_columns), device)
+        check_ndim(f"down_weights[{i}]", weight, "[r, D]", 2)
+        width, columns = weight.shape
+        if columns != n_columns or weight.device != device:
+            check_tensor(f"down_weights[{i}]", weight, "[r, D]", (width, n_columns), device)
         if constant is not None:
             check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), device)
-        check_ndim(f"time_factors[{i}]", time_factors[i], "[R, T, T_o]", 3)
-        tokens = max(x.shape[1], time_factors[i].shape[1])
-        shape = (time_rank, tokens, out_len)
-        check_tensor(f"time_factors[{i}]", time_factors[i], "[R, T, T_o]", shape, device)
-        check_tensor(
-            f"feature_factors[{i}]", feature_factors[i], "[R, r, D]", (rank, width, d), device
-        )
+        check_ndim(f"time_factors[{i}]", time, "[R, T, T_o]", 3)
+        ranks, rows, length = time.shape
+        if rows < n_tokens or ranks != time_rank or length != out_len or time.device != device:
+            shape = (time_rank, max(n_tokens, rows), out_len)
+            check_tensor(f"time_factors[{i}]", time, "[R, T, T_o]", shape, device)
+        check_tensor(f"feature_factors[{i}]", feature, "[R, r, D]", (rank, width, d), device)
     if isinstance(residual, str):
         check_choice("residual", residual, get_args(Leading))
         missing = out_len
@@ -219,17 +223,18 @@ def _dispatch(
     dtype = out = compute_dtype(first)
     if isinstance(residual, str):
         for x in inputs:
-            out = torch.promote_types(out, x.dtype)
+            if x.dtype != out:
+                out = torch.promote_types(out, x.dtype)
     elif residual is not None:
         out = torch.promote_types(out, residual.dtype)
     groups = (inputs, down_weights, down_biases, time_factors, feature_factors)
     given = None if isinstance(residual, str) else residual
-    others = (given, lengths, *(t for group in groups for t in group))
-    r, d = max(weight.shape[0] for weight in down_weights), feature_factors[0].shape[2]
+    others = (given, lengths, *itertools.chain(*groups))
+    r, d = max([weight.shape[0] for weight in down_weights]), feature_factors[0].shape[2]
     if len(inputs) > 8:
         refusal = f"it takes 8 modalities, not {len(inputs)}"
-    rows = first.shape[0] * max(out_len, *(x.shape[1] for x in inputs))
-    sizes = rows, max(d, *(x.shape[2] for x in inputs))
+    rows = first.shape[0] * max(out_len, *[x.shape[1] for x in inputs])
+    sizes = rows, max(d, *[x.shape[2] for x in inputs])
     problem = backends.Problem(d, r, dtype, out, others, refusal, sizes)
     name = backends.resolve("sequence_fusion", first, problem)
     if name in PLAIN:
@@ -257,10 +262,9 @@ def _dispatch(
         [parameter(t, dtype) for t in feature_factors],
         lengths,
     )
-    flat = [t for group in tensors for t in (group if isinstance(group, list) else [group])]
     y = autograd.call(
         NAMESPACES[name].sequence_fusion_forward.default, tensors,
         (ACTIVATION_CODES[activation], DTYPE_CODES[dtype], DTYPE_CODES[out], fusion == "summed",
-         add_leading, saves(flat)),
+         add_leading, saves(others)),
     )  # fmt: skip
     return y

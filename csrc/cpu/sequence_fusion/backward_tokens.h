@@ -57,17 +57,40 @@ inline void find_z(const SequenceFusionBackward& p, const BackwardModality& own,
   });
 }
 
-// One panel of dx = dz Wd + add for a block of rows; what the next block writes is fetched.
+// Fetches n rows of as many lines into the second-level cache, a share with each call.
+struct Fetch {
+  const char* const* rows;
+  int64_t n, lines, share = 0;
+  int64_t row = 0, line = 0;
+
+  void spread(int64_t calls) { share = divide_up(n * lines, calls); }
+  FASTADAPTERS_INLINED void operator()() {
+    int64_t i = row, j = line;  // in registers: a fetch is a barrier to GCC
+    for (int64_t left = share; left > 0 && i < n; --left) {
+      __builtin_prefetch(rows[i] + 64 * j, 0, 2);
+      if (++j == lines) j = 0, ++i;
+    }
+    row = i;
+    line = j;
+  }
+};
+
+// One panel of dx = dz Wd + add for a block of rows. Under the product is fetched what the `next`
+// one writes, a share of its rows with each few steps.
 template <class T, class Words, int rows, int vectors>
 FASTADAPTERS_INLINE void write_dx_block(int64_t n, int64_t words, int64_t d, const float* dz,
                                         const float* down, int64_t column, char* const* dx,
-                                        int64_t next, const char* const* add) {
+                                        char* const* next, int64_t share, const char* const* add,
+                                        Fetch& fetch) {
   const float* a[rows];
   block_of_rows(0, n, [&](int64_t row) { return dz + row * words; }, a);
-  for (int64_t l = rows; l < rows + next; ++l)
-    prefetch_columns<1, 3>((T*)dx[l] + column, vectors * kLanes);
+  int64_t fetched = 0;
   Vec sum[rows][vectors];
-  sum_products<Words>(words, a, down, vectors * kLanes, sum, [](int64_t) {});
+  sum_products<Words>(words, a, down, vectors * kLanes, sum, [&](int64_t) FASTADAPTERS_INLINED {
+    fetch();
+    for (int64_t end = least(fetched + share, n); fetched < end; ++fetched)
+      prefetch_columns<1, 3>((T*)next[fetched] + column, vectors * kLanes);
+  });
   auto write = [&](auto left) FASTADAPTERS_INLINED {
 #pragma GCC unroll 8
     for (int l = 0; l < rows; ++l) {
@@ -90,18 +113,22 @@ FASTADAPTERS_INLINE void write_dx_block(int64_t n, int64_t words, int64_t d, con
 
 template <class T, class Words>
 inline void write_dx(const Modality& m, const BackwardModality& own, int64_t rows,
-                     const UnitTask<Words>& task) {
+                     const UnitTask<Words>& task, Fetch fetch) {
   constexpr int block = kBlockRows<Columns::kPanel>;
   const int64_t r = m.width, d = m.dim, words = divide_up(r, Words::kPerWord);
-  for (int64_t i = 0; i < rows; i += block)
+  const int64_t calls = divide_up(words, kFewSteps), share = divide_up(block, calls);
+  fetch.spread(divide_up(rows, block) * own.columns.count * calls);
+  for (int64_t i = 0; i < rows; i += block) {
+    char* const* next = task.dx + greatest(0, least(i + block, rows - block));
     for (int64_t panel = 0; panel < own.columns.count; ++panel) {
       int64_t column = own.columns.first(panel) * kLanes;
       with_size(own.columns.size(panel), [&](auto vectors) {
         write_dx_block<T, Words, block, vectors>(
-            rows - i, words, d, (const float*)task.dz_rows + i * words, own.down_rows + r * column,
-            column, task.dx + i, greatest(0, least(block, rows - i - block)), task.add + i);
+            least(block, rows - i), words, d, (const float*)task.dz_rows + i * words,
+            own.down_rows + r * column, column, task.dx + i, next, share, task.add + i, fetch);
       });
     }
+  }
 }
 
 // Row i of words along the tokens: of a row of values and its neighbour, if there is one.
@@ -143,20 +170,6 @@ const float* const* words_of(const SequenceFusion& p, const Modality& m, int64_t
   return task.values;
 }
 
-// Fetches n rows of as many lines into the second-level cache, a share with each call.
-struct Fetch {
-  const char* const* rows;
-  int64_t n, lines, share;
-  int64_t row = 0, line = 0;
-
-  FASTADAPTERS_INLINED void operator()() {
-    for (int64_t left = share; left > 0 && row < n; --left) {
-      __builtin_prefetch(rows[row] + 64 * line, 0, 2);
-      if (++line == lines) line = 0, ++row;
-    }
-  }
-};
-
 // dz of a unit as words.
 template <class Words>
 inline void make_words(int64_t rows, int64_t r, const UnitTask<Words>& task) {
@@ -174,26 +187,26 @@ inline void make_words(int64_t rows, int64_t r, const UnitTask<Words>& task) {
 }
 
 // sums [columns, vectors] += x^T dz for `wanted` columns of x and a panel of dz, n rows of words.
-template <class Words, int columns, int vectors, class Column>
+template <class Words, class V, int columns, int vectors, class Column>
 FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Column& column,
                                      int64_t wanted, const float* dz, int64_t r, float* sums,
                                      int64_t stride) {
-  Vec sum[columns][vectors];
+  V sum[columns][vectors];
   clear(sum);
   for (int64_t t = 0; t < n; ++t) {
-    Vec row[vectors];
+    V row[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) row[j] = read<Vec>(dz + t * r + j * kLanes);
+    for (int j = 0; j < vectors; ++j) row[j] = read<V>(dz + t * r + j * kLanes);
 #pragma GCC unroll 8
     for (int l = 0; l < columns; ++l) {
-      Vec value = splat<int32_t>((const char*)(x[t] + column(l)));
+      V value = spread<V, int32_t>(x[t] + column(l));
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[l][j] = Words::multiply_add(value, row[j], sum[l][j]);
+      for (int j = 0; j < vectors; ++j) sum[l][j] = multiply_add<Words>(value, row[j], sum[l][j]);
     }
   }
-  each_vector(sum, wanted, [&](Vec v, int l, int j) {
+  each_vector(sum, wanted, [&](V v, int l, int j) {
     float* to = sums + l * stride + j * kLanes;
-    store(to, read<Vec>(to) + v);
+    write(to, read<V>(to) + v);
   });
 }
 
@@ -204,11 +217,13 @@ inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, co
                               int64_t r, float* sums, Fetch fetch) {
   constexpr int64_t strip = 48, few = 16;  // a strip is whole blocks of any panel
   const Columns panels(r);
+  fetch.spread(divide_up(rows, few) * panels.count * divide_up(d, 8));
   for (int64_t t = 0; t < rows; t += few)
     for (int64_t first = 0; first < d; first += strip)
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         int64_t at = panels.first(panel) * kLanes;
-        with_size(panels.size(panel), [&](auto vectors) {
+        with_panel<Words>(panels, panel, [&](auto* v, auto vectors) {
+          using V = std::remove_pointer_t<decltype(v)>;
           constexpr int block = kBlockRows<vectors>;
           int64_t n = least(few, rows - t), stride = panels.columns();
           const float* right = dz + t * r + at;
@@ -216,10 +231,10 @@ inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, co
             float* to = sums + column * stride + at;
             fetch();
             if (d - column >= block)
-              add_columns<Words, block, vectors>(
+              add_columns<Words, V, block, vectors>(
                   n, x + t, [&](int l) { return column + l; }, block, right, r, to, stride);
             else
-              add_columns<Words, block, vectors>(
+              add_columns<Words, V, block, vectors>(
                   n, x + t, [&](int l) { return least(column + l, d - 1); }, d - column, right, r,
                   to, stride);
           }
@@ -268,14 +283,15 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
       for (int64_t l = 0; l < least(kLanes, r - c); ++l) own.d_bias[t].total[c + l] += total[l];
     }
   if (own.needs.down || own.needs.dx) make_words(unit.rows, r, task);
+  // Of the next unit: under dx, where products of pairs are not too short for it.
+  bool follows = own.needs.down && next && next->modality == unit.modality;
+  if (follows) collect_rows(m, m.x, m.x_dtype, *next, task.next);
+  const Fetch none{},
+      all{task.next, follows ? next->rows : 0, divide_up(m.dim * item_size(m.x_dtype), 64)};
   if (own.needs.down) {
-    bool follows = next && next->modality == unit.modality;
-    if (follows) collect_rows(m, m.x, m.x_dtype, *next, task.next);
-    int64_t n = follows ? next->rows : 0, lines = divide_up(m.dim * item_size(m.x_dtype), 64);
-    int64_t rows = divide_up(unit.rows, Words::kPerWord);
-    add_down_gradient<Words>(rows, words_of(p, m, unit.rows, task), m.dim, task.dz_columns, r,
-                             own.d_down[t].part,
-                             {task.next, n, lines, divide_up(n * lines * 8 * 16, m.dim * rows)});
+    add_down_gradient<Words>(divide_up(unit.rows, Words::kPerWord), words_of(p, m, unit.rows, task),
+                             m.dim, task.dz_columns, r, own.d_down[t].part,
+                             own.needs.dx && !task.kPairs ? none : all);
     own.d_down[t].advance(unit.rows);
   }
   if (own.needs.dx) {
@@ -291,7 +307,8 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
       });
     });
     with_type({gradients.dx.data, m.x_dtype}, [&](auto* data) {
-      write_dx<std::remove_pointer_t<decltype(data)>, Words>(m, own, unit.rows, task);
+      write_dx<std::remove_pointer_t<decltype(data)>, Words>(m, own, unit.rows, task,
+                                                             task.kPairs ? none : all);
     });
   }
 }

@@ -135,10 +135,14 @@ void multiply_factors(const SequenceFusion& p, const ForwardShared& shared, int6
                              vectors * kLanes, out, [](int64_t) {});
       };
       Vec product[block][vectors];
-      factor(0, product);
-      for (int m = 1; m < p.modalities; ++m) {
+      for (int m = 0; m < p.modalities; ++m) {
         Vec next[block][vectors];
+        asm("" : "+m"(product));  // in memory, for the sum needs the registers
         factor(m, next);
+        if (m == 0) {
+          std::memcpy(product, next, sizeof next);
+          continue;
+        }
 #pragma GCC unroll 8
         for (int l = 0; l < block; ++l)
 #pragma GCC unroll 8

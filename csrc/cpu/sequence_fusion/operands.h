@@ -228,24 +228,34 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
   const int64_t size = item_size(m.x_dtype), stride = round_up(m.dim, kLanes);
   const int64_t r = m.width, d = m.dim;
   const float* bias = down.bias;
+  // In so many turns a line of words of each row is fetched, or in one several; what is stored in
+  // fp32 is twice as long as words of bf16.
+  constexpr int64_t some = kFewSteps * sizeof(Step), turns = some < 64 ? 64 / some : 1;
+  constexpr int64_t bytes = turns * some;
+  const bool twice = size > int64_t(sizeof(Store));
   for (int64_t i = 0; i < count; i += rows) {
     const float* a[rows];
-    const char* next[rows];
+    const char* next[rows + turns];
     block_of_rows(i, count, [&](int64_t row) { return (const float*)x[row]; }, a);
     for (int l = 0; !as_is && l < rows; ++l) {
       auto* staged = (Store*)stage + least(l, count - 1 - i) * stride;
       if (i + l < count) read_values(a[l], m.x_dtype, p.dtype, m.dim, staged);
       a[l] = (const float*)staged;
     }
-    for (int l = 0; l < rows; ++l) next[l] = x[least(i + rows + l, count + follow - 1)];
+    for (int l = 0; l < rows + turns; ++l) next[l] = x[least(i + rows + l, count + follow - 1)];
     for (int64_t panel = down.columns.count - 1; panel >= 0; --panel) {
       int64_t first = down.columns.first(panel) * kLanes;
       // Inlined by force: GCC drops calls of functions that do nothing but fetch.
       auto fetch = [&](int64_t step) __attribute__((always_inline)) {
+        const int64_t turn = step / kFewSteps % turns;
+        const int64_t at = (step - turn * kFewSteps) * per_step * size;
         if (panel == 0)
 #pragma GCC unroll 8
-          for (int l = 0; l < rows; ++l)
-            prefetch_columns<0, 3>(next[l] + step * per_step * size, kLine * per_step * size);
+          for (int l = 0; l < rows; l += turns) {
+            const char* from = next[turn + l] + at;
+            prefetch_columns<0, 3>(from, bytes);
+            if (twice) prefetch_columns<0, 3>(from + bytes, bytes);
+          }
       };
       with_size(down.columns.size(panel), [&](auto vectors) {
         if constexpr (rows <= kBlockRows<vectors>) {

@@ -34,6 +34,40 @@ FASTADAPTERS_INLINE void with_size(int64_t vectors, const F& f) {
     f(std::integral_constant<int, 1>());
 }
 
+// Half a vector: AVX-512 multiplies and stores twice as many in a cycle, so that a narrow panel has
+// no idle lanes.
+typedef float Slim __attribute__((vector_size(2 * kLanes)));
+
+// Calls f with a null pointer to what panel p is made of, and how many of these as a constant.
+template <class Words = Single, class F>
+FASTADAPTERS_INLINE void with_panel(const Columns& n, int64_t p, const F& f) {
+  if (kLanes == 16 && Words::kPerWord == 1 && n.narrow)
+    return f((Slim*)nullptr, std::integral_constant<int, 1>());
+  with_size(n.size(p), [&](auto vectors) { f((Vec*)nullptr, vectors); });
+}
+
+// A Step at any address in every lane of V, or in every pair of them.
+template <class V, class Step>
+FASTADAPTERS_INLINE V spread(const void* p) {
+  if constexpr (std::is_same_v<V, Vec>)
+    return splat<Step>((const char*)p);
+  else
+    return read<float>(p) - V{};
+}
+
+template <class Words, class V>
+FASTADAPTERS_INLINE V multiply_add(V a, V b, V c) {
+  if constexpr (std::is_same_v<V, Vec>)
+    return Words::multiply_add(a, b, c);
+  else
+    return a * b + c;
+}
+
+template <class V>
+FASTADAPTERS_INLINE void write(float* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
 // Sums along k are made of chains of this many additions: rounding errors grow with their length.
 constexpr int64_t kChain = 64;
 // The definition takes the sums over r before those over tokens, ours after them: where they cancel
@@ -46,72 +80,90 @@ constexpr int kBlockRows = vectors == 1 || kLanes == 16 ? 8
                            : vectors == 2               ? 6
                                                         : 4;
 
-// c[i][j] += the sum of a[i][k] * b[k * ldb + j] over `steps` k. A Step is one of the Words, or two
-// of them for a folded b.
-template <class Words, class Step, int rows, int vectors>
-FASTADAPTERS_INLINE void add_products(int64_t steps, const float* const (&a)[rows], const float* b,
-                                      int64_t ldb, Vec (&c)[rows][vectors]) {
+// c[i][j] += the sum of a[i][k] * b[k * ldb + j] over k from `first` on, short of `end`. A Step is
+// one of the Words, or two of them for a folded b.
+template <class Words, class Step, class V, int rows, int vectors>
+FASTADAPTERS_INLINE void add_products(int64_t first, int64_t end, const float* const (&a)[rows],
+                                      const float* b, int64_t ldb, V (&c)[rows][vectors]) {
+  b += first * ldb;
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < steps; ++k, b += ldb) {
-    Vec bk[vectors];
+  for (int64_t k = first; k < end; ++k, b += ldb) {
+    V bk[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
+    for (int j = 0; j < vectors; ++j) bk[j] = read<V>(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      Vec aik = splat<Step>((const char*)a[i] + k * sizeof(Step));
+      V aik = spread<V, Step>((const char*)a[i] + k * sizeof(Step));
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) c[i][j] = Words::multiply_add(aik, bk[j], c[i][j]);
+      for (int j = 0; j < vectors; ++j) c[i][j] = multiply_add<Words>(aik, bk[j], c[i][j]);
     }
   }
 }
 
-// So many steps along a row of words are a line of the cache.
-constexpr int64_t kLine = 16;
+// Something else may be done before each few steps: fetching ahead pays where it is spread evenly.
+// With 16 registers GCC spills in loops of so few.
+constexpr int64_t kFewSteps = kLanes == 16 ? 4 : 16;
 
 // By vectors: what GCC makes of an empty initializer takes longer than a short chain.
-template <int rows, int vectors>
-FASTADAPTERS_INLINE void clear(Vec (&c)[rows][vectors]) {
+template <class V, int rows, int vectors>
+FASTADAPTERS_INLINE void clear(V (&c)[rows][vectors]) {
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) c[i][j] = Vec{};
+    for (int j = 0; j < vectors; ++j) c[i][j] = V{};
 }
 
-// c += one chain; before(k) comes before each line of it.
-template <class Words, class Step, int rows, int vectors, class Before>
-FASTADAPTERS_INLINE void add_chain(int64_t first, int64_t steps, const float* const (&a)[rows],
-                                   const float* b, int64_t ldb, Vec (&c)[rows][vectors],
+// c += one chain; before(k) comes before each few steps.
+template <class Words, class Step, class V, int rows, int vectors, class Before>
+FASTADAPTERS_INLINE void add_chain(int64_t k, int64_t end, const float* const (&a)[rows],
+                                   const float* b, int64_t ldb, V (&c)[rows][vectors],
                                    const Before& before) {
-  for (int64_t k = first; k < first + steps; k += kLine) {
-    const float* rest[rows];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) rest[i] = (const float*)((const Step*)a[i] + k);
+  for (; kLanes == 16 && k + kFewSteps <= end; k += kFewSteps) {
     before(k);
-    add_products<Words, Step>(least(kLine, first + steps - k), rest, b + k * ldb, ldb, c);
+    add_products<Words, Step>(k, k + kFewSteps, a, b, ldb, c);
+  }
+  for (; k < end; k += kFewSteps) {
+    before(k);
+    add_products<Words, Step>(k, least(k + kFewSteps, end), a, b, ldb, c);
   }
 }
 
-// c = the sum, chain by chain; before(k) comes before each line.
-template <class Words, class Step = int32_t, int64_t chain = kChain, int rows, int vectors,
+// c = the sum, chain by chain; before(k) comes before each few steps.
+template <class Words, class Step = int32_t, int64_t chain = kChain, class V, int rows, int vectors,
           class Before>
 FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[rows], const float* b,
-                                      int64_t ldb, Vec (&c)[rows][vectors], const Before& before) {
+                                      int64_t ldb, V (&c)[rows][vectors], const Before& before) {
+  constexpr bool fits = kLanes == 16 && rows * vectors <= 12;  // a second block in registers
   clear(c);
   add_chain<Words, Step>(0, least(steps, chain), a, b, ldb, c, before);
   if (steps <= chain) return;
-  Vec total[rows][vectors];
-  std::memcpy(total, c, sizeof c);
+  V total[rows][vectors];
+  if constexpr (fits) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) total[i][j] = c[i][j];
+  } else {
+    std::memcpy(total, c, sizeof c);
+  }
   for (int64_t k = chain; k < steps; k += chain) {
-    asm("" : "+m"(total));  // in memory, for the chain needs the registers
-    Vec part[rows][vectors];
+    if constexpr (!fits) asm("" : "+m"(total));  // in memory, for the chain needs the registers
+    V part[rows][vectors];
     clear(part);
-    add_chain<Words, Step>(k, least(steps - k, chain), a, b, ldb, part, before);
+    add_chain<Words, Step>(k, least(steps, k + chain), a, b, ldb, part, before);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) total[i][j] += part[i][j];
   }
-  std::memcpy(c, total, sizeof c);
+  if constexpr (fits) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) c[i][j] = total[i][j];
+  } else {
+    std::memcpy(c, total, sizeof c);
+  }
 }
 
 // Row i of m and those behind it, the last one again where there are no more.
@@ -123,8 +175,8 @@ FASTADAPTERS_INLINE void block_of_rows(int64_t i, int64_t m, const Row& row,
 }
 
 // The first n rows of a block; f(v, row, vector).
-template <int rows, int vectors, class F>
-FASTADAPTERS_INLINE void each_vector(const Vec (&c)[rows][vectors], int64_t n, const F& f) {
+template <class V, int rows, int vectors, class F>
+FASTADAPTERS_INLINE void each_vector(const V (&c)[rows][vectors], int64_t n, const F& f) {
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
     if (i < n)
@@ -133,18 +185,18 @@ FASTADAPTERS_INLINE void each_vector(const Vec (&c)[rows][vectors], int64_t n, c
 }
 
 // C [m, n] = A [m, k] B [k, n], or += it, for n = vectors * kLanes.
-template <bool add, int64_t chain, int vectors>
+template <bool add, int64_t chain, class V, int vectors>
 void multiply_columns(int64_t m, int64_t k, const float* a, int64_t lda, const float* b,
                       int64_t ldb, float* c, int64_t ldc) {
   constexpr int rows = kBlockRows<vectors>;
   for (int64_t i = 0; i < m; i += rows) {
     const float* block[rows];
     block_of_rows(i, m, [&](int64_t row) { return a + row * lda; }, block);
-    Vec sum[rows][vectors];
+    V sum[rows][vectors];
     sum_products<Single, int32_t, chain>(k, block, b, ldb, sum, [](int64_t) {});
-    each_vector(sum, m - i, [&](Vec v, int l, int j) {
+    each_vector(sum, m - i, [&](V v, int l, int j) {
       float* to = c + (i + l) * ldc + j * kLanes;
-      store(to, add ? read<Vec>(to) + v : v);
+      write(to, add ? read<V>(to) + v : v);
     });
   }
 }
@@ -158,8 +210,9 @@ void multiply(int64_t m, int64_t k, const float* a, int64_t lda, const float* b,
   Columns n(columns);
   for (int64_t p = n.count - 1; p >= 0; --p) {
     int64_t first = n.first(p) * kLanes;
-    with_size(n.size(p), [&](auto vectors) {
-      multiply_columns<add, chain, vectors>(m, k, a, lda, b + first, ldb, c + first, ldc);
+    with_panel(n, p, [&](auto* v, auto vectors) {
+      using V = std::remove_pointer_t<decltype(v)>;
+      multiply_columns<add, chain, V, vectors>(m, k, a, lda, b + first, ldb, c + first, ldc);
     });
   }
 }
