@@ -25,7 +25,7 @@ struct PanelOfB {
 using Panels_ = Panels<PanelOfB>;
 constexpr int kPanelVectors = PanelOfB::kPanel;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
-constexpr int64_t kChain = 32;   // longest chain of additions
+constexpr int64_t kChain = 32;   // of additions; the last one may be longer by an eighth
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
 
 // Rows of a block of C: as many as leave registers for what is multiplied.
@@ -65,37 +65,43 @@ FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const floa
   }
 }
 
-// A block of C, of which `rows` rows and n columns exist. Where C is not added to it is the product
-// and a row `bias`, if there is one. What a chain has summed goes to C before the next one runs.
-template <int vectors>
-__attribute__((noinline)) void product_block(int64_t rows, int64_t n, int64_t k, View a,
-                                             const float* b, int64_t ldb, float* c, int64_t ldc,
-                                             bool add, const float* bias) {
-  constexpr int block = kBlockRows<vectors>;
-  for (int64_t step = 0; step == 0 || step < k; step += kChain) {
+// A block of C: the product and the row `from`, or where `ld_from` is not 0 the rows so far apart,
+// which may be C itself. What a chain has summed goes to C before the next one runs.
+template <int vectors, int block>
+__attribute__((noinline)) void product_block(int64_t rows, int64_t k, View a, const float* b,
+                                             int64_t ldb, const float* from, int64_t ld_from,
+                                             float* c, int64_t ldc) {
+  do {
+    int64_t steps = k > kChain + kChain / 8 ? kChain : k;
     Vec sum[block][vectors] = {};
-    add_product(rows, least(kChain, k - step), a.from(0, step), b + step * ldb, ldb, sum);
-    auto finish = [&](auto left) FASTADAPTERS_INLINED {
+    add_product(rows, steps, a, b, ldb, sum);
 #pragma GCC unroll 16
-      for (int i = 0; i < block; ++i) {
-        if (i >= rows) break;
-        float* to = c + i * ldc;
+    for (int i = 0; i < block; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < vectors; ++j) {
-          Vec v = sum[i][j];
-          if (add || step)
-            v += load(to + j * kLanes, left(j));
-          else if (bias)
-            v += load(bias + j * kLanes, left(j));
-          store(to + j * kLanes, v, left(j));
-        }
-      }
-    };
-    if (n >= vectors * kLanes)
-      finish([](int) { return int64_t(kLanes); });
-    else
-      finish([n](int j) { return n - j * kLanes; });
-  }
+      for (int j = 0; j < vectors; ++j)
+        store(c + i * ldc + j * kLanes, read<Vec>(from + i * ld_from + j * kLanes) + sum[i][j]);
+    from = c;
+    ld_from = ldc;
+    k -= steps;
+    a.data += steps * a.column;
+    b += steps * ldb;
+  } while (k > 0);
+}
+
+// The same where C has only `rows` rows and n columns.
+template <int vectors, int block>
+__attribute__((noinline)) void product_edge(int64_t rows, int64_t n, int64_t k, View a,
+                                            const float* b, int64_t ldb, const float* from,
+                                            int64_t ld_from, float* c, int64_t ldc) {
+  constexpr int64_t ld = vectors * kLanes;
+  alignas(64) float tile[block * ld];
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < ld; j += kLanes)
+      store(tile + i * ld + j, load(from + i * ld_from + j, n - j));
+  product_block<vectors, block>(rows, k, a, b, ldb, tile, ld, tile, ld);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < ld; j += kLanes)
+      store(c + i * ldc + j, read<Vec>(tile + i * ld + j), n - j);
 }
 
 template <int vectors, class F>
@@ -105,16 +111,39 @@ FASTADAPTERS_INLINE void with_panel(int64_t n, const F& f) {
   f(std::integral_constant<int, vectors>());
 }
 
-// C = A B, or C += A B, for a panel of B with `ldb` from row to row.
+// C = A B + bias, or C += A B, for a panel of B with `ldb` from row to row. Blocks of C are as tall
+// as there are registers for, or a row less, or 8 or 4 rows where that leaves less of them empty.
 __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m, int64_t n,
                                                      int64_t k, View a, const float* b, int64_t ldb,
                                                      float* c, int64_t ldc, bool add,
                                                      const float* bias = nullptr) {
+  static constexpr float zeros[kPanelColumns] = {};
+  const float* from = add ? c : bias ? bias : zeros;
+  int64_t ld_from = add ? ldc : 0;
   with_panel<kPanelVectors>(vectors, [&](auto vectors) {
-    constexpr int block = kBlockRows<vectors>;
-    for (int64_t i = 0; i < m; i += block)
-      product_block<vectors>(least(block, m - i), n, k, a.from(i, 0), b, ldb, c + i * ldc, ldc, add,
-                             bias);
+    constexpr int tall = kBlockRows<vectors>;
+    int64_t blocks = divide_up(m, tall), low = blocks * tall - m;  // so many are a row less
+    int64_t size = greatest(m, blocks * (tall - 1));
+    auto run = [&](auto block) {
+      int64_t rows = least(block, m);
+      if (rows == block && n >= vectors * kLanes)
+        product_block<vectors, block>(rows, k, a, b, ldb, from, ld_from, c, ldc);
+      else
+        product_edge<vectors, block>(rows, n, k, a, b, ldb, from, ld_from, c, ldc);
+      m -= block;
+      a = a.from(block, 0);
+      from += block * ld_from;
+      c += block * ldc;
+    };
+    auto run_all = [&](auto block) {
+      if constexpr (block < tall)
+        if (round_up(m, block) < size)
+          while (m > 0) run(block);
+    };
+    run_all(std::integral_constant<int, 8>());
+    run_all(std::integral_constant<int, 4>());
+    for (; low > 0 && m > 0; --low) run(std::integral_constant<int, tall - 1>());
+    while (m > 0) run(std::integral_constant<int, tall>());
   });
 }
 
@@ -164,35 +193,6 @@ __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int6
   }
 }
 
-// The same for any B. Each element of C is computed by one task, in one order.
-__attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
-                                               int64_t k, View a, View b, float* c, int64_t ldc,
-                                               bool add = false, const float* bias = nullptr) {
-  Panels_ panels(n);
-  constexpr int block = kBlockRows<kPanelVectors>;
-  int64_t blocks = divide_up(m, block);
-  int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));
-  bool by_rows = blocks >= 4 * tasks;
-  if (!by_rows) tasks = least(tasks, panels.count);
-  parallel(threads, tasks, [&](int64_t t) {
-    int64_t begin = by_rows ? blocks * t / tasks * block : 0;
-    int64_t rows = (by_rows ? least(m, blocks * (t + 1) / tasks * block) : m) - begin;
-    int64_t last = by_rows ? panels.count : panels.count * (t + 1) / tasks;
-    alignas(64) float panel[kDepth * kPanelColumns];
-    for (int64_t p = by_rows ? 0 : panels.count * t / tasks; p < last; ++p) {
-      int64_t column = panels.first(p) * kLanes, vectors = panels.size(p);
-      float* block = c + begin * ldc + column;
-      for (int64_t step = 0; step == 0 || step < k; step += kDepth) {
-        int64_t steps = least(kDepth, k - step);
-        pack_panel(b.from(step, column), steps, n - column, vectors, panel);
-        multiply_panel(vectors, rows, n - column, steps, a.from(begin, step), panel,
-                       vectors * kLanes, block, ldc, add || step > 0,
-                       bias ? bias + column : nullptr);
-      }
-    }
-  });
-}
-
 // The sum of each column of m rows, added to `sums`: in levels, as rounding errors grow with the
 // length of a chain.
 __attribute__((noinline)) inline void add_column_sums(int64_t m, int64_t n, const float* rows,
@@ -232,6 +232,72 @@ inline float dot(const float* a, const float* b, int64_t n) {
 }
 inline float sum(const float* a, int64_t n) {
   return sum_of_columns(n, [=](int64_t j, int64_t left) { return load(a + j, left); });
+}
+
+// C = A b + bias, or C += A b, for a column of B and of C.
+__attribute__((noinline)) inline void multiply_column(int64_t m, int64_t k, View a, View b,
+                                                      float* c, int64_t ldc, bool add,
+                                                      const float* bias) {
+  for (int64_t i = 0; !add && i < m; ++i) c[i * ldc] = bias ? *bias : 0;
+  constexpr int64_t depth = 512;
+  float column[depth];
+  for (int64_t step = 0; step < k; step += depth, a = a.from(0, depth)) {
+    int64_t steps = least(depth, k - step);
+    for (int64_t i = 0; i < steps; ++i) column[i] = b.data[(step + i) * b.row];
+    if (a.column == 1) {
+      for (int64_t i = 0; i < m; ++i) c[i * ldc] += dot(a.data + i * a.row, column, steps);
+      continue;
+    }
+    constexpr int64_t block = 4 * kLanes;
+    for (int64_t i = 0; i < m; i += block) {
+      alignas(64) float total[block] = {};
+      for (int64_t begin = 0; begin < steps; begin += kChain) {
+        Vec part[4] = {};
+        for (int64_t j = begin; j < least(begin + kChain, steps); ++j)
+#pragma GCC unroll 4
+          for (int v = 0; v < 4; ++v)
+            part[v] += load(a.data + j * a.column + i + v * kLanes, m - i - v * kLanes) * column[j];
+        for (int v = 0; v < 4; ++v)
+          store(total + v * kLanes, read<Vec>(total + v * kLanes) + part[v]);
+      }
+      for (int64_t j = 0; j < least(block, m - i); ++j) c[(i + j) * ldc] += total[j];
+    }
+  }
+}
+
+// The same for any B. Each element of C is computed by one task, in one order. A column that would
+// have a vector for itself is multiplied apart.
+__attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
+                                               int64_t k, View a, View b, float* c, int64_t ldc,
+                                               bool add = false, const float* bias = nullptr) {
+  const int64_t single = n > kLanes && n % kLanes == 1;
+  n -= single;
+  Panels_ panels(n);
+  constexpr int block = kBlockRows<kPanelVectors>;
+  int64_t blocks = divide_up(m, block);
+  int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));
+  bool by_rows = blocks >= 4 * tasks;
+  if (!by_rows) tasks = least(tasks, panels.count);
+  parallel(threads, tasks, [&](int64_t t) {
+    int64_t begin = by_rows ? blocks * t / tasks * block : 0;
+    int64_t rows = (by_rows ? least(m, blocks * (t + 1) / tasks * block) : m) - begin;
+    int64_t last = by_rows ? panels.count : panels.count * (t + 1) / tasks;
+    alignas(64) float panel[kDepth * kPanelColumns];
+    for (int64_t p = by_rows ? 0 : panels.count * t / tasks; p < last; ++p) {
+      int64_t column = panels.first(p) * kLanes, vectors = panels.size(p);
+      float* block = c + begin * ldc + column;
+      for (int64_t step = 0; step == 0 || step < k; step += kDepth) {
+        int64_t steps = least(kDepth, k - step);
+        pack_panel(b.from(step, column), steps, n - column, vectors, panel);
+        multiply_panel(vectors, rows, n - column, steps, a.from(begin, step), panel,
+                       vectors * kLanes, block, ldc, add || step > 0,
+                       bias ? bias + column : nullptr);
+      }
+    }
+    if (single && last == panels.count)
+      multiply_column(rows, k, a.from(begin, 0), b.from(0, n), c + begin * ldc + n, ldc, add,
+                      bias ? bias + n : nullptr);
+  });
 }
 
 }  // namespace

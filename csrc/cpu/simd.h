@@ -192,14 +192,6 @@ inline Vec smaller(Vec a, Vec b) {
 }
 inline Vec absolute(Vec v) { return (Vec)((Int)v & 0x7fffffff); }
 
-inline float sum(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // Brings n values into cache level 4 - locality. Harmless beyond the end of a tensor.
 template <int write, int locality, class T>
 FASTADAPTERS_INLINE void prefetch_columns(const T* p, int64_t n) {
@@ -215,6 +207,20 @@ inline Vec shuffle(Vec a, Vec b) {
 #else
   return __builtin_shuffle(a, b, Int{int(lane)...});
 #endif
+}
+
+// f of all lanes: of each half of them, then of each half of what that gives.
+template <int half = kLanes / 2, class F, size_t... lane>
+FASTADAPTERS_INLINE float reduce(Vec v, const F& f, std::index_sequence<lane...> lanes) {
+  v = f(v, shuffle<(lane + half) % kLanes...>(v, v));
+  if constexpr (half > 1) return reduce<half / 2>(v, f, lanes);
+  return v[0];
+}
+inline float sum(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return a + b; }, std::make_index_sequence<kLanes>());
+}
+inline float largest(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return larger(a, b); }, std::make_index_sequence<kLanes>());
 }
 
 // a0 b0 a1 b1 ... of the lower halves.

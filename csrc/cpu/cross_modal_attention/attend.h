@@ -37,11 +37,8 @@ inline void attend(const Sizes& s, const Keys& keys, int64_t rows, const float* 
         float* row = scores + (r - i) * kScores;
         forget_padding(row, n, vectors, -kInfinity);
         Vec most = read<Vec>(row);
-        for (int64_t k = kLanes; k < n; k += kLanes) {
-          Vec v = read<Vec>(row + k);
-          most = v > most ? v : most;
-        }
-        float next = std::fmax(top[r], highest(most));
+        for (int64_t k = kLanes; k < n; k += kLanes) most = larger(read<Vec>(row + k), most);
+        float next = std::fmax(top[r], largest(most));
         float keep = exp(broadcast(top[r] - next))[0];
         Vec sum = {};
         for (int64_t k = 0; k < n; k += kLanes) {
@@ -154,10 +151,7 @@ inline void weigh(const Sizes& s, int64_t texts, const float* turned_q, const So
       float* of_texts = text_weights + item * kTexts + c;
       Vec text = s.sees[0][0] ? read<Vec>(softmax.top + c) - s.shift[0] : Vec{};
       Vec top = s.sees[0][0] ? text : read<Vec>(of_item);
-      for (int64_t i = 0; i < images; ++i) {
-        Vec v = read<Vec>(of_item + i * kTexts);
-        top = v > top ? v : top;
-      }
+      for (int64_t i = 0; i < images; ++i) top = larger(read<Vec>(of_item + i * kTexts), top);
       text = s.sees[0][0] ? exp(text - top) / read<Vec>(softmax.factor + c) : Vec{};
       Vec total = text;
       for (int64_t i = 0; i < images; ++i) {

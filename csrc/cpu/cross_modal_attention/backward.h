@@ -75,6 +75,8 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
   for (int64_t c = 0; c < n; c += kLanes) {
     int64_t rows = least(kLanes, n - c);
     d_out.read_rows(first + c, rows, 1, t.d_rows, s.ld);
+    // What is read next is far away: of this item, or of the one behind it.
+    d_out.prefetch_rows(c + kLanes < n ? first + c + kLanes : s.texts + first, kLanes);
     Vec by_texts = {}, heaviest = read<Vec>(text_weights + c), of_heaviest = {};
     if (s.sees[0][0] && images) by_texts = dots(s, rows, t.d_rows, t.forward.out + c * s.ld, s.ld);
     for (int64_t i = 0; i < images; ++i) {

@@ -82,6 +82,8 @@ FASTADAPTERS_INLINE void mix_columns(const Sizes& s, int64_t n, int64_t j, const
                                      const float* weights, T* out, int64_t stride) {
   const int64_t ld = s.ld, left = s.d - j;
   for (int64_t c = 0; c < n; ++c, ++weights, out += stride) {
+    // No hardware prefetcher knows these rows, which are far apart.
+    prefetch_columns<1, 3>(out + 8 * stride + j, vectors * kLanes);
     Vec sum[vectors] = {};
     if (texts) {
       Vec weight = broadcast(text_weights[c]);

@@ -100,6 +100,9 @@ struct Head {
         store(p + j, read<Vec>(rows + i * ld + j) * factor, d - j);
     });
   }
+  void prefetch_rows(int64_t first, int64_t n) const {
+    each(first, n, [&](const auto* p, int64_t) { prefetch_columns<0, 3>(p, d); });
+  }
   void clear_rows(int64_t first, int64_t n) const {
     each(first, n, [&](auto* p, int64_t) {
       for (int64_t j = 0; j < d; j += kLanes) store(p + j, Vec{}, d - j);

@@ -84,11 +84,5 @@ inline Vec sum_each(Vec (&v)[kLanes]) {
   return v[0];
 }
 
-inline float highest(Vec v) {
-  float top = v[0];
-  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
-  return top;
-}
-
 }  // namespace
 }  // namespace fastadapters::cpu

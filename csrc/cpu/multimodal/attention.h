@@ -39,23 +39,23 @@ struct PackedTexts {
   }
 };
 
-// Scores of a row become its softmax's numerators; returns their sum and the log-sum-exp.
+// n scores of a row, in whole vectors, become its softmax's numerators; returns their sum and the
+// log-sum-exp.
 inline float exponentiate(int64_t n, float scale, float* scores, float* lse) {
-  Vec top = broadcast(-INFINITY);
+  for (int64_t j = n; j < round_up(n, kLanes); ++j) scores[j] = scores[n - 1];
+  Vec top[4];
+  for (Vec& v : top) v = read<Vec>(scores);
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    Vec v = read<Vec>(scores + j);
-    top = v > top ? v : top;
-  }
-  float highest = -INFINITY;
-  for (int i = 0; i < kLanes; ++i) highest = std::fmax(highest, top[i]);
-  for (; j < n; ++j) highest = std::fmax(highest, scores[j]);
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) top[i] = larger(read<Vec>(scores + j + i * kLanes), top[i]);
+  for (; j < n; j += kLanes) top[0] = larger(read<Vec>(scores + j), top[0]);
+  const float highest = largest(larger(larger(top[0], top[1]), larger(top[2], top[3])));
 
   Vec part[4] = {};
   const float factor = scale * kLog2E, lowest = -126 / factor;
   auto power = [&](int64_t at, Vec v) {
-    v -= highest;
-    v = power_of_two(v < lowest ? broadcast(lowest) : v, factor);
+    v = power_of_two(larger(broadcast(lowest), v - highest), factor);
     store(scores + at, v);
     return v;
   };
@@ -86,7 +86,8 @@ inline void attend(const Head& h, const PackedTexts& packed, const Threads& thre
     for (int64_t at = h.heads * strips * t / tasks; at < h.heads * strips * (t + 1) / tasks; ++at) {
       int64_t i = at / strips, row = h.first_query + at % strips * kForwardStrip;
       int64_t n = least(kForwardStrip, h.last_query - row);
-      multiply_packed(n, h.texts, d, rows_of(s.qkv + row * 3 * h.width + i * d, 3 * h.width),
+      multiply_packed(n, round_up(h.texts, kLanes), d,
+                      rows_of(s.qkv + row * 3 * h.width + i * d, 3 * h.width),
                       packed.keys_transposed + i * packed.transposed_size, task.scores, ld, false);
       float total[kForwardStrip];
       for (int64_t q = 0; q < n; ++q)
@@ -171,7 +172,7 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
           for (int64_t j = 0; j < stored; j += kLanes) {
             float *w = task.weights + r * kKeyBlock + j, *ds = task.d_scores + r * kKeyBlock + j;
             Vec y = read<Vec>(w) * h.scale - lse[r];
-            y = y < -87 ? broadcast(-87) : y > 1 ? broadcast(1) : y;
+            y = larger(broadcast(-87), smaller(broadcast(1), y));
             Vec weight = power_of_two(y, kLog2E);
             store(w, weight);
             store(ds, weight * (read<Vec>(ds) - delta[r]) * h.scale);

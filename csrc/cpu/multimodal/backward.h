@@ -68,28 +68,36 @@ inline void mixtures_backward(const BackwardArrays& a, const MultimodalState& s,
     }
 }
 
-// d^T x of the rows that pass through the down-sampler, x by group, and the sums of d.
+// The sums of d [N, n] over the rows that pass through the down-sampler.
+inline void bias_gradient(const BackwardArrays& a, const float* d, int64_t n,
+                          const Parameter& bias) {
+  const Head& h = a.h;
+  if (!bias.data) return;
+  std::memset(a.bias, 0, n * sizeof(float));
+  for (int group = 0; group < 2; ++group)
+    if (h.samples(group)) add_column_sums(h.count(group), n, d + h.first_row(group) * n, n, a.bias);
+  write_gradient(bias, a.bias, n);
+}
+
+// d^T x of those rows, x by group, and their sums.
 template <class Inputs>
 inline void layer_gradients(const BackwardArrays& a, const Threads& threads, const float* d,
                             int64_t n_out, int64_t n_in, const Inputs& inputs,
                             const Parameter& weight, const Parameter& bias) {
   const Head& h = a.h;
   if (weight.data) {
-    std::memset(a.weight, 0, n_out * n_in * sizeof(float));
-    for (int group = 0; group < 2; ++group)
-      if (h.samples(group))
-        multiply(threads, n_out, n_in, h.count(group),
-                 columns_of(d + h.first_row(group) * n_out, n_out), inputs(group), a.weight, n_in,
-                 true);
+    bool add = false;
+    for (int group = 0; group < 2; ++group) {
+      if (!h.samples(group)) continue;
+      multiply(threads, n_out, n_in, h.count(group),
+               columns_of(d + h.first_row(group) * n_out, n_out), inputs(group), a.weight, n_in,
+               add);
+      add = true;
+    }
+    if (!add) std::memset(a.weight, 0, n_out * n_in * sizeof(float));
     write_gradient(weight, a.weight, n_out * n_in);
   }
-  if (bias.data) {
-    std::memset(a.bias, 0, n_out * sizeof(float));
-    for (int group = 0; group < 2; ++group)
-      if (h.samples(group))
-        add_column_sums(h.count(group), n_out, d + h.first_row(group) * n_out, n_out, a.bias);
-    write_gradient(bias, a.bias, n_out);
-  }
+  bias_gradient(a, d, n_out, bias);
 }
 
 // From d_qkv the gradients of the layers before attention; returns that by what the first of them
@@ -100,17 +108,23 @@ inline const float* projections_backward(const BackwardArrays& a, const Multimod
   const MultimodalParameters& out = p.gradients;
   int64_t width = h.width, n = h.down_hidden;
   auto features = [&](int group) { return h.features_of(group); };
-  layer_gradients(
-      a, threads, a.d_qkv, 3 * width, width,
-      [&](int group) { return rows_of(s.x + h.first_row(group) * width, width); }, out.in_weight,
-      out.in_bias);
+  if (out.in_weight.data) {
+    for (int part = 0; part < 3; ++part) {
+      auto [row, m] = h.needing(part);
+      multiply(threads, width, width, m,
+               columns_of(a.d_qkv + row * 3 * width + part * width, 3 * width),
+               rows_of(s.x + row * width, width), a.weight + part * width * width, width);
+    }
+    write_gradient(out.in_weight, a.weight, 3 * width * width);
+  }
+  bias_gradient(a, a.d_qkv, 3 * width, out.in_bias);
   if (!a.needs.text && !a.needs.image && !a.needs.down) return nullptr;
   for (int group = 0; group < 2; ++group) {
-    int64_t row = h.first_row(group);
-    if (h.samples(group))
-      multiply(threads, h.count(group), width, 3 * width,
-               rows_of(a.d_qkv + row * 3 * width, 3 * width), rows_of(h.in, width),
-               a.d_x + row * width, width);
+    if (!h.samples(group)) continue;
+    int64_t row = h.first_row(group), first = h.needs[group][0] ? 0 : width;
+    multiply(threads, h.count(group), width, 3 * width - first,
+             rows_of(a.d_qkv + row * 3 * width + first, 3 * width),
+             rows_of(h.in + first * width, width), a.d_x + row * width, width);
   }
   if (!n) {
     layer_gradients(a, threads, a.d_x, width, h.dim, features, out.down_weight, out.down_bias);

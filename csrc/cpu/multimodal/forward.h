@@ -8,25 +8,47 @@
 namespace fastadapters::cpu {
 namespace {
 
-// L [R + 1, R + 1], upper triangular, with L^T L = (W | b)^T (W | b), in double: |W e + b|^2 as
-// |L (e ; 1)|^2 is never negative and keeps its digits where W e nearly cancels b, unlike the
-// quadratic form of that product. `gram` [R + 1 + kGramRows, whole rows] is scratch.
-constexpr int64_t kGramRows = 4;
+constexpr int kDoubles = kLanes / 2;
+typedef double Double __attribute__((vector_size(8 * kDoubles)));
+inline Double doubles(const float* p) {
+  typedef float Floats __attribute__((vector_size(4 * kDoubles)));
+  return __builtin_convertvector(read<Floats>(p), Double);
+}
+
+constexpr int64_t kGramRows = 32;  // at a time
 inline int64_t gram_ld(const Head& h) { return round_up(h.columns, 8); }
 
+// gram [ld, ld] += x^T x for x [rows, ld], where the column is not before the row by 8 or more.
+inline void add_gram(int64_t rows, int64_t ld, const double* x, double* gram) {
+  for (int64_t i = 0; i < ld; i += 8)
+    for (int64_t j = i; j < ld; j += kDoubles) {
+      Double sum[8] = {};
+      for (int64_t row = 0; row < rows; ++row) {
+        const double* at = x + row * ld;
+        Double xj = read<Double>(at + j);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) sum[k] += at[i + k] * xj;
+      }
+      for (int k = 0; k < 8; ++k) {
+        double* to = gram + (i + k) * ld + j;
+        sum[k] += read<Double>(to);
+        std::memcpy(to, &sum[k], sizeof sum[k]);
+      }
+    }
+}
+
+// L [R + 1, R + 1], upper triangular, with L^T L = (W | b)^T (W | b), in double: |W e + b|^2 as
+// |L (e ; 1)|^2 is never negative and keeps its digits where W e nearly cancels b, unlike the
+// quadratic form of that product. `gram` [ld + kGramRows, ld] is scratch.
 inline void factor(const Head& h, double* gram, float* form) {
   int64_t n = h.columns, ld = gram_ld(h);
-  double* block = gram + n * ld;
-  std::memset(gram, 0, n * ld * sizeof(double));
+  double* block = gram + ld * ld;
+  std::memset(gram, 0, (ld + kGramRows) * ld * sizeof(double));
   for (int64_t row = 0; row < h.dim; row += kGramRows) {
-    std::memset(block, 0, kGramRows * ld * sizeof(double));
-    for (int64_t i = 0; i < least(kGramRows, h.dim - row); ++i)
+    int64_t rows = least(kGramRows, h.dim - row);
+    for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < n; ++j) block[i * ld + j] = h.last[(row + i) * n + j];
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = i / 8 * 8; j < ld; ++j)
-        gram[i * ld + j] +=
-            block[i] * block[j] + block[ld + i] * block[ld + j] +
-            (block[2 * ld + i] * block[2 * ld + j] + block[3 * ld + i] * block[3 * ld + j]);
+    add_gram(rows, ld, block, gram);
   }
   std::memset(form, 0, n * n * sizeof(float));
   for (int64_t i = 0; i < n; ++i) block[i] = 1e-14 * gram[i * ld + i];
@@ -59,7 +81,11 @@ inline void center_last_layer(const Head& h, const MultimodalState& s) {
   for (int64_t i = 0; i < h.dim; ++i) {
     float* row = h.last + i * h.columns;
     double bias = row[h.inner];
-    for (int64_t j = 0; j < h.inner; ++j) bias += double(row[j]) * s.center[j];
+    Double sum = {};
+    int64_t j = 0;
+    for (; j + kDoubles <= h.inner; j += kDoubles) sum += doubles(row + j) * doubles(s.center + j);
+    for (; j < h.inner; ++j) bias += double(row[j]) * s.center[j];
+    for (int k = 0; k < kDoubles; ++k) bias += sum[k];
     row[h.inner] = float(bias);
   }
 }
@@ -84,12 +110,14 @@ inline void project(const Head& h, const Multimodal& p, const Threads& threads,
       multiply(threads, m, h.width, h.dim, h.features_of(group), columns_of(h.down, h.dim), x,
                h.width, false, h.down_bias);
     }
-    for (int part = 0; part < 3; ++part)
-      if (h.needs[group][part])
-        multiply(threads, m, h.width, h.width, rows_of(x, h.width),
-                 columns_of(h.in + part * h.width * h.width, h.width),
-                 s.qkv + row * 3 * h.width + part * h.width, 3 * h.width, false,
-                 h.in_bias + part * h.width);
+  }
+  for (int part = 0; part < 3; ++part) {
+    auto [row, m] = h.needing(part);
+    if (m > 0)
+      multiply(threads, m, h.width, h.width, rows_of(s.x + row * h.width, h.width),
+               columns_of(h.in + part * h.width * h.width, h.width),
+               s.qkv + row * 3 * h.width + part * h.width, 3 * h.width, false,
+               h.in_bias + part * h.width);
   }
 }
 
@@ -207,7 +235,7 @@ struct ForwardArrays {
         mean(c.take<float>(h.width)),
         e(c.take<float>(h.items * h.columns)),
         logits(c.take<float>(h.texts * ld)),
-        gram(c.take<double>((h.columns + kGramRows) * gram_ld(h))) {}
+        gram(c.take<double>((gram_ld(h) + kGramRows) * gram_ld(h))) {}
 };
 
 inline void forward(const MultimodalForward& p, const MultimodalState& saved,

@@ -102,6 +102,14 @@ struct Head {
 
   // Whether a group of rows, texts (0) or images (1), passes through the down-sampler.
   bool samples(int group) const { return needs[group][0] || needs[group][1] || needs[group][2]; }
+  // The rows whose queries (0), keys (1) or values (2) are needed.
+  struct Rows {
+    int64_t first, count;
+  };
+  Rows needing(int part) const {
+    int64_t first = needs[0][part] ? 0 : texts;
+    return {first, (needs[1][part] ? rows : texts) - first};
+  }
   int64_t first_row(int group) const { return group ? texts : 0; }
   int64_t count(int group) const { return group ? items : texts; }
   View features_of(int group) const { return group ? image : text; }

@@ -108,7 +108,7 @@ inline void mix_pairs(const Head& h, const Pairs& p, const MultimodalState& s, i
     for (int64_t head = 0; head < h.heads; ++head) {
       Vec x = read<Vec>(p.odds + (head * h.texts + c) * p.ld + item) * h.scale +
               (h.text_odds - s.lse[c * h.heads + head]);
-      Vec small = exp(x < 0 ? x : -x), large = 1.0f / (1.0f + small);
+      Vec small = exp(-absolute(x)), large = 1.0f / (1.0f + small);
       small *= large;
       store(t.image_weight + head * kTile + i * kLanes, x > 0 ? large : small);
       store(t.text_weight + head * kTile + i * kLanes, x > 0 ? small : large);

@@ -190,8 +190,8 @@ inline void pair_tile_backward(const Head& h, const Pairs& p, const MultimodalSt
 
   pair_hidden_backward(h, s, by, text_dots, t);
   lanes_to_rows(p.inner, t.e, t.e_rows);
-  for (int64_t row = 0; needs.last && row < h.inner; row += kPairRows)
-    add_rows(least(kPairRows, h.inner - row), p.inner, row / kLanes * kLanes, kTile,
+  for (int64_t row = 0; needs.last && row < h.inner; row += kLanes)
+    add_rows(least(kLanes, h.inner - row), p.inner, row, kTile,
              rows_of(t.weighted + row * kTile, kTile), t.e_rows, t.gram + row * p.inner);
   for (int i = 0; i < kTexts && text + i < h.texts; ++i)
     for (int64_t r = 0; r < h.inner; r += kLanes) {
