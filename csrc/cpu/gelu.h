@@ -39,8 +39,8 @@ struct Activated {
 // z * cdf(z) with cdf(-|z|) = P(u) exp(-z^2 / 2), u = |z| / (|z| + 4): 2e-8 of it at most. u,
 // unlike 1 - u, is exact where |z| is small.
 inline Activated gelu(Vec z) {
-  // The tail is 0 beyond; NaN stays.
-  Vec near = larger(broadcast(-13), smaller(broadcast(13), z)), a = absolute(near);
+  // Beyond, 2^y would not be there, and the tail is 0 to 4e-38. NaN stays.
+  Vec near = larger(broadcast(-13.2f), smaller(broadcast(13.2f), z)), a = absolute(near);
   Vec u = a / (a + 4.0f);
   Vec p = broadcast(-0.0352129303f);
   p = p * u + 0.113954015f;
