@@ -39,7 +39,7 @@ struct Activated {
 // z * cdf(z) with cdf(-|z|) = P(u) exp(-z^2 / 2), u = |z| / (|z| + 4): 2e-8 of it at most. u,
 // unlike 1 - u, is exact where |z| is small.
 inline Activated gelu(Vec z) {
-  // Beyond, 2^y would not be there, and the tail is 0 to 4e-38. NaN stays.
+  // Beyond, the tail is 0, and power_of_two has no result. NaN stays.
   Vec near = larger(broadcast(-13.2f), smaller(broadcast(13.2f), z)), a = absolute(near);
   Vec u = a / (a + 4.0f);
   Vec p = broadcast(-0.0352129303f);
@@ -52,7 +52,7 @@ inline Activated gelu(Vec z) {
   p = p * u + 2.40421176f;
   p = p * u - 1.59576857f;
   p = p * u + 0.5f;
-  Vec bell = power_of_two(a * a, -0.721347520f);
+  Vec bell = a < 13.2f ? power_of_two(a * a, -0.721347520f) : Vec{};
   Vec tail = p * bell;
   Vec cdf = z < 0 ? tail : 1.0f - tail;
   return {larger(z, Vec{}) - a * tail, cdf + near * (bell * 0.398942280f)};

@@ -20,13 +20,14 @@ def up_project(
 ) -> Tensor:
     """residual + scale * (h Wu^T + bu) for h [M, r], residual [M, D_out]; one fresh tensor.
 
-    The scale moves into the small factors, unless it wants a gradient: as a product over all rows
-    that would be one long chain of additions, so there it is applied last. On the CPU in 16 bit the
-    bias becomes one more column of h, which leaves the GEMM's own accumulation into a copy of the
-    residual; in float32 its width r + 1 costs more in backward than it saves, and the residual is
-    added in place.
+    The scale moves into the small factors, unless it wants a gradient that is more exact than 16
+    bit: as a product over all rows that would be one long chain of additions, so there it is
+    applied last. On the CPU in 16 bit the bias becomes one more column of h, which leaves the
+    GEMM's own accumulation into a copy of the residual; in float32 its width r + 1 costs more in
+    backward than it saves, and the residual is added in place.
     """
-    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+    narrow = h.dtype in (torch.bfloat16, torch.float16)
+    if isinstance(scale, Tensor) and scale.requires_grad and not narrow:
         y = F.linear(h, up_weight, up_bias) * scale
         return y if residual is None else residual + y
     per_row = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
@@ -36,7 +37,7 @@ def up_project(
         return F.linear(h, up_weight, bias)
     if residual.dtype != h.dtype:
         return residual + F.linear(h, up_weight, bias)
-    if bias is None or h.device.type != "cpu" or h.dtype not in (torch.bfloat16, torch.float16):
+    if bias is None or h.device.type != "cpu" or not narrow:
         return F.linear(h, up_weight, bias).add_(residual)
     weight_and_bias = torch.cat([up_weight, bias.unsqueeze(1)], dim=1)
     return torch.addmm(residual, F.pad(h, (0, 1), value=1.0), weight_and_bias.T)
