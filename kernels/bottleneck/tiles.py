@@ -72,11 +72,12 @@ def tile(
     the columns are as many bytes. Where there is dropout ``in_front`` its mask, and what LayerNorm
     wants of it, take registers, and so do ``grouped`` rows.
     """
+    blackwell = arch.startswith("sm_10")
     if dtype == torch.float32:
         tiles = GROUPED_FLOAT32_TILES if grouped else FLOAT32_TILES
     elif arch.startswith("gfx"):
         tiles = AMD_TILES
-    elif arch.startswith("sm_10"):
+    elif blackwell:
         tiles = BLACKWELL_TILES
     elif arch == "sm_90":
         tiles = WGMMA_TILES
@@ -84,11 +85,13 @@ def tile(
         tiles = WIDE_TILES if wide else GROUPED_TILES if grouped else TILES
     chosen = next(tile for most, tile in tiles[kernel].items() if block_r <= most)
     columns, single = chosen.block_d, dtype == torch.float32
-    crowded = {"weights_kernel", "backward_kernel"} if single else {"weights_kernel"}
+    crowded = {"weights_kernel", "backward_kernel"} if single or blackwell else {"weights_kernel"}
     if (wide and not single) or (in_front and kernel in crowded):
         columns = max(columns // 2, 16 if single else 32)
     stages = chosen.stages
-    if wide and in_front and not single and kernel == "backward_kernel" and arch == "sm_90":
+    spills = blackwell and kernel in crowded
+    spills |= arch == "sm_90" and wide and kernel == "backward_kernel"
+    if in_front and not single and spills:
         stages = min(stages, 2)  # a third spills registers
     columns = min(columns, max(16, triton.next_power_of_2(d)))
     return chosen._replace(block_d=columns, stages=stages)
