@@ -10,6 +10,7 @@ the schemas of torch.ops.fastadapters and the CPU kernels, without autograd or f
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -37,16 +38,19 @@ def build() -> Path:
     if importlib.util.find_spec("pybind11") is None:
         pytest.skip("the test hooks cannot be built: no pybind11")
     folder = ROOT / "build" / "hooks"
+    folder.mkdir(parents=True, exist_ok=True)
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder]
-    for command in (
-        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
-        ["cmake", "--build", folder, "--target", "_hooks"],
-    ):
-        done = subprocess.run(
-            command, env=os.environ | {"PATH": path}, capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"the test hooks did not build:\n{done.stdout}{done.stderr}")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of pytest-xdist take turns
+        for command in (
+            [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+            ["cmake", "--build", folder, "--target", "_hooks"],
+        ):
+            done = subprocess.run(
+                command, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"the test hooks did not build:\n{done.stdout}{done.stderr}")
     (module,) = folder.glob("_hooks.*.so")
     return module
 
