@@ -10,7 +10,6 @@ the schemas of torch.ops.fastadapters and the CPU kernels, without autograd or f
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
@@ -37,6 +36,8 @@ def build() -> Path:
             pytest.skip(f"the test hooks cannot be built: no {tool}")
     if importlib.util.find_spec("pybind11") is None:
         pytest.skip("the test hooks cannot be built: no pybind11")
+    import fcntl  # Windows has none, nor compiled kernels
+
     folder = ROOT / "build" / "hooks"
     folder.mkdir(parents=True, exist_ok=True)
     configure = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder]

@@ -26,10 +26,15 @@ SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), s
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
 # The bytes of a thread that a version of Triton spills where each other tile spills as well, there
 # or elsewhere, or has products of a shape that leaves the newest tensor cores unused, or where more
-# registers would cost one of four programs that fit.
+# registers would cost one of the programs that fit; docs/triton-resources.md says which.
 SPILLED = {
     ("3.9.0", "sm_80", "cross_modal_attention", "image_queries", "bfloat16", 128): 8,
+    ("3.9.0", "sm_80", "dropout_in_front", "weights", "bfloat16", 32): 8,
+    ("3.9.0", "sm_80", "multimodal", "pairs", "float32", 64): 8,
     ("3.9.0", "sm_100", "bottleneck", "backward", "bfloat16", 128): 24,
+    ("3.9.0", "sm_100", "grouped", "backward", "bfloat16", 128): 24,
+    ("3.9.0", "sm_100", "multimodal", "queries", "float32", 32): 8,
+    ("3.9.0", "gfx942", "cross_modal_attention", "image_keys", "bfloat16", 64): 36,
     ("3.7.1", "sm_100", "sequence_fusion", "tokens", "float32 bfloat16", 16): 16,
     ("3.7.1", "sm_120", "grouped", "backward", "bfloat16", 128): 16,
     ("3.7.1", "sm_120", "grouped", "backward", "float32 bfloat16 float32", 128): 24,
