@@ -50,6 +50,16 @@ inline __m512 emulate_sqrt(__m512 v) {
   return join({_mm256_sqrt_ps(half.low), _mm256_sqrt_ps(half.high)});
 }
 
+inline __m512 emulate_max(__m512 a, __m512 b) {
+  TwoHalves x = split(a), y = split(b);
+  return join({_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
+}
+
+inline __m512 emulate_min(__m512 a, __m512 b) {
+  TwoHalves x = split(a), y = split(b);
+  return join({_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)});
+}
+
 inline __m512 emulate_cvtph(__m256i v) {
   __m128i half[2];
   std::memcpy(half, &v, sizeof v);
@@ -100,6 +110,8 @@ __attribute__((noinline)) inline __m512 emulate_dpbf16(__m512 c, __m512bh a, __m
 #undef _mm512_maskz_loadu_ps
 #undef _mm512_mul_epu32
 #undef _mm512_maskz_sqrt_ps
+#undef _mm512_maskz_max_ps
+#undef _mm512_maskz_min_ps
 #undef _mm512_maskz_cvtph_ps
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_cvtneps_pbh
@@ -107,6 +119,8 @@ __attribute__((noinline)) inline __m512 emulate_dpbf16(__m512 c, __m512bh a, __m
 #define _mm512_maskz_loadu_ps(mask, p) fastadapters::cpu::emulate_maskz_loadu(mask, p)
 #define _mm512_mul_epu32(a, b) fastadapters::cpu::emulate_mul_epu32(a, b)
 #define _mm512_maskz_sqrt_ps(mask, v) fastadapters::cpu::emulate_sqrt(v)
+#define _mm512_maskz_max_ps(mask, a, b) fastadapters::cpu::emulate_max(a, b)
+#define _mm512_maskz_min_ps(mask, a, b) fastadapters::cpu::emulate_min(a, b)
 #define _mm512_maskz_cvtph_ps(mask, v) fastadapters::cpu::emulate_cvtph(v)
 #define _mm512_maskz_cvtps_ph(mask, v, rounding) fastadapters::cpu::emulate_cvtps_ph(v)
 #define _mm512_cvtneps_pbh(v) fastadapters::cpu::emulate_cvtneps_pbh(v)

@@ -98,6 +98,17 @@ int run() {
       ++failures;
       std::printf("lane %d: %g %g\n", i, roots[i], back[i]);
     }
+  // Of a NaN and a number the second one.
+  __m512 number = __m512{} + 3, nan = __m512{} + __builtin_nanf("");
+  __m512 most = _mm512_maskz_max_ps(-1, values, number);
+  __m512 least = _mm512_maskz_min_ps(-1, values, number);
+  for (int i = 0; i < 16; ++i)
+    if (most[i] != (values[i] > 3 ? values[i] : 3) || least[i] != (values[i] < 3 ? values[i] : 3) ||
+        _mm512_maskz_max_ps(-1, nan, number)[i] != 3 ||
+        _mm512_maskz_min_ps(-1, nan, number)[i] != 3) {
+      ++failures;
+      std::printf("lane %d: at most %g, at least %g\n", i, most[i], least[i]);
+    }
   // A masked load reads no more than it gives.
   std::vector<float> three = {1, 2, 3};
   __m512 loaded = _mm512_maskz_loadu_ps(0b101, three.data());

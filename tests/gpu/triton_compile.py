@@ -32,6 +32,7 @@ SPILLED = {
     ("3.9.0", "sm_80", "dropout_in_front", "weights", "bfloat16", 32): 8,
     ("3.9.0", "sm_80", "multimodal", "pairs", "float32", 64): 8,
     ("3.9.0", "sm_100", "bottleneck", "backward", "bfloat16", 128): 24,
+    ("3.9.0", "sm_100", "dropout_in_front", "weights", "float32 bfloat16 float32", 128): 8,
     ("3.9.0", "sm_100", "grouped", "backward", "bfloat16", 128): 24,
     ("3.9.0", "sm_100", "multimodal", "queries", "float32", 32): 8,
     ("3.9.0", "gfx942", "cross_modal_attention", "image_keys", "bfloat16", 64): 36,
