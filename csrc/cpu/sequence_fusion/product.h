@@ -113,6 +113,19 @@ FASTADAPTERS_INLINE void clear(V (&c)[rows][vectors]) {
     for (int j = 0; j < vectors; ++j) c[i][j] = V{};
 }
 
+// From registers to registers, or by way of memory.
+template <bool in_registers, class V, int rows, int vectors>
+FASTADAPTERS_INLINE void copy(const V (&from)[rows][vectors], V (&to)[rows][vectors]) {
+  if constexpr (in_registers) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < vectors; ++j) to[i][j] = from[i][j];
+  } else {
+    std::memcpy(to, from, sizeof from);
+  }
+}
+
 // c += one chain; before(k) comes before each few steps.
 template <class Words, class Step, class V, int rows, int vectors, class Before>
 FASTADAPTERS_INLINE void add_chain(int64_t k, int64_t end, const float* const (&a)[rows],
@@ -138,14 +151,7 @@ FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[row
   add_chain<Words, Step>(0, least(steps, chain), a, b, ldb, c, before);
   if (steps <= chain) return;
   V total[rows][vectors];
-  if constexpr (fits) {
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) total[i][j] = c[i][j];
-  } else {
-    std::memcpy(total, c, sizeof c);
-  }
+  copy<fits>(c, total);
   for (int64_t k = chain; k < steps; k += chain) {
     if constexpr (!fits) asm("" : "+m"(total));  // in memory, for the chain needs the registers
     V part[rows][vectors];
@@ -156,14 +162,7 @@ FASTADAPTERS_INLINE void sum_products(int64_t steps, const float* const (&a)[row
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) total[i][j] += part[i][j];
   }
-  if constexpr (fits) {
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) c[i][j] = total[i][j];
-  } else {
-    std::memcpy(c, total, sizeof c);
-  }
+  copy<fits>(total, c);
 }
 
 // Row i of m and those behind it, the last one again where there are no more.
