@@ -39,6 +39,13 @@ def check_tensor(
 ) -> None:
     """``value`` must be a floating-point tensor of ``shape`` on the ``device`` of x."""
     check_floats(name, value, symbols)
+    check_fits(name, value, symbols, shape, device)
+
+
+def check_fits(
+    name: str, value: Tensor, symbols: str, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """``value``, known to be a floating-point tensor, must have ``shape`` and be on ``device``."""
     if value.shape != shape:
         raise ValueError(f"{name}: expected {symbols} = {list(shape)}, got {list(value.shape)}")
     if value.device != device:

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import backends
-from ..checks import check_activations, check_choice, check_list, check_ndim, check_tensor
+from ..checks import (
+    check_activations,
+    check_choice,
+    check_fits,
+    check_list,
+    check_ndim,
+    check_tensor,
+)
 from ..ops import NAMESPACES, autograd
 from ..ops.codes import ACTIVATION_CODES, DTYPE_CODES
 from ..options import Activation, Fusion, Leading
@@ -139,20 +146,16 @@ def _check(
     for i, (x, weight, constant, time, feature) in enumerate(
         zip(inputs, down_weights, down_biases, time_factors, feature_factors, strict=True)
     ):
-        n, n_tokens, n_columns = x.shape
-        if n != n_items or x.device != device:
-            check_tensor(f"inputs[{i}]", x, "[B, T, D]", (n_items, n_tokens, n_columns), device)
+        _, n_tokens, n_columns = x.shape
+        check_fits(f"inputs[{i}]", x, "[B, T, D]", (n_items, n_tokens, n_columns), device)
         check_ndim(f"down_weights[{i}]", weight, "[r, D]", 2)
-        width, columns = weight.shape
-        if columns != n_columns or weight.device != device:
-            check_tensor(f"down_weights[{i}]", weight, "[r, D]", (width, n_columns), device)
+        width = weight.shape[0]
+        check_fits(f"down_weights[{i}]", weight, "[r, D]", (width, n_columns), device)
         if constant is not None:
             check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), device)
         check_ndim(f"time_factors[{i}]", time, "[R, T, T_o]", 3)
-        ranks, rows, length = time.shape
-        if rows < n_tokens or ranks != time_rank or length != out_len or time.device != device:
-            shape = (time_rank, max(n_tokens, rows), out_len)
-            check_tensor(f"time_factors[{i}]", time, "[R, T, T_o]", shape, device)
+        shape = (time_rank, max(n_tokens, time.shape[1]), out_len)
+        check_fits(f"time_factors[{i}]", time, "[R, T, T_o]", shape, device)
         check_tensor(f"feature_factors[{i}]", feature, "[R, r, D]", (rank, width, d), device)
     if isinstance(residual, str):
         check_choice("residual", residual, get_args(Leading))
