@@ -63,8 +63,14 @@ __device__ __forceinline__ void contract(const Problem& p, const float* row, To 
     const int r = r0 + lane;
     float sum = 0;
     if (r < p.rank) {
-#pragma unroll 4
-      for (int i = warp; i < p.dim; i += kWarps) sum = fmaf(row[i], last_weight(p, i, r), sum);
+      for (int i0 = warp; i0 < p.dim; i0 += 8 * kWarps) {
+        float part = 0;  // short chains of additions make small errors
+#pragma unroll
+        for (int i = i0; i < i0 + 8 * kWarps; i += kWarps) {
+          if (i < p.dim) part = fmaf(row[i], last_weight(p, i, r), part);
+        }
+        sum += part;
+      }
     }
     parts[warp][lane] = sum;
     __syncthreads();
@@ -147,11 +153,11 @@ __global__ void __launch_bounds__(kItemThreads) rows_forward(const __grid_consta
   if (p.form == Form::none) return;
   __syncthreads();
   contract(p, unit, [&](int r, float value) { s.item_w[int64_t(r) * p.items + item] = value; });
-  sum = 0;
+  double of_c = 0;  // which what W e gives nearly cancels where |u| is small
   for (int i = threadIdx.x; i < p.dim; i += kItemThreads) {
-    sum = fmaf(unit[i], load(p.c.data, p.c.dtype, i), sum);
+    of_c = fma(double(unit[i]), double(load(p.c.data, p.c.dtype, i)), of_c);
   }
-  const float along_c = block_total<3>(sum);
+  const float along_c = float(block_total<3>(of_c));
   if (threadIdx.x == 0) s.item_c[item] = along_c;
   if (p.form != Form::item) return;
   const float* const e = s.e + int64_t(item) * p.padded;

@@ -66,7 +66,8 @@ __device__ __forceinline__ float2 sigmoids(float x) {
   return x < 0 ? float2{small * large, large} : float2{large, small * large};
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
   return value;
@@ -74,9 +75,9 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 // Over a block of up to 8 warps, in a fixed order; all threads have the result. kUse: another
 // number for each use in a kernel, so that none has to wait until the one before has been read.
-template <int kUse>
-__device__ __forceinline__ float block_total(float value) {
-  __shared__ float warps[8];
+template <int kUse, class T>
+__device__ __forceinline__ T block_total(T value) {
+  __shared__ T warps[8];
   value = warp_sum(value);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
