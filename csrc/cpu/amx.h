@@ -67,7 +67,7 @@ struct AmxGemm {
                              const float* b, const Finish& finish) {
     constexpr int64_t ldc = wide * kLanes;
     alignas(64) float c[kBlock * ldc];
-    with_height(rows, [&](auto tall) {
+    with_constant<2>(divide_up(rows, 16), [&](auto tall) {
       _tile_zero(0);
       if constexpr (wide == 2) _tile_zero(1);
       if constexpr (tall == 2) _tile_zero(2);
@@ -86,7 +86,7 @@ struct AmxGemm {
   template <int wide>
   static inline void accumulate(int64_t rows, int64_t words, const Store* a, int64_t lda,
                                 const float* b, float* c, int64_t ldc) {
-    with_height(rows, [&](auto tall) {
+    with_constant<2>(divide_up(rows, 16), [&](auto tall) {
       tile_fence();
       _tile_loadd(0, c, 4 * ldc);
       if constexpr (wide == 2) _tile_loadd(1, c + 16, 4 * ldc);
@@ -95,11 +95,6 @@ struct AmxGemm {
       run<tall, wide>(words, a, lda, b);
       store_tiles<tall, wide>(c, ldc);
     });
-  }
-
-  template <class F>
-  static inline void with_height(int64_t rows, const F& f) {
-    return rows > 16 ? f(std::integral_constant<int, 2>()) : f(std::integral_constant<int, 1>());
   }
 };
 

@@ -91,16 +91,16 @@ struct Gemm {
   }
 };
 
-// N columns, in vectors, split into panels as equal as possible. A packed operand or an array of
-// accumulators with n rows keeps panel p at offset n * kLanes * first(p).
-template <class G>
+// N columns, in vectors, split into panels of at most so many, as equal as possible. A packed
+// operand or an array of accumulators with n rows keeps panel p at offset n * kLanes * first(p).
+template <int most>
 struct Panels {
   int64_t vectors, count;
   bool narrow;
 
   explicit Panels(int64_t columns)
       : vectors(divide_up(columns, kLanes)),
-        count(divide_up(vectors, G::kPanel)),
+        count(divide_up(vectors, most)),
         narrow(2 * columns <= kLanes) {}
   int64_t first(int64_t p) const { return vectors * p / count; }
   int64_t size(int64_t p) const { return first(p + 1) - first(p); }
@@ -110,7 +110,7 @@ struct Panels {
 // Folds a narrow B, packed as usual, in place: two words of k side by side for each column, where
 // half of the lanes would be idle.
 template <class G>
-inline void fold(Panels<G> n, int64_t words, float* b) {
+inline void fold(Panels<G::kPanel> n, int64_t words, float* b) {
   if (!G::kFolds || !n.narrow) return;
   for (int64_t k = 0; k < words; k += 2)
     store(b + k / 2 * kLanes,
@@ -118,22 +118,12 @@ inline void fold(Panels<G> n, int64_t words, float* b) {
                          std::make_index_sequence<kLanes>()));
 }
 
-// Calls f with the number of vectors of a panel as a compile-time constant.
-template <class G, class F>
-inline void with_vectors(int64_t vectors, const F& f) {
-  if (vectors == 1) return f(std::integral_constant<int, 1>());
-  if constexpr (G::kPanel == 2)
-    return f(std::integral_constant<int, 2>());
-  else
-    return vectors == 2 ? f(std::integral_constant<int, 2>()) : f(std::integral_constant<int, 3>());
-}
-
 // C [m, n] += A [m, k] B [k, n] for a long k, cut into chains of so many words: rounding errors
 // grow with the length of a chain of additions, which also has to leave its part of B in the
 // first-level cache. A narrow B is folded. Writes whole blocks of rows.
 template <class G>
 inline void multiply_long(int64_t chain, int64_t m, int64_t words, const typename G::Store* a,
-                          int64_t lda, const float* b, Panels<G> n, float* c, int64_t ldc) {
+                          int64_t lda, const float* b, Panels<G::kPanel> n, float* c, int64_t ldc) {
   for (int64_t k = 0; k < words; k += chain)
     for (int64_t i = 0; i < m; i += G::kBlock)
       for (int64_t p = 0; p < n.count; ++p) {
@@ -144,7 +134,7 @@ inline void multiply_long(int64_t chain, int64_t m, int64_t words, const typenam
             G::accumulate_folded(length, block, lda, b + k / 2 * kLanes, c + i * ldc, ldc);
             continue;
           }
-        with_vectors<G>(n.size(p), [&](auto vectors) {
+        with_constant<G::kPanel>(n.size(p), [&](auto vectors) {
           G::template accumulate<vectors>(m - i, length, block, lda,
                                           b + words * column + k * vectors * kLanes,
                                           c + i * ldc + column, ldc);
@@ -156,12 +146,13 @@ inline void multiply_long(int64_t chain, int64_t m, int64_t words, const typenam
 // the rows of a block: (i, their vectors). prepare(row, rows, column) comes before.
 template <class G, class Prepare, class Finish>
 inline void multiply(int64_t m, int64_t words, const typename G::Store* a, int64_t lda,
-                     const float* b, Panels<G> n, const Prepare& prepare, const Finish& finish) {
+                     const float* b, Panels<G::kPanel> n, const Prepare& prepare,
+                     const Finish& finish) {
   for (int64_t i = 0; i < m; i += G::kBlock)
     for (int64_t p = 0; p < n.count; ++p) {
       int64_t column = n.first(p) * kLanes, rows = least(m - i, G::kBlock);
       prepare(i, rows, column);
-      with_vectors<G>(n.size(p), [&](auto vectors) {
+      with_constant<G::kPanel>(n.size(p), [&](auto vectors) {
         G::template product<vectors>(
             rows, words, a + i * lda, lda, b + words * column,
             [&]() FASTADAPTERS_INLINED { return finish(vectors, i, column); });

@@ -35,7 +35,7 @@ struct Weight {
 
 // Panel p of B = W: k runs down the rows of W.
 template <class G, class T>
-inline void pack_rows(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
+inline void pack_rows(const Weight<T>& w, Panels<G::kPanel> n, int64_t p, int64_t words, float* b) {
   int64_t first = n.first(p), vectors = n.size(p);
   float* panel = b + words * first * kLanes;
   with_type(w.data, [&](auto* data) {
@@ -49,7 +49,8 @@ inline void pack_rows(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words,
 
 // Panel p of B = W^T: k runs along the rows of W.
 template <class G, class T>
-inline void pack_columns(const Weight<T>& w, Panels<G> n, int64_t p, int64_t words, float* b) {
+inline void pack_columns(const Weight<T>& w, Panels<G::kPanel> n, int64_t p, int64_t words,
+                         float* b) {
   int64_t first = n.first(p), vectors = n.size(p);
   float* panel = b + words * first * kLanes;
   with_type(w.data, [&](auto* data) {

@@ -19,11 +19,7 @@ struct View {
 inline View rows_of(const float* data, int64_t ld) { return {data, ld, 1}; }
 inline View columns_of(const float* data, int64_t ld) { return {data, 1, ld}; }
 
-struct PanelOfB {
-  static constexpr int kPanel = 4;
-};
-using Panels_ = Panels<PanelOfB>;
-constexpr int kPanelVectors = PanelOfB::kPanel;
+constexpr int kPanelVectors = 4;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
 constexpr int64_t kChain = 32;   // of additions; the last one may be longer by an eighth
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
@@ -104,13 +100,6 @@ __attribute__((noinline)) void product_edge(int64_t rows, int64_t n, int64_t k, 
       store(c + i * ldc + j, read<Vec>(tile + i * ld + j), n - j);
 }
 
-template <int vectors, class F>
-FASTADAPTERS_INLINE void with_panel(int64_t n, const F& f) {
-  if constexpr (vectors > 1)
-    if (n < vectors) return with_panel<vectors - 1>(n, f);
-  f(std::integral_constant<int, vectors>());
-}
-
 // C = A B + bias, or C += A B, for a panel of B with `ldb` from row to row. Blocks of C are as tall
 // as there are registers for, or a row less, or 8 or 4 rows where that leaves less of them empty.
 __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m, int64_t n,
@@ -120,7 +109,7 @@ __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m,
   static constexpr float zeros[kPanelColumns] = {};
   const float* from = add ? c : bias ? bias : zeros;
   int64_t ld_from = add ? ldc : 0;
-  with_panel<kPanelVectors>(vectors, [&](auto vectors) {
+  with_constant<kPanelVectors>(vectors, [&](auto vectors) {
     constexpr int tall = kBlockRows<vectors>;
     int64_t blocks = divide_up(m, tall), low = blocks * tall - m;  // so many are a row less
     int64_t size = greatest(m, blocks * (tall - 1));
@@ -171,7 +160,7 @@ __attribute__((noinline)) inline void pack_panel(View b, int64_t k, int64_t n, i
 
 // All of B, panel p at k * kLanes * first(p).
 __attribute__((noinline)) inline void pack(View b, int64_t k, int64_t n, float* out) {
-  Panels_ panels(n);
+  Panels<kPanelVectors> panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes;
     pack_panel(b.from(0, column), k, n - column, panels.size(p), out + k * column);
@@ -183,7 +172,7 @@ inline int64_t packed_size(int64_t k, int64_t n) { return k * round_up(n, kLanes
 __attribute__((noinline)) inline void multiply_packed(int64_t m, int64_t n, int64_t k, View a,
                                                       const float* b, float* c, int64_t ldc,
                                                       bool add, const float* bias = nullptr) {
-  Panels_ panels(n);
+  Panels<kPanelVectors> panels(n);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = panels.first(p) * kLanes, ldb = panels.size(p) * kLanes;
     for (int64_t step = 0; step < k; step += kDepth)
@@ -272,7 +261,7 @@ __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m
                                                bool add = false, const float* bias = nullptr) {
   const int64_t single = n > kLanes && n % kLanes == 1;
   n -= single;
-  Panels_ panels(n);
+  Panels<kPanelVectors> panels(n);
   constexpr int block = kBlockRows<kPanelVectors>;
   int64_t blocks = divide_up(m, block);
   int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));

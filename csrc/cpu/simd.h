@@ -52,6 +52,14 @@ inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Calls f with n, from 1 to `most`, as a compile-time constant.
+template <int most, class F>
+FASTADAPTERS_INLINE void with_constant(int64_t n, const F& f) {
+  if constexpr (most > 1)
+    if (n < most) return with_constant<most - 1>(n, f);
+  f(std::integral_constant<int, most>());
+}
+
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 template <class V>

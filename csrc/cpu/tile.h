@@ -106,7 +106,7 @@ struct RowWriter {
 template <class G>
 struct Width {
   int64_t size;
-  Panels<G> panels;
+  Panels<G::kPanel> panels;
   int64_t words;   // as k
   int64_t stride;  // of a padded row, in values of G::Store
 

@@ -44,7 +44,7 @@ inline void accumulate(const Width<G>& width, int64_t r, int64_t m, const float*
   int64_t words = width.as_words(m), g_rows = round_up(r, G::kRows);
   for (int64_t p = 0; p < width.panels.count; ++p) {
     int64_t first = width.panels.first(p) * kLanes;
-    with_vectors<G>(width.panels.size(p), [&](auto vectors) {
+    with_constant<G::kPanel>(width.panels.size(p), [&](auto vectors) {
       auto add = [&](int64_t i, const auto& b) FASTADAPTERS_INLINED {
         G::template accumulate<vectors>(
             g_rows - i, words, (const typename G::Store*)(transposed + i * k_stride),
@@ -104,7 +104,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   if (needs.dz && !sizes.few) {
     for (int64_t i = 0; i < thin.panels.count; ++i)
       pack_rows<G>(up, thin.panels, i, out.words, shared.up);
-    fold(thin.panels, out.words, shared.up);
+    fold<G>(thin.panels, out.words, shared.up);
   }
   if (needs.dx && !sizes.few)
     for (int64_t i = 0; i < in.panels.count; ++i)

@@ -89,7 +89,7 @@ void forward(const BottleneckForward& p, const Threads& threads) {
   if (!sizes.few) {
     for (int64_t i = 0; i < thin.panels.count; ++i)
       pack_columns<G>(down, thin.panels, i, in.words, shared.down);
-    fold(thin.panels, in.words, shared.down);
+    fold<G>(thin.panels, in.words, shared.down);
     for (int64_t i = 0; i < out.panels.count; ++i)
       pack_columns<G>(up, out.panels, i, thin.words, shared.up);
   }

@@ -47,16 +47,10 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t vectors, int64_t s
                                         float* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; i += kRows)
     for (int64_t v = 0; v < vectors; v += kColumns) {
-      auto run = [&](auto n) {
+      with_constant<kColumns>(vectors - v, [&](auto n) {
         multiply_block<columns, add, n>(rows - i, steps, a + i * (columns ? 1 : lda), lda,
                                         b + v * kLanes, ldb, c + i * ldc + v * kLanes, ldc);
-      };
-      if (vectors - v == 1)
-        run(std::integral_constant<int, 1>());
-      else if (kColumns == 2 || vectors - v == 2)
-        run(std::integral_constant<int, 2>());
-      else
-        run(std::integral_constant<int, kColumns>());
+      });
     }
 }
 

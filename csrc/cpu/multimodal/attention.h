@@ -134,14 +134,14 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
           d_out(c.take<float>(packed_size(kBackwardStrip, d))),
           dq(c.take<float>(kBackwardStrip * d)) {}
   };
-  Panels_ panels(h.texts);
+  Panels<kPanelVectors> panels(h.texts);
 
   parallel(threads, h.heads * groups, [&](int64_t t) {
     auto task = carve<Task>(task_scratch(), d);
     int64_t i = t / groups, group = t % groups;
     const float* kt = packed.keys_transposed + i * packed.transposed_size;
     const float* vt = packed.values_transposed + i * packed.transposed_size;
-    Panels_ thin(d);
+    Panels<kPanelVectors> thin(d);
     for (int64_t strip = g.strips * group / groups; strip < g.strips * (group + 1) / groups;
          ++strip) {
       int64_t row = h.first_query + strip * kBackwardStrip;

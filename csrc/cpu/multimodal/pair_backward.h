@@ -119,7 +119,7 @@ inline void lanes_to_rows(int64_t inner, const float* lanes, float* rows) {
 // C [m, columns from `first` on] += A B for rows of B that are `inner` apart.
 inline void add_rows(int64_t m, int64_t inner, int64_t first, int64_t k, View a, const float* b,
                      float* c) {
-  Panels_ panels(inner - first);
+  Panels<kPanelVectors> panels(inner - first);
   for (int64_t p = 0; p < panels.count; ++p) {
     int64_t column = first + panels.first(p) * kLanes;
     multiply_panel(panels.size(p), m, panels.size(p) * kLanes, k, a, b + column, inner, c + column,

@@ -122,7 +122,7 @@ inline void write_dx(const Modality& m, const BackwardModality& own, int64_t row
     char* const* next = task.dx + greatest(0, least(i + block, rows - block));
     for (int64_t panel = 0; panel < own.columns.count; ++panel) {
       int64_t column = own.columns.first(panel) * kLanes;
-      with_size(own.columns.size(panel), [&](auto vectors) {
+      with_constant<Columns::kPanel>(own.columns.size(panel), [&](auto vectors) {
         write_dx_block<T, Words, block, vectors>(
             least(block, rows - i), words, d, (const float*)task.dz_rows + i * words,
             own.down_rows + r * column, column, task.dx + i, next, share, task.add + i, fetch);

@@ -182,8 +182,9 @@ inline void write_result(const SequenceFusionForward& p, const ForwardShared& sh
       prefetch_columns<1, 3>(task.y[row] + begin, end - begin);
       if (task.residual[row]) prefetch_columns<0, 3>(task.residual[row] + begin, end - begin);
     }
-    with_size(columns.size(panel),
-              [&](auto vectors) { multiply_factors<vectors>(p, shared, panel, rows, task); });
+    with_constant<Columns::kPanel>(columns.size(panel), [&](auto vectors) {
+      multiply_factors<vectors>(p, shared, panel, rows, task);
+    });
     with_type({p.y.data, p.out_dtype}, [&](auto* y) {
       using T = std::remove_pointer_t<decltype(y)>;
       for (int64_t row = 0; row < rows; ++row) {

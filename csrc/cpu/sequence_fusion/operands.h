@@ -257,7 +257,7 @@ void project_rows(const SequenceFusion& p, const Modality& m, const Down& down,
             if (twice) prefetch_columns<0, 3>(from + bytes, bytes);
           }
       };
-      with_size(down.columns.size(panel), [&](auto vectors) {
+      with_constant<Columns::kPanel>(down.columns.size(panel), [&](auto vectors) {
         if constexpr (rows <= kBlockRows<vectors>) {
           Vec sum[rows][vectors];
           sum_products<Words, Step>(divide_up(d, per_step), a, down.packed + down.depth * first,

@@ -9,7 +9,7 @@ namespace {
 // N columns as panels of kPanel vectors; the last two share what would leave a single one. A packed
 // B [k, N] keeps panel p at offset k * kLanes * first(p).
 struct Columns {
-  static constexpr int64_t kPanel = 3;
+  static constexpr int kPanel = 3;
   int64_t vectors, count, shift;
   bool narrow;  // half of the lanes would be idle
 
@@ -23,17 +23,6 @@ struct Columns {
   int64_t columns() const { return vectors * kLanes; }
 };
 
-// Calls f with the number of vectors of a panel as a compile-time constant.
-template <class F>
-FASTADAPTERS_INLINE void with_size(int64_t vectors, const F& f) {
-  if (vectors == 3)
-    f(std::integral_constant<int, 3>());
-  else if (vectors == 2)
-    f(std::integral_constant<int, 2>());
-  else
-    f(std::integral_constant<int, 1>());
-}
-
 // Half a vector: AVX-512 multiplies and stores twice as many in a cycle, so that a narrow panel has
 // no idle lanes.
 typedef float Slim __attribute__((vector_size(2 * kLanes)));
@@ -43,7 +32,7 @@ template <class Words = Single, class F>
 FASTADAPTERS_INLINE void with_panel(const Columns& n, int64_t p, const F& f) {
   if (kLanes == 16 && Words::kPerWord == 1 && n.narrow)
     return f((Slim*)nullptr, std::integral_constant<int, 1>());
-  with_size(n.size(p), [&](auto vectors) { f((Vec*)nullptr, vectors); });
+  with_constant<Columns::kPanel>(n.size(p), [&](auto vectors) { f((Vec*)nullptr, vectors); });
 }
 
 // A Step at any address in every lane of V, or in every pair of them.
