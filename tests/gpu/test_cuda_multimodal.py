@@ -157,10 +157,10 @@ def test_mixed_dtypes() -> None:
 @pytest.mark.parametrize("bias", [MASKED, ADDITIVE, TEXTS_ONLY], ids=["masked", "both", "texts"])
 def test_what_the_adapter_gives_nearly_cancels(bias: Sequence[Sequence[float]]) -> None:
     """|u| = |W e + c| is a thousandth of |c|: the square of that must not be lost in rounding."""
-    tensors = sample(20, 7, 64, 16, 8)
+    tensors = sample(20, 7, 256, 16, 8)
     tensors["up0.weight"] *= 2e-4
     e = F.gelu(tensors["up0.bias"]).double()
-    away = 1e-3 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    away = 1e-3 * torch.randn(256, generator=torch.Generator().manual_seed(1))
     tensors["up1.bias"] = (-(tensors["up1.weight"].double() @ e) * (1 + away)).float()
     with device.simulate(80):
         out = against_reference.run(lambda t: logits(t, bias=bias), tensors, "cuda")

@@ -54,30 +54,27 @@ __device__ __forceinline__ void expand(const Problem& p, const float* e, To to) 
   }
 }
 
-// to(r, sum over i < D of row[i] W[i, r]) for r < padded: a lane has an r, a warp a part of D.
+// to(r, sum over i < D of row[i] W[i, r]) for r < padded: a lane has an r, a warp a part of D. As
+// exact as it can be: where |u| is small such sums nearly cancel.
 template <class To>
 __device__ __forceinline__ void contract(const Problem& p, const float* row, To to) {
-  __shared__ float parts[kWarps][32];
+  __shared__ float parts[2][kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int r0 = 0; r0 < p.padded; r0 += 32) {
     const int r = r0 + lane;
-    float sum = 0;
+    ExactSum sum;
     if (r < p.rank) {
-      for (int i0 = warp; i0 < p.dim; i0 += 8 * kWarps) {
-        float part = 0;  // short chains of additions make small errors
-#pragma unroll
-        for (int i = i0; i < i0 + 8 * kWarps; i += kWarps) {
-          if (i < p.dim) part = fmaf(row[i], last_weight(p, i, r), part);
-        }
-        sum += part;
-      }
+#pragma unroll 4
+      for (int i = warp; i < p.dim; i += kWarps) sum.add(row[i], last_weight(p, i, r));
     }
-    parts[warp][lane] = sum;
+    parts[0][warp][lane] = sum.sum;
+    parts[1][warp][lane] = sum.rest;
     __syncthreads();
     if (warp == 0 && r < p.padded) {
-      sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += parts[w][lane];
-      to(r, sum);
+      ExactSum total;
+      for (int w = 0; w < kWarps; ++w) total.add(parts[0][w][lane], 1);
+      for (int w = 0; w < kWarps; ++w) total.rest += parts[1][w][lane];
+      to(r, total.sum + total.rest);
     }
     __syncthreads();
   }

@@ -86,6 +86,20 @@ __device__ __forceinline__ T block_total(T value) {
   return value;
 }
 
+// A sum of products as if in twice the precision (Ogita, Rump and Oishi 2005, Dot2), by intrinsics
+// that the compiler does not contract.
+struct ExactSum {
+  float sum = 0, rest = 0;
+
+  __device__ __forceinline__ void add(float a, float b) {
+    const float product = __fmul_rn(a, b), next = __fadd_rn(sum, product);
+    const float added = __fsub_rn(next, sum);
+    const float lost = __fadd_rn(__fsub_rn(sum, __fsub_rn(next, added)), __fsub_rn(product, added));
+    rest = __fadd_rn(rest, __fadd_rn(lost, __fmaf_rn(a, b, -product)));
+    sum = next;
+  }
+};
+
 // acc += a b^T
 __device__ __forceinline__ void outer(float (&acc)[4][4], float4 a, float4 b) {
   const float left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
