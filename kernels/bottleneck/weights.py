@@ -164,12 +164,13 @@ def reduce_kernel(
     inside_out = cols < width
     split = 0
     behind = splits
-    occurs = True
+    known, known_out = inside, inside_out
     if firsts is not None:
         own = tl.program_id(1).to(tl.int64)
         split = tl.load(firsts + own)
         behind = tl.load(firsts + own + 1)
-        occurs = split < behind
+        known = cols < tl.where(split < behind, D, 0)
+        known_out = cols < tl.where(split < behind, width, 0)
         down_weight += own * (r * D)
         up_weight += own * (r * width)
         up_bias = None if up_bias is None else up_bias + own * width
@@ -185,10 +186,10 @@ def reduce_kernel(
         d_scale = None if d_scale is None else d_scale + own * width
     gain = tl.full([BLOCK_D], 1.0, tl.float32)
     if norm_weight is not None:
-        gain = load_vector(norm_weight, cols, inside & occurs, X_DTYPE)
+        gain = load_vector(norm_weight, cols, known, X_DTYPE)
     s = tl.full([BLOCK_D], 1.0, tl.float32) * scale_value
     if scale is not None:
-        s = load_vector(scale, cols if CHANNEL_SCALE else cols * 0, inside_out & occurs, DTYPE)
+        s = load_vector(scale, cols if CHANNEL_SCALE else cols * 0, known_out, DTYPE)
     gain_gradient = tl.zeros([BLOCK_D], tl.float32)
     offset_gradient = tl.zeros([BLOCK_D], tl.float32)
     scale_gradient = tl.zeros([BLOCK_D], tl.float32)
@@ -211,7 +212,7 @@ def reduce_kernel(
         elif down_sum is not None:
             of_ones = dz_total[None, :]
         if d_norm_weight is not None or d_norm_bias is not None:
-            w = tl.load(down_weight + transposed, mask=whole & occurs, other=0.0)
+            w = tl.load(down_weight + transposed, mask=known[:, None] & whole, other=0.0)
             w = w.to(DTYPE).to(tl.float32)
         if d_norm_bias is not None:
             offset_gradient += sum_of_products(w, of_ones, 1)
@@ -224,7 +225,7 @@ def reduce_kernel(
             if d_down_weight is not None:
                 out = product * gain[:, None]
                 if norm_bias is not None:
-                    offset = load_vector(norm_bias, cols, inside & occurs, X_DTYPE)
+                    offset = load_vector(norm_bias, cols, known, X_DTYPE)
                     out += offset[:, None] * of_ones
                 tl.store(d_down_weight + transposed, out, mask=whole)
         if up_product is not None:
@@ -232,7 +233,7 @@ def reduce_kernel(
             if d_up_weight is not None:
                 tl.store(d_up_weight + straight, product * s[:, None], mask=whole_out)
             if d_scale is not None:
-                w = tl.load(up_weight + straight, mask=whole_out & occurs, other=0.0)
+                w = tl.load(up_weight + straight, mask=known_out[:, None] & whole_out, other=0.0)
                 scale_gradient += sum_of_products(w.to(DTYPE).to(tl.float32), product, 1)
     if d_norm_weight is not None:
         tl.store(d_norm_weight + cols, gain_gradient, mask=inside)
@@ -246,6 +247,6 @@ def reduce_kernel(
         if d_up_bias is not None:
             tl.store(d_up_bias + cols, dy_total * s, mask=inside_out)
         if up_bias is not None:
-            scale_gradient += load_vector(up_bias, cols, inside_out & occurs, DTYPE) * dy_total
+            scale_gradient += load_vector(up_bias, cols, known_out, DTYPE) * dy_total
     if d_scale is not None:
         tl.store(d_scale + cols, scale_gradient, mask=inside_out)

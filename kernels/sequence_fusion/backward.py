@@ -95,7 +95,7 @@ def factors_kernel(
         d_factor = g.to(DTYPE)
         if FEATURES:
             d_feature = tl.dot(tl.trans(p), d_factor, input_precision=PRECISION)
-            wanted = inside & (((FEATURES >> m) & 1) == 1)
+            wanted = units < r * ((FEATURES >> m) & 1)
             tl.store(
                 slab + units[:, None].to(tl.int64) * D + cols[None, :],
                 d_feature,
@@ -298,7 +298,7 @@ def inputs_kernel(
                     other=0.0,
                 ).to(tl.float32)
             out = pick(dxs, m) + ((item * T + t) * D)[:, None] + cols[None, :]
-            wanted = (t < T) & (((INPUTS >> m) & 1) == 1)
+            wanted = t < T * ((INPUTS >> m) & 1)
             tl.store(out, dx.to(out.dtype.element_ty), mask=wanted[:, None] & in_cols[None, :])
     if WEIGHTS:
         slab = weight_slabs + tl.cast(split, tl.int64) * weight_slab_size

@@ -73,7 +73,7 @@ def combine_kernel(
             D, r, DTYPE, PRECISION, BLOCK_D,
         )  # fmt: skip
         if down_biases is not None:
-            given = inside & (((BIASES >> m) & 1) == 1)
+            given = units < r * ((BIASES >> m) & 1)
             bias = tl.load(pick(down_biases, m) + units, mask=given, other=0.0)
             active += bias.to(DTYPE).to(tl.float32)[None, :]
         mask = in_t[:, None] & inside[None, :]
@@ -154,7 +154,7 @@ def fuse_kernel(
             )
             total += leading.to(tl.float32)
             begin = end
-    keep = in_rows & (tl.program_id(1) == 0)
+    keep = n < tl.where(tl.program_id(1) == 0, N, 0)
     for q in range(rank):
         rows = (item * rank + q) * To + o
         product = tl.full([BLOCK_M, BLOCK_D], 1.0, tl.float32)
