@@ -8,7 +8,7 @@ import pytest
 import torch
 from bottleneck_cases import Case, inputs, reference_pair
 from compare import check_all
-from cpu_kernels import ISAS, OWN_KERNELS, call, choose
+from cpu_kernels import ISAS, OWN_KERNELS, call, check_kernels, choose
 from torch import Tensor
 
 from fastadapters import reference
@@ -173,3 +173,9 @@ def test_few_rows_are_summed_as_exactly_as_eagerly(
                 assert t.dtype == torch.float32
         for name, (ours, base_square) in squares.items():
             assert ours <= 1.25**2 * base_square, f"{rows} rows, {name}: {ours / base_square:.2f}"
+
+
+def test_sums_over_many_rows(kernels: Any) -> None:
+    """Tile by tile in one chain they were twice as far off as the definition's."""
+    choose("portable")
+    check_kernels(kernels, Case(rows=(2**18,), d=32, r=8, residual="none", activation="gelu"))

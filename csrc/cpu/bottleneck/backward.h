@@ -12,6 +12,9 @@
 namespace fastadapters::cpu {
 namespace {
 
+// A task sums over no more rows, tile by tile: rounding errors grow with the length of the chain.
+constexpr int64_t kSummedRows = 32768;
+
 template <class G>
 struct BackwardTask {
   int64_t k_stride;  // of a row of the transposed tiles, in words
@@ -90,6 +93,7 @@ void backward(const BottleneckBackward& p, const Threads& threads) {
   const bool norm = needs.norm;
   int64_t z_columns = thin.columns();
   int64_t tasks = sizes.tasks(threads.count, 2 * kTileRows);
+  tasks *= greatest(1, divide_up(sizes.m, tasks * kSummedRows));
   auto shared = carve<BackwardShared<G>>(shared_scratch(), sizes, needs, tasks);
 
   Weight<T> down{p.down_weight, thin.size, in.size}, up{p.up_weight, out.size, thin.size};
