@@ -24,27 +24,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # The most shared memory of a program. sm_86 and sm_89 run sm_80's tiles.
 SHARED = dict(zip(ARCHITECTURES, (101_376, 232_448, 232_448, 101_376, 65_536), strict=True))
 MATRIX = dict(zip(ARCHITECTURES, ("HMMA", "HGMMA", "UTCHMMA", "HMMA", "v_mfma"), strict=True))
-# The bytes of a thread that a version of Triton spills where each other tile spills as well, there
-# or elsewhere, or has products of a shape that leaves the newest tensor cores unused, or where more
-# registers would cost one of the programs that fit; docs/triton-resources.md says which.
-SPILLED = {
-    ("3.9.0", "sm_80", "cross_modal_attention", "image_queries", "bfloat16", 128): 8,
-    ("3.9.0", "sm_80", "dropout_in_front", "weights", "bfloat16", 32): 8,
-    ("3.9.0", "sm_80", "multimodal", "pairs", "float32", 64): 8,
-    ("3.9.0", "sm_100", "bottleneck", "backward", "bfloat16", 128): 24,
-    ("3.9.0", "sm_100", "dropout_in_front", "weights", "float32 bfloat16 float32", 128): 8,
-    ("3.9.0", "sm_100", "grouped", "backward", "bfloat16", 128): 24,
-    ("3.9.0", "sm_100", "multimodal", "queries", "float32", 32): 8,
-    ("3.9.0", "sm_100", "sequence_fusion", "tokens", "float32 bfloat16", 16): 8,
-    ("3.9.0", "sm_120", "grouped", "backward", "bfloat16", 128): 16,
-    ("3.9.0", "sm_120", "grouped", "backward", "float32 bfloat16 float32", 128): 16,
-    ("3.9.0", "sm_120", "grouped", "weights", "float32 bfloat16 float32", 128): 16,
-    ("3.9.0", "gfx942", "grouped", "backward", "bfloat16", 64): 36,
-    ("3.9.0", "gfx942", "cross_modal_attention", "image_keys", "bfloat16", 64): 36,
-    ("3.7.1", "sm_100", "sequence_fusion", "tokens", "float32 bfloat16", 16): 16,
-    ("3.7.1", "sm_120", "grouped", "backward", "bfloat16", 128): 16,
-    ("3.7.1", "sm_120", "grouped", "backward", "float32 bfloat16 float32", 128): 24,
-}
 # Kernels with a product of tiles in compute dtype.
 PRODUCTS = {
     "bottleneck": {"forward", "backward", "weights"},
@@ -162,21 +141,26 @@ def section(text: str, op: str) -> tuple[str, str, str]:
 
 
 def check(op: str, arch: str) -> None:
-    """Nothing spills, tensor cores multiply, and the table is current."""
+    """Nothing spills but what the document says, tensor cores multiply, the table is current."""
     (kernels,) = compile_for([(op, arch)])
     assert {c.kernel for c in kernels} >= PRODUCTS[op]
+    text = TABLE.read_text()
+    spilling = {
+        tuple(cells[:-1]): int(cells[-1])
+        for line in section(text, "what spills")[1].splitlines()
+        if (cells := line.strip("| ").split(" | "))[0][0:1].isdigit()
+    }
     for c in kernels:
         r = c.resources
         # AMD's scalar registers spill into lanes of vector registers: no memory, so `stack` tells.
-        key = (triton.__version__, arch, op, c.kernel, c.step.dtypes, c.step.size)
-        most = SPILLED.get(key, 0)
+        key = (triton.__version__, arch, op, c.kernel, c.step.dtypes, str(c.step.size))
+        most = spilling.get(key, 0)
         assert r.stack <= most and (r.spills == 0 or most or arch == "gfx942"), c
         assert r.shared <= SHARED[arch], c
         if c.kernel in PRODUCTS[op]:
             # Where there are too few rows for the warp groups of newer tensor cores, the old ones.
             on_matrix_cores = bool({MATRIX[arch], "HMMA"} & {*r.matrix})
             assert on_matrix_cores == (not c.step.ieee or arch == "gfx942"), c
-    text = TABLE.read_text()
     if f"Triton {triton.__version__} " in text:  # another version compiles to something else
         rows = section(text, op)[1].splitlines()
         expected = [line for line in rows if line.startswith(f"| {arch} ")]
