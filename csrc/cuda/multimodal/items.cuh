@@ -74,7 +74,7 @@ __device__ __forceinline__ void contract(const Problem& p, const float* row, To 
       ExactSum total;
       for (int w = 0; w < kWarps; ++w) total.add(parts[0][w][lane], 1);
       for (int w = 0; w < kWarps; ++w) total.rest += parts[1][w][lane];
-      to(r, total.sum + total.rest);
+      to(r, total.value());
     }
     __syncthreads();
   }

@@ -98,6 +98,7 @@ struct ExactSum {
     rest = __fadd_rn(rest, __fadd_rn(lost, __fmaf_rn(a, b, -product)));
     sum = next;
   }
+  __device__ __forceinline__ float value() const { return isinf(sum) ? sum : sum + rest; }
 };
 
 // acc += a b^T
