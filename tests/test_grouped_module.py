@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 import fastadapters
 from fastadapters import BottleneckAdapter, GroupedAdapter
@@ -106,6 +108,22 @@ def test_errors() -> None:
         GroupedAdapter(D, R, layernorm="out")
     with pytest.raises(ValueError, match=r"down_weight: expected \[N, r, D_in\], none of them 0"):
         GroupedAdapter(D, R)(torch.randn(2, D), torch.tensor([0, 0]))
+
+
+def test_stacks_that_are_no_parameters_any_more() -> None:
+    """Pruned or parametrized they run; what would change them refuses before it changes any."""
+    x, index = torch.randn(2, D), torch.tensor([2, 0])
+    for change in (
+        lambda m: prune.l1_unstructured(m, "up_weight", 0.5),
+        lambda m: register_parametrization(m, "up_weight", nn.Tanh()),
+    ):
+        grouped = module()
+        change(grouped)
+        before = grouped(x, index)
+        for call in (grouped.add, grouped.remove, grouped.adapter):
+            with pytest.raises(TypeError, match="up_weight: expected a parameter, got a Tensor"):
+                call("fish" if call == grouped.add else "dogs")
+        assert grouped.names == NAMES and torch.equal(grouped(x, index), before)
 
 
 def test_trains_from_the_meta_device_and_under_compile() -> None:

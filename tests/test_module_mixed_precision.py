@@ -170,3 +170,14 @@ def test_a_stack_is_as_near_to_fp32_as_the_published_one(
     for out, as_published, gold in zip(got, base, exact, strict=True):
         error, published_error = ((t - gold).square().mean().sqrt() for t in (out, as_published))
         assert error <= 1.1 * published_error
+
+
+@pytest.mark.parametrize("layernorm", [None, "in", "out"])
+@pytest.mark.parametrize("scale", [0.5, "learnable"])
+def test_float64_under_autocast(layernorm: Any, scale: Any) -> None:
+    """Autocast leaves float64 alone, and so what is behind the op."""
+    module = randomize(BottleneckAdapter(D, 7, layernorm=layernorm, scale=scale))
+    x = randn(3, D, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert torch.equal(y, module(x))

@@ -15,6 +15,7 @@ import torch
 from module_cases import (
     BACKENDS,
     KINDS,
+    PLAIN,
     assert_equal,
     call,
     every_module,
@@ -297,3 +298,22 @@ def test_outputs_are_the_callers(kind: str, options: dict[str, Any]) -> None:
     for f in call(module, [t.requires_grad_() for t in tensors]):
         f *= 2
         f.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", [*PLAIN, "cpu", "layers"])
+@every_module
+def test_another_device_than_the_default(kind: str, backend: str) -> None:
+    """As under `torch.set_default_device`: what is made on the way is made where the inputs are."""
+    if backend not in (*BACKENDS, *PLAIN, "layers"):
+        pytest.skip("needs the compiled library")
+    module, tensors = sample(kind), [t.requires_grad_() for t in inputs(kind)]
+    if backend == "layers":
+        for layer in module.modules():
+            layer.register_forward_hook(lambda m, args, y: y)
+    outs = []
+    for default in ("cpu", "meta"):
+        with fastadapters.backend("auto" if backend == "layers" else backend):  # noqa: SIM117
+            with torch.device(default):
+                outs.append(call(module, tensors))
+                sum(y.sum() for y in outs[-1]).backward()
+    assert_equal(*outs)

@@ -19,6 +19,7 @@ from ..checks import (
     check_residual,
     check_sizes,
 )
+from ..functional.arguments import autocast_dtype
 from ..ops.codes import ACTIVATION_CODES
 from ..options import Activation, Init, LayerNormPlace, LearnableScale
 from ..reference.bottleneck import ACTIVATIONS
@@ -38,7 +39,7 @@ def normalize(y: Tensor, norm: nn.LayerNorm, scale: float | Tensor) -> Tensor:
     A learnable scale precedes it here, not in the op: the LayerNorm takes almost all of its
     gradient away, and what is left is right only if the product is not rounded in between.
     """
-    autocast = not y.is_meta and torch.is_autocast_enabled(y.device.type)
+    autocast = autocast_dtype(y) is not None
     if isinstance(scale, Tensor):
         y = y * (scale if autocast else scale.to(y.dtype))
     if autocast:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..checks import check_choice, check_factory, check_list
+from ..functional.shards import is_sharded
 from ..options import Activation, Init, LearnableScale
 from .bottleneck import BottleneckAdapter, residual_for
 
@@ -102,7 +103,15 @@ class GroupedAdapter(nn.Module):
             self.add(name)
 
     def _stacks(self) -> dict[str, nn.Parameter]:
-        return {name: t for name, t in self._parameters.items() if t is not None}
+        """What `add` and the like take values from, and change."""
+        stacks = {name: getattr(self, name) for name in _KEYS}
+        for name, stack in stacks.items():
+            if stack is not None and (not isinstance(stack, nn.Parameter) or is_sharded(stack)):
+                raise TypeError(
+                    f"{name}: expected a parameter, got a {type(stack).__name__}: undo pruning,"
+                    " parametrization or sharding first"
+                )
+        return {name: stack for name, stack in stacks.items() if stack is not None}
 
     def _number(self, name: str) -> int:
         if name not in self.names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, cast, get_args
@@ -257,7 +258,7 @@ class WanderAdapter(nn.Module):
         """What is added to the leading tokens, each down-projection called."""
 
         def branch() -> Tensor:
-            product: Tensor | float = 1.0
+            factors = []
             for n, (i, x) in enumerate(zip(places, inputs, strict=True)):
                 a, u = self.factor_t_list[i][:, : x.shape[1]], self.factor_dim_list[i]
                 if self.fusion == "summed":
@@ -267,8 +268,8 @@ class WanderAdapter(nn.Module):
                 if mask is not None:
                     h = torch.where(mask, h, 0.0)
                 combined = torch.einsum("qto,btr->bqor", a, h)
-                product = product * torch.einsum("bqor,qrd->bqod", combined, u)
-            return torch.as_tensor(product).sum(dim=1)
+                factors.append(torch.einsum("bqor,qrd->bqod", combined, u))
+            return functools.reduce(torch.mul, factors).sum(dim=1)
 
         return like_an_op(inputs[0], branch)
 

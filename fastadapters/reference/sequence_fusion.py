@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,7 @@ def sequence_fusion(
     The features are expanded first, [B, R, T, D], and the tokens combined second, as published.
     All tensors but the residual have one dtype; lengths [M, B]; shapes as `functional`.
     """
-    product: Tensor | float = 1.0
+    factors = []
     for i, (x, weight, bias, time_factor, feature_factor) in enumerate(
         zip(inputs, down_weights, down_biases, time_factors, feature_factors, strict=True)
     ):
@@ -77,6 +78,6 @@ def sequence_fusion(
             h = ACTIVATIONS[activation](F.linear(torch.where(mask, x, 0.0), weight, bias))
             h = torch.where(mask, h, 0.0)
         expanded = torch.einsum("btr,qrd->bqtd", h, feature_factor)
-        product = product * torch.einsum("qto,bqtd->bqod", time_factor, expanded)
-    y = torch.as_tensor(product).sum(dim=1)
+        factors.append(torch.einsum("qto,bqtd->bqod", time_factor, expanded))
+    y = functools.reduce(torch.mul, factors).sum(dim=1)
     return y if residual is None else residual + y
