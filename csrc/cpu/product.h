@@ -25,22 +25,22 @@ constexpr int64_t kChain = 32;   // of additions; the last one may be longer by 
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
 
 // Rows of a block of C: as many as leave registers for what is multiplied.
-template <int vectors>
-constexpr int kBlockRows = vectors == 1 ? 8 : (kLanes == 16 ? 24 : 12) / vectors;
+constexpr int kBlockVectors = kLanes == 16 ? 24 : 12;
+constexpr int block_rows(int64_t vectors) {
+  return vectors == 1 ? 8 : int(kBlockVectors / vectors);
+}
 
-// c += the product of so many rows of A, of which those from `rows` on repeat the last one, and
-// rows of B that are `ldb` apart.
+// c += the product of as many rows of A and of rows of B that are `ldb` apart. One pointer walks
+// down the rows of A, where one for each would have them in memory.
 template <int vectors, int block>
-FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const float* b, int64_t ldb,
+FASTADAPTERS_INLINE void add_product(int64_t k, View a, const float* b, int64_t ldb,
                                      Vec (&c)[block][vectors]) {
-  const float* row[block];
-  for (int i = 0; i < block; ++i) row[i] = a.data + least(i, rows - 1) * a.row;
-  for (int64_t step = 0; step < k; ++step, b += ldb) {
-    int64_t at = step * a.column;
+  for (; k > 0; --k, a.data += a.column, b += ldb) {
+    const float* at = a.data;
     if constexpr (block < vectors) {  // the fewer operands stay in registers
       Vec ak[block];
 #pragma GCC unroll 8
-      for (int i = 0; i < block; ++i) ak[i] = broadcast(row[i][at]);
+      for (int i = 0; i < block; ++i, at += a.row) ak[i] = broadcast(*at);
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) {
         Vec bkj = read<Vec>(b + j * kLanes);
@@ -52,8 +52,8 @@ FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const floa
 #pragma GCC unroll 8
       for (int j = 0; j < vectors; ++j) bk[j] = read<Vec>(b + j * kLanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < block; ++i) {
-        Vec aik = broadcast(row[i][at]);
+      for (int i = 0; i < block; ++i, at += a.row) {
+        Vec aik = broadcast(*at);
 #pragma GCC unroll 8
         for (int j = 0; j < vectors; ++j) c[i][j] = aik * bk[j] + c[i][j];
       }
@@ -61,79 +61,82 @@ FASTADAPTERS_INLINE void add_product(int64_t rows, int64_t k, View a, const floa
   }
 }
 
-// A block of C: the product and the row `from`, or where `ld_from` is not 0 the rows so far apart,
-// which may be C itself. What a chain has summed goes to C before the next one runs.
+// Blocks of C, one below the other: the product and the row `from`, or where `ld_from` is not 0 the
+// rows so far apart, which may be C itself. What a chain has summed goes to C before the next one
+// runs. A call for each block would cost a tenth where k is one chain.
 template <int vectors, int block>
-__attribute__((noinline)) void product_block(int64_t rows, int64_t k, View a, const float* b,
-                                             int64_t ldb, const float* from, int64_t ld_from,
-                                             float* c, int64_t ldc) {
-  do {
-    int64_t steps = k > kChain + kChain / 8 ? kChain : k;
-    Vec sum[block][vectors] = {};
-    add_product(rows, steps, a, b, ldb, sum);
+__attribute__((noinline)) void product_blocks(int64_t blocks, int64_t k, View a, const float* b,
+                                              int64_t ldb, const float* from, int64_t ld_from,
+                                              float* c, int64_t ldc) {
+  for (; blocks > 0; --blocks) {
+    const float* before = from;
+    int64_t ld_before = ld_from;
+    int64_t step = 0;
+    do {
+      int64_t steps = k - step > kChain + kChain / 8 ? kChain : k - step;
+      Vec sum[block][vectors] = {};
+      add_product(steps, a.from(0, step), b + step * ldb, ldb, sum);
+      float* to = c;
 #pragma GCC unroll 16
-    for (int i = 0; i < block; ++i)
+      for (int i = 0; i < block; ++i, before += ld_before, to += ldc)
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j)
-        store(c + i * ldc + j * kLanes, read<Vec>(from + i * ld_from + j * kLanes) + sum[i][j]);
-    from = c;
-    ld_from = ldc;
-    k -= steps;
-    a.data += steps * a.column;
-    b += steps * ldb;
-  } while (k > 0);
+        for (int j = 0; j < vectors; ++j)
+          store(to + j * kLanes, read<Vec>(before + j * kLanes) + sum[i][j]);
+      before = c;
+      ld_before = ldc;
+      step += steps;
+    } while (step < k);
+    a = a.from(block, 0);
+    from += block * ld_from;
+    c += block * ldc;
+  }
 }
 
-// The same where C has only `rows` rows and n columns.
-template <int vectors, int block>
-__attribute__((noinline)) void product_edge(int64_t rows, int64_t n, int64_t k, View a,
-                                            const float* b, int64_t ldb, const float* from,
-                                            int64_t ld_from, float* c, int64_t ldc) {
-  constexpr int64_t ld = vectors * kLanes;
-  alignas(64) float tile[block * ld];
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < ld; j += kLanes)
-      store(tile + i * ld + j, load(from + i * ld_from + j, n - j));
-  product_block<vectors, block>(rows, k, a, b, ldb, tile, ld, tile, ld);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < ld; j += kLanes)
-      store(c + i * ldc + j, read<Vec>(tile + i * ld + j), n - j);
+using Product = decltype(product_blocks<1, 1>);
+
+// The same where C has only n columns. Of a block `height` rows of `ld` columns are multiplied.
+__attribute__((noinline)) inline void product_edges(Product* product, int64_t height, int64_t ld,
+                                                    int64_t blocks, int64_t n, int64_t k, View a,
+                                                    const float* b, int64_t ldb, const float* from,
+                                                    int64_t ld_from, float* c, int64_t ldc) {
+  alignas(64) float tile[kBlockVectors * kLanes];
+  for (; blocks > 0; --blocks) {
+    for (int64_t i = 0; i < height; ++i, from += ld_from)
+      for (int64_t j = 0; j < ld; j += kLanes) store(tile + i * ld + j, load(from + j, n - j));
+    product(1, k, a, b, ldb, tile, ld, tile, ld);
+    for (int64_t i = 0; i < height; ++i, c += ldc)
+      for (int64_t j = 0; j < ld; j += kLanes) store(c + j, read<Vec>(tile + i * ld + j), n - j);
+    a = a.from(height, 0);
+  }
 }
 
 // C = A B + bias, or C += A B, for a panel of B with `ldb` from row to row. Blocks of C are as tall
-// as there are registers for, or a row less, or 8 or 4 rows where that leaves less of them empty.
+// as there are registers for, or less, all of one height or a row less.
 __attribute__((noinline)) inline void multiply_panel(int64_t vectors, int64_t m, int64_t n,
                                                      int64_t k, View a, const float* b, int64_t ldb,
                                                      float* c, int64_t ldc, bool add,
                                                      const float* bias = nullptr) {
   static constexpr float zeros[kPanelColumns] = {};
   const float* from = add ? c : bias ? bias : zeros;
-  int64_t ld_from = add ? ldc : 0;
-  with_constant<kPanelVectors>(vectors, [&](auto vectors) {
-    constexpr int tall = kBlockRows<vectors>;
-    int64_t blocks = divide_up(m, tall), low = blocks * tall - m;  // so many are a row less
-    int64_t size = greatest(m, blocks * (tall - 1));
-    auto run = [&](auto block) {
-      int64_t rows = least(block, m);
-      if (rows == block && n >= vectors * kLanes)
-        product_block<vectors, block>(rows, k, a, b, ldb, from, ld_from, c, ldc);
-      else
-        product_edge<vectors, block>(rows, n, k, a, b, ldb, from, ld_from, c, ldc);
-      m -= block;
-      a = a.from(block, 0);
-      from += block * ld_from;
-      c += block * ldc;
-    };
-    auto run_all = [&](auto block) {
-      if constexpr (block < tall)
-        if (round_up(m, block) < size)
-          while (m > 0) run(block);
-    };
-    run_all(std::integral_constant<int, 8>());
-    run_all(std::integral_constant<int, 4>());
-    for (; low > 0 && m > 0; --low) run(std::integral_constant<int, tall - 1>());
-    while (m > 0) run(std::integral_constant<int, tall>());
-  });
+  int64_t ld_from = add ? ldc : 0, ld = vectors * kLanes;
+  auto run = [&](int64_t height, int64_t blocks) {
+    Product* product = nullptr;
+    with_constant<kPanelVectors>(vectors, [&](auto vectors) {
+      with_constant<block_rows(vectors)>(
+          height, [&](auto height) { product = product_blocks<vectors, height>; });
+    });
+    if (n >= ld)
+      product(blocks, k, a, b, ldb, from, ld_from, c, ldc);
+    else
+      product_edges(product, height, ld, blocks, n, k, a, b, ldb, from, ld_from, c, ldc);
+    a = a.from(height * blocks, 0);
+    from += height * blocks * ld_from;
+    c += height * blocks * ldc;
+  };
+  int64_t blocks = divide_up(m, block_rows(vectors)), height = divide_up(m, greatest(1, blocks));
+  int64_t low = blocks * height - m;  // so many are a row less
+  if (low > 0) run(height - 1, low);
+  if (low < blocks) run(height, blocks - low);
 }
 
 // A panel of B: [k, vectors * kLanes], 0 from column n on.
@@ -262,7 +265,7 @@ __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m
   const int64_t single = n > kLanes && n % kLanes == 1;
   n -= single;
   Panels<kPanelVectors> panels(n);
-  constexpr int block = kBlockRows<kPanelVectors>;
+  constexpr int block = block_rows(kPanelVectors);
   int64_t blocks = divide_up(m, block);
   int64_t tasks = greatest(1, least(threads.count, m * n * k >> 18));
   bool by_rows = blocks >= 4 * tasks;

@@ -13,7 +13,7 @@ namespace fastadapters::cpu {
 namespace {
 
 constexpr int kTexts = 3;
-constexpr int kPairRows = kBlockRows<kTexts>;
+constexpr int kPairRows = block_rows(kTexts);
 constexpr int64_t kTile = kTexts * kLanes;
 constexpr int64_t kTextBlock = 16 * kTexts;  // texts that meet an image before the next ones
 
@@ -158,26 +158,25 @@ inline void finish_pairs(const Head& h, const MultimodalState& s, int64_t text, 
     out[i] = {broadcast(corner * corner), broadcast(text_dots[i][r]),
               read<Vec>(t.image_dots + r * kLanes), dot, broadcast(text_square(h, s, c))};
   }
-  for (int64_t row = 0; row < r; row += kPairRows) {
-    int64_t rows = least(kPairRows, r - row);
-    Vec f[kPairRows][kTexts], square[kTexts] = {};
+  for (int64_t row = 0; row < r; row += kPairRows)
+    with_constant<kPairRows>(least(kPairRows, r - row), [&](auto of_rows) {
+      constexpr int rows = of_rows;
+      Vec f[rows][kTexts], square[kTexts] = {};
 #pragma GCC unroll 8
-    for (int j = 0; j < kPairRows; ++j)
+      for (int j = 0; j < rows; ++j)
 #pragma GCC unroll 8
-      for (int i = 0; i < kTexts; ++i) f[j][i] = broadcast(s.form[least(row + j, r) * n + r]);
-    add_product(rows, r - row, rows_of(s.form + row * n + row, n), t.e + row * kTile, kTile, f);
+        for (int i = 0; i < kTexts; ++i) f[j][i] = broadcast(s.form[(row + j) * n + r]);
+      add_product(r - row, rows_of(s.form + row * n + row, n), t.e + row * kTile, kTile, f);
 #pragma GCC unroll 8
-    for (int j = 0; j < kPairRows; ++j) {
-      if (j >= rows) break;
+      for (int j = 0; j < rows; ++j)
 #pragma GCC unroll 8
-      for (int i = 0; i < kTexts; ++i) {
-        square[i] = f[j][i] * f[j][i] + square[i];
-        if (backward) store(t.form + (row + j) * kTile + i * kLanes, f[j][i]);
-      }
-    }
+        for (int i = 0; i < kTexts; ++i) {
+          square[i] = f[j][i] * f[j][i] + square[i];
+          if (backward) store(t.form + (row + j) * kTile + i * kLanes, f[j][i]);
+        }
 #pragma GCC unroll 8
-    for (int i = 0; i < kTexts; ++i) out[i].square += square[i];
-  }
+      for (int i = 0; i < kTexts; ++i) out[i].square += square[i];
+    });
   // In chains no longer than those of a dot product in vectors.
   constexpr int64_t chain = 8;
   for (int64_t begin = 0; begin < r; begin += chain) {

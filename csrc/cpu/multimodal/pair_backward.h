@@ -77,32 +77,32 @@ inline void pair_hidden_backward(const Head& h, const MultimodalState& s,
                                  const Products (&by)[kTexts],
                                  const float* const (&text_dots)[kTexts], PairBackwardTile& t) {
   int64_t n = h.columns;
-  for (int64_t row = 0; row < h.inner; row += kPairRows) {
-    int64_t rows = least(kPairRows, h.inner - row);
-    Vec g[kPairRows][kTexts] = {};
-    add_product(rows, row + rows, columns_of(s.form + row, n), t.form, kTile, g);
+  for (int64_t row = 0; row < h.inner; row += kPairRows)
+    with_constant<kPairRows>(least(kPairRows, h.inner - row), [&](auto of_rows) {
+      constexpr int rows = of_rows;
+      Vec g[rows][kTexts] = {};
+      add_product(row + rows, columns_of(s.form + row, n), t.form, kTile, g);
 #pragma GCC unroll 8
-    for (int j = 0; j < kPairRows; ++j) {
-      if (j >= rows) break;
-      int64_t r = row + j;
-      Vec image_dot = read<Vec>(t.image_dots + r * kLanes);
-      Vec bell = read<Vec>(t.bell + r * kLanes);
-      Vec d_image_dot = read<Vec>(t.d_image_dots + r * kLanes);
+      for (int j = 0; j < rows; ++j) {
+        int64_t r = row + j;
+        Vec image_dot = read<Vec>(t.image_dots + r * kLanes);
+        Vec bell = read<Vec>(t.bell + r * kLanes);
+        Vec d_image_dot = read<Vec>(t.d_image_dots + r * kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < kTexts; ++i) {
-        int64_t at = r * kTile + i * kLanes;
-        Vec e = read<Vec>(t.e + at), weighted = by[i].square * e;
-        Vec de = 2.0f * by[i].square * g[j][i] + by[i].text_dot * text_dots[i][r] +
-                 by[i].image_dot * image_dot;
-        store(t.dz + at, de * read<Vec>(t.slope + at));
-        store(t.weighted + at, weighted);
-        bell += weighted;
-        d_image_dot += by[i].image_dot * e;
+        for (int i = 0; i < kTexts; ++i) {
+          int64_t at = r * kTile + i * kLanes;
+          Vec e = read<Vec>(t.e + at), weighted = by[i].square * e;
+          Vec de = 2.0f * by[i].square * g[j][i] + by[i].text_dot * text_dots[i][r] +
+                   by[i].image_dot * image_dot;
+          store(t.dz + at, de * read<Vec>(t.slope + at));
+          store(t.weighted + at, weighted);
+          bell += weighted;
+          d_image_dot += by[i].image_dot * e;
+        }
+        store(t.bell + r * kLanes, bell);
+        store(t.d_image_dots + r * kLanes, d_image_dot);
       }
-      store(t.bell + r * kLanes, bell);
-      store(t.d_image_dots + r * kLanes, d_image_dot);
-    }
-  }
+    });
 }
 
 // [inner, kTile] as [kTile, inner].
