@@ -31,17 +31,19 @@ def case(w: workloads.SequenceFusion, device: str, dtype: torch.dtype) -> Case:
             f"feature_factor {i}": randn(w.rank, r, d, std=r**-0.5),
         }
 
+    names = [[n for n in inputs if n.split()[0] == kind] for kind in KINDS]
+
+    def ours(**tensors: Tensor) -> Tensor:
+        """Lays the leading tokens, here those of the first modality, itself."""
+        lists = [[tensors[n] for n in group] for group in names]
+        return functional.sequence_fusion(*lists, activation="gelu", residual="leading")
+
     def fused(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(**tensors: Tensor) -> Tensor:
-            lists = [[t for n, t in tensors.items() if n.split()[0] == kind] for kind in KINDS]
-            residual = lists[0][0][:, : w.out_len]
-            return fn(*lists, activation="gelu", residual=residual)
+            lists = [[tensors[n] for n in group] for group in names]
+            return fn(*lists, activation="gelu", residual=tensors["x 0"][:, : w.out_len])
 
         return call
-
-    def ours(*lists: list[Tensor], activation: str, residual: Tensor) -> Tensor:
-        """Lays the leading tokens, here those of the first modality, itself."""
-        return functional.sequence_fusion(*lists, activation=activation, residual="leading")
 
     width = str(d) if not w.widths else list(w.widths)
     return Case(
@@ -49,7 +51,7 @@ def case(w: workloads.SequenceFusion, device: str, dtype: torch.dtype) -> Case:
         workload=f"{w.name}: B {w.batch}, T {list(w.lengths)}, D {width}, r {r}, rank {w.rank}",
         inputs=inputs,
         candidates={
-            "ours": fused(ours),
+            "ours": ours,
             "reference": fused(reference.sequence_fusion),
             "eager": fused(eager.sequence_fusion),
         },
