@@ -18,6 +18,7 @@ from torch.fx import Proxy
 _INTEGERS = (int, torch.SymInt)
 # What may be sparse or nested; subclasses have ways of their own.
 _DENSE = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 _SYMBOLIC = (torch.SymFloat, torch.SymInt)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,12 +26,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_floats(name: str, value: Tensor, symbols: str) -> None:
     """``value`` must be a dense tensor of 16 to 64 bits, or of a subclass of Tensor."""
-    if isinstance(value, Tensor) and value.dtype in FLOATS:
-        if type(value) not in _DENSE or (value.layout is torch.strided and not value.is_nested):
+    if type(value) in _DENSE:
+        if value.dtype in FLOATS and value.layout is _STRIDED and not value.is_nested:
             return
-        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+    elif isinstance(value, Tensor) and value.dtype in FLOATS:
+        return
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+    elif value.dtype not in FLOATS:
+        kind = str(value.dtype)
     else:
-        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
     raise TypeError(f"{name}: expected a floating-point tensor {symbols}, got {kind}")
 
 
@@ -55,15 +61,17 @@ def check_fits(
 def check_ndim(name: str, value: Tensor, symbols: str, ndim: int) -> None:
     """``value`` must be a floating-point tensor of ``ndim`` dimensions, none of size 0."""
     check_floats(name, value, symbols)
-    if value.dim() != ndim or 0 in value.shape:
-        raise ValueError(f"{name}: expected {symbols}, none of them 0, got {list(value.shape)}")
+    shape = value.shape
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"{name}: expected {symbols}, none of them 0, got {list(shape)}")
 
 
 def check_activations(name: str, value: Tensor, symbols: str, ndim: int) -> None:
     """``value`` must be a floating-point tensor of ``ndim`` dimensions, only the first maybe 0."""
     check_floats(name, value, symbols)
-    if value.dim() != ndim or 0 in value.shape[1:]:
-        raise ValueError(f"{name}: expected {symbols}, only B may be 0, got {list(value.shape)}")
+    shape = value.shape
+    if len(shape) != ndim or (0 in shape and 0 in shape[1:]):
+        raise ValueError(f"{name}: expected {symbols}, only B may be 0, got {list(shape)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:

@@ -80,7 +80,8 @@ def test_flops_are_those_of_the_products(module, workload, training) -> None:
     """PyTorch's own count of the leanest form: exact, for the head's many small terms nearly."""
     case = module.case(workload, "cpu", torch.float32)
     eager = case.candidates["eager"]
-    cotangents = (torch.randn_like(eager(**case.inputs)),) if training else None
+    outputs = harness.as_tuple(eager(**case.inputs))
+    cotangents = tuple(map(torch.randn_like, outputs)) if training else None
     with FlopCounterMode(display=False) as counter:
         harness.stepper(eager, case.inputs, cotangents)()
     flops = sum(cost.flops for cost in workload.costs(training))
@@ -94,7 +95,7 @@ def test_flops_are_those_of_the_products(module, workload, training) -> None:
 def test_every_form_of_every_workload_matches(module, workload, dtype) -> None:
     case = module.case(workload, "cpu", dtype)
     out = case.candidates["ours"](**case.inputs)
-    cotangents = (torch.randn_like(out),)
+    cotangents = tuple(map(torch.randn_like, harness.as_tuple(out)))
     assert harness.match(case, cotangents) == "yes"
     if not draws(workload):
         for form in ("reference", "eager"):

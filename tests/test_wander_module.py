@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from module_cases import (
     randn,
     randomize,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import fastadapters
 from fastadapters import (
@@ -59,6 +61,23 @@ def test_wander_is_its_formula(fusion: str, backend: str) -> None:
         h = ACTIVATIONS["gelu"](x @ down.weight.T + down.bias)
         terms.append(a.transpose(1, 2)[:, None] @ h @ u[:, None])  # [R, B, T_o, D]
     assert_exact(y, tensors[0][:, :4] + math.prod(terms).sum(0))
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+def test_factors_that_are_made_of_others(how: str) -> None:
+    """`ParameterList` gives them by name, where its own parameters have others."""
+    module, tensors = wander(3)
+    randomize(module)
+    expected = copy.deepcopy(module)
+    for factors in (module.factor_t_list, module.factor_dim_list):
+        if how == "pruned":
+            prune.l1_unstructured(factors, "0", amount=0.5)
+        else:
+            parametrize.register_parametrization(factors, "0", nn.Softplus())
+    with torch.no_grad():
+        for name in ("factor_t_list", "factor_dim_list"):
+            getattr(expected, name)[0].copy_(getattr(module, name)[0])
+    assert_exact(module(tensors), expected(tensors))
 
 
 @pytest.mark.parametrize("fusion", ["summed", "cp"])

@@ -46,7 +46,9 @@ def multimodal_features(
     down, in_proj, out_proj, up = layers
     n_texts = text.shape[-2]
     tokens = [mlp(x, down, down_activation) for x in (text, image[:, None])]
-    text_qkv, image_qkv = ([_project(x, in_proj, i, num_heads) for i in range(3)] for x in tokens)
+    text_qkv, image_qkv = (
+        F.linear(x, *in_proj).unflatten(-1, (3, num_heads, -1)).unbind(-3) for x in tokens
+    )
     if bias[0][0] == -math.inf:  # an item's texts see at most its one image: all get the same
         first = text_qkv[0].narrow(-3, 0, 1)
         text_out = attend_both(

@@ -146,16 +146,20 @@ def _check(
     for i, (x, weight, constant, time, feature) in enumerate(
         zip(inputs, down_weights, down_biases, time_factors, feature_factors, strict=True)
     ):
-        _, n_tokens, n_columns = x.shape
-        check_fits(f"inputs[{i}]", x, "[B, T, D]", (n_items, n_tokens, n_columns), device)
+        items, n_tokens, n_columns = x.shape
+        if items != n_items or x.device != device:
+            check_fits(f"inputs[{i}]", x, "[B, T, D]", (n_items, n_tokens, n_columns), device)
         check_ndim(f"down_weights[{i}]", weight, "[r, D]", 2)
-        width = weight.shape[0]
-        check_fits(f"down_weights[{i}]", weight, "[r, D]", (width, n_columns), device)
+        width, columns = weight.shape
+        if columns != n_columns or weight.device != device:
+            check_fits(f"down_weights[{i}]", weight, "[r, D]", (width, n_columns), device)
         if constant is not None:
             check_tensor(f"down_biases[{i}]", constant, "[r]", (width,), device)
         check_ndim(f"time_factors[{i}]", time, "[R, T, T_o]", 3)
-        shape = (time_rank, max(n_tokens, time.shape[1]), out_len)
-        check_fits(f"time_factors[{i}]", time, "[R, T, T_o]", shape, device)
+        ranks, rows, length = time.shape
+        if ranks != time_rank or rows < n_tokens or length != out_len or time.device != device:
+            shape = (time_rank, max(n_tokens, rows), out_len)
+            check_fits(f"time_factors[{i}]", time, "[R, T, T_o]", shape, device)
         check_tensor(f"feature_factors[{i}]", feature, "[R, r, D]", (rank, width, d), device)
     if isinstance(residual, str):
         check_choice("residual", residual, get_args(Leading))

@@ -7,7 +7,7 @@ inner layer act when that layer is called. So where there may be such a thing, i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,28 +70,42 @@ def why_called(name: str, layer: nn.Module, kind: type[nn.Module] = nn.Linear) -
 
 def why_attention_called(name: str, mha: Any) -> str | None:
     """Why ``mha``, a layer of self-attention, must be called, as `why_called`."""
+    out_proj = mha.out_proj
     reason = why_called(name, mha, nn.MultiheadAttention) or why_called(
-        f"{name}.out_proj", mha.out_proj, NonDynamicallyQuantizableLinear
+        f"{name}.out_proj", out_proj, NonDynamicallyQuantizableLinear
     )
-    if reason is None and mha.dropout > 0.0 and mha.training:
-        reason = f"{name} has dropout: its own forward is called"
-    biases = (mha.in_proj_weight, mha.in_proj_bias, mha.out_proj.bias)
-    if reason is None and (
-        mha.bias_k is not None or mha.add_zero_attn or any(t is None for t in biases)
-    ):
-        reason = f"{name} has other options than the published: its own forward is called"
-    return reason
+    if reason is not None:
+        return reason
+    if mha.dropout > 0.0 and mha.training:
+        return f"{name} has dropout: its own forward is called"
+    own = mha._parameters
+    needed = own["in_proj_weight"], own["in_proj_bias"], out_proj._parameters["bias"]
+    if any([t is None for t in needed]) or mha.bias_k is not None or mha.add_zero_attn:
+        return f"{name} has other options than the published: its own forward is called"
+    return None
 
 
 def why_all_called(**tensors: object) -> str | None:
-    """Why no layer may be passed over, whatever it is; ``tensors`` are what they would work on."""
+    """Why no layer may be passed over, whatever it is.
+
+    tensors: what the layers would work on, each a tensor or a dict of tensors by index.
+    """
     if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return "there are hooks on all modules: each layer's own forward is called"
-    for name, t in tensors.items():
-        plain = type(t) in PLAIN_TYPES or is_sharded(t)
-        if not plain and isinstance(t, (Tensor, Proxy)):
-            return f"{name} is a {type(t).__name__}: plain PyTorch runs on it"
+    for name, value in tensors.items():
+        for i, t in value.items() if type(value) is dict else ((None, value),):
+            if type(t) not in PLAIN_TYPES and isinstance(t, (Tensor, Proxy)) and not is_sharded(t):
+                at = name if i is None else f"{name}[{i}]"
+                return f"{at} is a {type(t).__name__}: plain PyTorch runs on it"
     return None
+
+
+def listed(parameters: nn.ParameterList) -> list[Tensor]:
+    """``[*parameters]``, which looks up each of them for as long as a small kernel runs."""
+    own = parameters._parameters
+    if [*own] == [*map(str, range(len(parameters)))]:
+        return cast("list[Tensor]", [*own.values()])
+    return [*parameters]
 
 
 def check_input(name: str, x: Tensor, layer: nn.Module) -> None:

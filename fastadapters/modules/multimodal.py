@@ -45,7 +45,10 @@ def _stack(sampler: nn.Module) -> list[nn.Module]:
 
 
 def _parameters(sampler: nn.Module) -> list[Layer]:
-    return [(m.weight, m.bias) for m in _stack(sampler) if isinstance(m, nn.Linear)]
+    each: list[dict[str, Any]] = [
+        m._parameters for m in _stack(sampler) if isinstance(m, nn.Linear)
+    ]
+    return [(own["weight"], own["bias"]) for own in each]
 
 
 def _why_sampler_called(
@@ -60,8 +63,10 @@ def _why_sampler_called(
                 at = name if layer is sampler else f"{name}.{i}"
                 if reason := why_called(at, layer, kind):
                     return reason
-                if getattr(layer, "approximate", "none") != "none" or (
-                    isinstance(layer, nn.Linear) and layer.bias is None
+                if (
+                    layer._parameters["bias"] is None
+                    if isinstance(layer, nn.Linear)
+                    else layer.approximate != "none"
                 ):
                     return f"{at} is {layer}: it is called"
             return None
@@ -160,17 +165,19 @@ class MultiModalAdapter(nn.Module):
         )
 
     def _arguments(self) -> dict[str, Any]:
-        mha = self.mha
+        mha, downsampler = self.mha, self.downsampler
+        own: dict[str, Any] = mha._parameters
+        out: dict[str, Any] = mha.out_proj._parameters
         return {
             "layers": functional.MultiModalLayers(
-                down=_parameters(self.downsampler),
-                in_proj=(mha.in_proj_weight, mha.in_proj_bias),
-                out_proj=(mha.out_proj.weight, mha.out_proj.bias),
+                down=_parameters(downsampler),
+                in_proj=(own["in_proj_weight"], own["in_proj_bias"]),
+                out_proj=(out["weight"], out["bias"]),
                 up=_parameters(self.upsampler),
             ),
             "num_heads": mha.num_heads,
             "bias": self.bias,
-            "down_activation": "gelu" if len(_stack(self.downsampler)) == 3 else "identity",
+            "down_activation": "gelu" if len(_stack(downsampler)) == 3 else "identity",
         }
 
     def _call_layers(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

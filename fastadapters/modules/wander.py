@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,21 @@ from ..checks import (
     check_activations,
     check_choice,
     check_factory,
+    check_fits,
     check_list,
     check_sizes,
-    check_tensor,
 )
 from ..functional.sequence_fusion import stack_lengths
 from ..options import Fusion, FusionInit, Leading
 from ..reference.sequence_fusion import counted, leading_tokens
-from .layers import as_leaf, keep_initial_values, like_an_op, why_all_called, why_called
+from .layers import (
+    as_leaf,
+    keep_initial_values,
+    like_an_op,
+    listed,
+    why_all_called,
+    why_called,
+)
 
 # How large the fused branch is at first, next to inputs of unit variance.
 _INITIAL_STD = 0.01
@@ -181,7 +188,7 @@ class WanderAdapter(nn.Module):
         for i, x in there:
             check_activations(f"inputs[{i}]", x, "[B, T, D]", 3)
             shape = (first.shape[0], min(x.shape[1], self.seq_lens[i]), self.dims[i])
-            check_tensor(f"inputs[{i}]", x, "[B, T, D]", shape, first.device)
+            check_fits(f"inputs[{i}]", x, "[B, T, D]", shape, first.device)
         if lengths is not None:
             if isinstance(lengths, Tensor) and lengths.dim() != 2:
                 raise ValueError(f"lengths: expected [M, B], got {list(lengths.shape)}")
@@ -194,20 +201,29 @@ class WanderAdapter(nn.Module):
         places, xs = [i for i, _ in there], [x for _, x in there]
         counts = stack_lengths(xs, lengths)
         residual = self._residual(xs, counts)
-        reason = self._why_called(places, xs)
+        downs: list[Any] = [*self.down]
+        times, features = listed(self.factor_t_list), listed(self.factor_dim_list)
+        if len(places) < modalities:
+            downs, times, features = ([g[i] for i in places] for g in (downs, times, features))
+        reason = why_all_called(
+            inputs=dict(there),
+            factor_dim_list=dict(zip(places, features, strict=True)),
+            factor_t_list=dict(zip(places, times, strict=True)),
+        )
+        for i, down in zip(places, downs, strict=True):
+            reason = reason or why_called(f"down.{i}", down)
         if reason is not None:
             backends.call_layers("sequence_fusion", reason)
             if isinstance(residual, str):
                 residual = leading_tokens(xs, self.out_len, counts)
-            fused = self._call_layers(places, xs, counts)
+            fused = self._call_layers(xs, downs, times, features, counts)
             return fused if residual is None else residual + fused
-        downs = self._downs()
         return functional.sequence_fusion(
             xs,
-            [downs[i].weight for i in places],
-            [downs[i].bias for i in places],
-            [self.factor_t_list[i] for i in places],
-            [self.factor_dim_list[i] for i in places],
+            [down._parameters["weight"] for down in downs],
+            [down._parameters["bias"] for down in downs],
+            times,
+            features,
             residual=residual,
             lengths=counts,
             fusion=self.fusion,
@@ -234,37 +250,24 @@ class WanderAdapter(nn.Module):
             lengths = torch.cat([lengths[: len(leading)], behind])
         return leading_tokens([*leading, zeros], self.out_len, lengths)
 
-    def _why_called(self, places: list[int], inputs: list[Tensor]) -> str | None:
-        """Why the down-projections must be called; None where the op does all that they do."""
-        groups = {
-            "inputs": inputs,
-            "factor_dim_list": [self.factor_dim_list[i] for i in places],
-            "factor_t_list": [self.factor_t_list[i] for i in places],
-        }
-        reason = why_all_called(
-            **{
-                f"{name}[{i}]": t
-                for name, group in groups.items()
-                for i, t in zip(places, group, strict=True)
-            }
-        )
-        for i in places:
-            reason = reason or why_called(f"down.{i}", self.down[i])
-        return reason
-
     def _call_layers(
-        self, places: list[int], inputs: list[Tensor], lengths: Tensor | None
+        self,
+        inputs: list[Tensor],
+        downs: list[nn.Linear],
+        times: list[Tensor],
+        features: list[Tensor],
+        lengths: Tensor | None,
     ) -> Tensor:
         """What is added to the leading tokens, each down-projection called."""
 
         def branch() -> Tensor:
             factors = []
-            for n, (i, x) in enumerate(zip(places, inputs, strict=True)):
-                a, u = self.factor_t_list[i][:, : x.shape[1]], self.factor_dim_list[i]
+            for n, (x, down, a, u) in enumerate(zip(inputs, downs, times, features, strict=True)):
+                a = a[:, : x.shape[1]]
                 if self.fusion == "summed":
                     a, u = a.sum(dim=0, keepdim=True), u.sum(dim=0, keepdim=True)
                 mask = None if lengths is None else counted(x.shape[1], lengths[n])
-                h = F.gelu(self.down[i](x if mask is None else torch.where(mask, x, 0.0)))
+                h = F.gelu(down(x if mask is None else torch.where(mask, x, 0.0)))
                 if mask is not None:
                     h = torch.where(mask, h, 0.0)
                 combined = torch.einsum("qto,btr->bqor", a, h)
