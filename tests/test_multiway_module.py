@@ -133,6 +133,23 @@ def test_adapters_are_found_by_name() -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vision", "text"])
+def test_another_module_in_the_place_of_an_adapter(name: str) -> None:
+    """It is called with what was given alone, so that its own defaults hold."""
+    x, residual = randn(3, T, D), randn(3, T, D, seed=1)
+    module = MultiwayAdapter(D, 7)
+    randomize(module)
+    expected, with_residual = module(x, 4), module(x, 4, residual, add_residual=True)
+    published = adaptformer.Adapter(D, 7, 1.0)
+    published.load_state_dict(getattr(module, f"adaptmlp_{name}").state_dict())
+    setattr(module, f"adaptmlp_{name}", published)
+    torch.testing.assert_close(module(x, 4), expected)
+    torch.testing.assert_close(module(x, 4, residual, add_residual=True), with_residual)
+    setattr(module, f"adaptmlp_{name}", nn.Identity())
+    part = slice(None, 4) if name == "vision" else slice(4, None)
+    assert torch.equal(module(x, 4)[:, part], x[:, part])
+
+
 def test_a_published_checkpoint_has_the_names_crossed() -> None:
     """Its layer calls ``adaptmlp_text`` on images (split -1), ``adaptmlp_vision`` on texts (0)."""
     layer = nn.ModuleDict(

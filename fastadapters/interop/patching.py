@@ -239,7 +239,12 @@ def patch(model: nn.Module) -> Report:
         if reason is not None:
             report.skipped[name] = reason
             continue
-        module.__class__ = patched = _patched_class(client, kind, kind.forward)
+        try:
+            patched = _patched_class(client, kind, kind.forward)
+        except Exception as error:  # of an __init_subclass__ or a metaclass
+            report.skipped[name] = f"no class can be derived from its class: {error}"
+            continue
+        module.__class__ = patched
         report._swaps.append(_Swap(name, module, kind, patched))
         report.replaced[name] = client.name
     if not report.replaced:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -148,11 +148,11 @@ class MultiwayAdapter(nn.Module):
     def _is_one_op(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether one op does what the adapters do, each called on its tokens."""
         adapters = self._adapters()
+        if any(why_called("", adapter, BottleneckAdapter) for adapter in adapters):
+            return False
         options = adapters[0].options()
         return all(
-            why_called("", adapter, BottleneckAdapter) is None
-            and adapter.why_called(x, residual) is None
-            and adapter.options() == options
+            adapter.why_called(x, residual) is None and adapter.options() == options
             for adapter in adapters
         )
 
@@ -260,14 +260,18 @@ class MultiwayAdapter(nn.Module):
         residual: Tensor | None,
         add_residual: bool | None,
     ) -> Tensor:
-        """Each adapter called on its tokens; not at all where it has none."""
+        """Each adapter called on its tokens; not at all where it has none.
+
+        With what was given alone: whatever stands in an adapter's place has defaults of its own.
+        """
         if not isinstance(x, Proxy):
             check_tokens(x)
         check_residual(residual, x)
+        given: dict[str, Any] = {} if add_residual is None else {"add_residual": add_residual}
         ys: list[Tensor] = [
-            adapter(
-                x[..., part, :], None if residual is None else residual[..., part, :], add_residual
-            )
+            adapter(x[..., part, :], **given)
+            if residual is None
+            else adapter(x[..., part, :], residual=residual[..., part, :], **given)
             for adapter, part in self._parts(x.shape[-2], split, splits)
         ]
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=-2)
