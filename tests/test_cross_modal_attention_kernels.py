@@ -58,6 +58,18 @@ def test_instruction_sets(kernels: Any, isa: str, dtype: torch.dtype) -> None:
         check_all(call(kernels, tensors, bias), reference_pair(tensors, bias), f"{sizes} {bias}")
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_sums_over_many_items_and_texts(kernels: Any, isa: str) -> None:
+    """Where their length grew with the number of items, the texts' gradients were three times as
+    far off as the definition's.
+    """
+    choose(isa)
+    many = [(4, 1, 2**14, 1, 16), (4, 40, 2**10, 1, 16), (1200, 2, 3, 1, 16)]
+    for sizes, bias in itertools.product(many, BIASES[:2]):
+        tensors = attention_tensors(sizes, torch.float32)
+        check_all(call(kernels, tensors, bias), reference_pair(tensors, bias), f"{sizes} {bias}")
+
+
 @settings(max_examples=40)
 @given(
     sizes=st.tuples(

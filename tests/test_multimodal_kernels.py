@@ -117,6 +117,27 @@ def test_blocks_and_tiles(isa: str, kernels: Any) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bias", [ADDITIVE, MASKED, ((0.0, -INF), (0.0, 0.0))], ids=str)
+def test_sums_over_many_items_and_texts(bias: Any, isa: str, kernels: Any) -> None:
+    """Where their length grew with the number of items, the errors of the texts' gradient were
+    twice those of the definition.
+    """
+    choose(isa)
+    for c, b in ((4, 2**14), (2100, 3)):
+        tensors = with_scalars(head_tensors(c, b, 32, 16, 8, torch.float32))
+
+        def head(t: Tensors) -> Tensor:
+            return logits(t, num_heads=1, bias=bias, logit_scale=t["scale"], blend=t["blend"])
+
+        gold = run(head, {name: t.double() for name, t in tensors.items()}, "reference")
+        base, out = run(head, tensors, "reference"), call(kernels, tensors, bias=bias, num_heads=1)
+        for name, t in out.items():
+            ours, theirs = ((x - gold[name]).square().mean().sqrt() for x in (t, base[name]))
+            # A few numbers say little.
+            assert t.numel() < 64 or ours <= 1.5 * theirs, f"C {c}, B {b}, {name}: {ours / theirs}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bias", [ADDITIVE, MASKED, ((0.0, -INF), (0.0, 0.0))], ids=str)
 def test_gradients_are_as_exact_as_eagerly(bias: Any, isa: str, kernels: Any) -> None:
     """Sums over many pairs and rows are no long chains of additions: over a few roundings of the
     same inputs, the errors are about those of `eager`.

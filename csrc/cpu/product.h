@@ -23,6 +23,7 @@ constexpr int kPanelVectors = 4;
 constexpr int64_t kPanelColumns = kPanelVectors * kLanes;
 constexpr int64_t kChain = 32;   // of additions; the last one may be longer by an eighth
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
+constexpr int64_t kPart = 2048;  // of k, what is summed before it joins the sum of other parts
 
 // Rows of a block of C: as many as leave registers for what is multiplied.
 constexpr int kBlockVectors = kLanes == 16 ? 24 : 12;
@@ -206,16 +207,21 @@ __attribute__((noinline)) inline void add_column_sums(int64_t m, int64_t n, cons
   }
 }
 
-// sum(f(j)) over n columns by vectors, as four chains of additions; f gives 0 beyond n.
+// sum(f(j)) over n columns by vectors, as four chains of additions for each part; f gives 0 beyond
+// n.
 template <class F>
 FASTADAPTERS_INLINE float sum_of_columns(int64_t n, const F& f) {
-  Vec part[4] = {};
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+  float total = 0;
+  for (int64_t j = 0, end; j < n; j = end) {
+    end = least(n, j + kPart);
+    Vec part[4] = {};
+    for (; j + 4 * kLanes <= end; j += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) part[i] += f(j + i * kLanes, kLanes);
-  for (; j < n; j += kLanes) part[0] += f(j, n - j);
-  return sum((part[0] + part[1]) + (part[2] + part[3]));
+      for (int i = 0; i < 4; ++i) part[i] += f(j + i * kLanes, kLanes);
+    for (; j < end; j += kLanes) part[0] += f(j, n - j);
+    total += sum((part[0] + part[1]) + (part[2] + part[3]));
+  }
+  return total;
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -257,11 +263,24 @@ __attribute__((noinline)) inline void multiply_column(int64_t m, int64_t k, View
   }
 }
 
-// The same for any B. Each element of C is computed by one task, in one order. A column that would
-// have a vector for itself is multiplied apart.
+// The same for any B, outside of tasks. Each element of C is computed by one task, in one order: a
+// part of k after the other. A column that would have a vector for itself is multiplied apart.
 __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
                                                int64_t k, View a, View b, float* c, int64_t ldc,
                                                bool add = false, const float* bias = nullptr) {
+  if (k > kPart) {  // the first part's product, and the sum of the others in double
+    auto* total = (double*)task_scratch().reserve(size_t(m * n) * (sizeof(double) + sizeof(float)));
+    float* part = (float*)(total + m * n);
+    std::memset(total, 0, size_t(m * n) * sizeof(double));
+    multiply(threads, m, n, kPart, a, b, c, ldc, add, bias);
+    for (int64_t step = kPart; step < k; step += kPart) {
+      multiply(threads, m, n, least(kPart, k - step), a.from(0, step), b.from(step, 0), part, n);
+      for (int64_t i = 0; i < m * n; ++i) total[i] += part[i];
+    }
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = float(c[i * ldc + j] + total[i * n + j]);
+    return;
+  }
   const int64_t single = n > kLanes && n % kLanes == 1;
   n -= single;
   Panels<kPanelVectors> panels(n);

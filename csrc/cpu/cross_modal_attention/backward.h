@@ -7,6 +7,7 @@
 // same for all items, and so are the products with them, of the sums of d_T and of d_odds.
 #pragma once
 
+#include "../totals.h"
 #include "forward.h"
 
 namespace fastadapters::cpu {
@@ -22,15 +23,43 @@ struct Wanted {
   bool keys(int modality) const { return k[modality] || v[modality]; }
 };
 
-// The gradients of the keys and values of a head of a group, [n, ld] of each: a part's share.
+// The gradients of the keys and values of a head of a group, [n, ld] of each: a part's share. Those
+// of the texts are sums over all queries, those of an image over the text queries.
 struct KeyGradients {
   float *text_k, *text_v, *image_k, *image_v;
+  Totals of_text_k, of_text_v, of_image_k, of_image_v;
   KeyGradients(Carver& c, const Sizes& s, const Wanted& w)
       : text_k(c.take<float>(s.texts * s.ld, w.k[0])),
         text_v(c.take<float>(s.texts * s.ld, w.v[0])),
         image_k(c.take<float>(s.image_rows() * s.ld, w.k[1])),
-        image_v(c.take<float>(s.image_rows() * s.ld, w.v[1])) {}
+        image_v(c.take<float>(s.image_rows() * s.ld, w.v[1])),
+        of_text_k(c, s.texts * s.ld, w.k[0] && s.texts + s.image_rows() > Totals::kRows),
+        of_text_v(c, s.texts * s.ld, w.v[0] && s.texts + s.image_rows() > Totals::kRows),
+        of_image_k(c, s.image_rows() * s.ld, w.k[1] && s.texts > Totals::kRows),
+        of_image_v(c, s.image_rows() * s.ld, w.v[1] && s.texts > Totals::kRows) {}
+
+  void clear(const Sizes& s) const {
+    for (float* sum : {text_k, text_v}) cpu::clear(sum, s.texts * s.ld);
+    for (float* sum : {image_k, image_v}) cpu::clear(sum, s.image_rows() * s.ld);
+    for (const Totals& totals : {of_text_k, of_text_v, of_image_k, of_image_v}) totals.clear();
+  }
+  void join(bool images) const {
+    of_text_k.join(text_k);
+    of_text_v.join(text_v);
+    if (!images) return;
+    of_image_k.join(image_k);
+    of_image_v.join(image_v);
+  }
+  void finish() const {
+    of_text_k.finish(text_k);
+    of_text_v.finish(text_v);
+    of_image_k.finish(image_k);
+    of_image_v.finish(image_v);
+  }
 };
+
+// So many times text queries meet some items before what they sum joins totals.
+constexpr int64_t kMeetings = 8;
 
 struct BackwardTask {
   ForwardTask forward;
@@ -40,6 +69,7 @@ struct BackwardTask {
   float* d_texts;                        // of a tile, what its attention over the texts gets
   float *some_d_texts, *some_beyond;     // of a tile of texts, over some items
   float *d_rows, *d_weights, *d_values;  // kLanes rows of d_out; of the image keys of some items
+  Totals of_dq, of_d_texts, of_beyond;   // of a tile of texts
   BackwardTask(Carver& c, const Sizes& s, const Wanted& w) : forward(c, s), sums(c, s, w) {
     int64_t image_rows = greatest(kItemRows, s.images);
     forward.texts.turned_values = c.take<float>(turned_size(s, s.texts), s.text_keys());
@@ -55,6 +85,10 @@ struct BackwardTask {
     d_rows = c.take<float>(kLanes * s.ld);
     d_weights = c.take<float>((image_rows + kRows) * kTexts);
     d_values = c.take<float>(image_rows * s.ld);
+    const bool many = s.items > kMeetings * s.items_at_a_time();
+    of_dq = Totals(c, kTile * s.ld, many);
+    of_d_texts = Totals(c, kTile * s.ld, many);
+    of_beyond = Totals(c, kTexts, many);
   }
 };
 
@@ -164,6 +198,13 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
   clear(t.dq, n * s.ld);
   clear(t.d_texts, n * s.ld);
   clear(t.beyond, kTexts);
+  // f(totals, sums) of what is summed over the items
+  auto each_sum = [&](const auto& f) {
+    f(t.of_dq, t.dq, n * s.ld);
+    f(t.of_d_texts, t.d_texts, n * s.ld);
+    f(t.of_beyond, t.beyond, kTexts);
+  };
+  each_sum([](const Totals& totals, float*, int64_t) { totals.clear(); });
   each_items(s, [&](int64_t item, int64_t items) {
     int64_t row = images ? item * s.images : 0, rows = images ? items * s.images : 0;
     weigh(s, n, f.turned_q, f.softmax, items, f.images.rows + row * s.ld, f.weights,
@@ -187,7 +228,10 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
     if (w.q[0] && rows)
       multiply<true, true>(n, s.vectors, rows, t.d_weights, kTexts, f.images.rows + row * s.ld,
                            s.ld, t.dq, s.ld);
+    if (item / s.items_at_a_time() % kMeetings == kMeetings - 1)
+      each_sum([](const Totals& totals, float* sums, int64_t n) { totals.join(sums, n); });
   });
+  each_sum([](const Totals& totals, float* sums, int64_t n) { totals.finish(sums, n); });
   if (texts)
     differentiate(s, f.texts, {n, f.q, t.d_texts, f.out, f.softmax, t.beyond, s.single(0)},
                   t.weights, t.d_scores, w.q[0] ? t.dq : nullptr, sums.text_k, sums.text_v);
@@ -309,8 +353,13 @@ void backward(const CrossModalAttentionBackward& p, const Threads& threads) {
   each_task(s, threads, parts, [&](int64_t group, int64_t head, int64_t part) {
     auto t = carve<BackwardTask>(task_scratch(), s, w);
     KeyGradients sums = parts > 1 ? sums_of(group, head, part) : t.sums;
-    for (float* sum : {sums.text_k, sums.text_v}) clear(sum, s.texts * s.ld);
-    for (float* sum : {sums.image_k, sums.image_v}) clear(sum, s.image_rows() * s.ld);
+    sums.clear(s);
+    int64_t summed = 0;  // queries, since sums joined totals
+    auto sum_next = [&](int64_t queries, bool of_texts) {
+      if ((summed += queries) < Totals::kRows) return;
+      sums.join(of_texts);
+      summed = 0;
+    };
     for (int64_t i = 0; gathers && part == 0 && i < s.items; ++i)
       add_to(sums.image_v + i * s.ld, gathered + (group + i) * gathered_row + head * s.ld, s.ld);
     read_all_keys(p, s, t.forward, group, head);
@@ -322,14 +371,17 @@ void backward(const CrossModalAttentionBackward& p, const Threads& threads) {
         else if (w.q[0])
           Head(p.d_text.q, p.dtype, group, s.texts, head, s.d)
               .clear_rows(first, least(kTile, s.texts - first));
+        sum_next(kTile, true);
       } else {
         each_image_tile(s, i - text_tiles, [&](int64_t row, int64_t n) {
           if (images)
             backward_images(p, s, w, t, sums, group, head, row, n);
           else if (w.q[1])
             Head(p.d_image.q, p.dtype, group, s.images, head, s.d).clear_rows(row, n);
+          sum_next(n, false);
         });
       }
+    sums.finish();
     if (parts == 1) finish(group, head, sums);
   });
   if (parts > 1)

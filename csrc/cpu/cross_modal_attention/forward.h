@@ -56,11 +56,10 @@ inline void read_all_keys(const CrossModalAttention& p, const Sizes& s, ForwardT
   read(p.image, s.images, s.image_rows(), t.images);
 }
 
-// Calls f(the first item, the number of items) for some of the items at a time: as many as have
-// kItemRows visible image keys, or one.
+// Calls f(the first item, the number of items) for some of the items at a time.
 template <class F>
 inline void each_items(const Sizes& s, const F& f) {
-  int64_t step = s.sees[0][1] ? greatest(1, kItemRows / s.images) : kItemRows;
+  int64_t step = s.items_at_a_time();
   for (int64_t item = 0; item < s.items; item += step) f(item, least(step, s.items - item));
 }
 

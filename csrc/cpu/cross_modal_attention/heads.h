@@ -50,6 +50,10 @@ struct Sizes {
   // Whether a query sees a single key: its value is the result, whatever the scores.
   bool single(int query) const { return sees[query][0] * texts + sees[query][1] * images == 1; }
   int64_t image_rows() const { return items * images; }
+  // Text queries meet as many items at a time as have kItemRows image keys that they see, or one.
+  int64_t items_at_a_time() const {
+    return sees[0][1] ? greatest(1, kItemRows / images) : kItemRows;
+  }
   int64_t text_tiles() const { return divide_up(texts, kTile); }
   // Image queries come in whole items, as many as fit a tile; a larger item is a tile of its own.
   int64_t items_of_tile() const { return greatest(1, kTile / images); }

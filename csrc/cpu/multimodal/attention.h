@@ -2,6 +2,7 @@
 // beyond a strip of queries, and in backward beyond a block of keys too.
 #pragma once
 
+#include "../totals.h"
 #include "head.h"
 
 namespace fastadapters::cpu {
@@ -11,7 +12,7 @@ constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kForwardStrip = 24, kBackwardStrip = 24, kKeyPanels = 3;
 constexpr int64_t kKeyBlock = kKeyPanels * kPanelColumns;
 
-// Keys and values of all heads, packed. `p` counts from the first value of a head in `qkv`.
+// Keys and values of all heads, packed, `values` for each kPart of them.
 struct PackedTexts {
   int64_t texts, head;
   int64_t transposed_size, rows_size;
@@ -27,6 +28,10 @@ struct PackedTexts {
         keys(c.take<float>(h.heads * rows_size, wanted && backward)),
         values(c.take<float>(h.heads * rows_size, wanted && !backward)) {}
 
+  float* values_from(int64_t i, int64_t text) const {
+    return values + i * rows_size + packed_size(text, head);
+  }
+
   void fill(const Head& h, const Threads& threads, const float* qkv) const {
     parallel(threads, h.heads, [&](int64_t i) {
       View k = rows_of(qkv + h.width + i * head, 3 * h.width), v = k.from(0, h.width);
@@ -34,7 +39,8 @@ struct PackedTexts {
       if (values_transposed)
         pack(v.transposed(), head, texts, values_transposed + i * transposed_size);
       if (keys) pack(k, texts, head, keys + i * rows_size);
-      if (values) pack(v, texts, head, values + i * rows_size);
+      for (int64_t text = 0; values && text < texts; text += kPart)
+        pack(v.from(text, 0), least(kPart, texts - text), head, values_from(i, text));
     });
   }
 };
@@ -76,9 +82,11 @@ inline void attend(const Head& h, const PackedTexts& packed, const Threads& thre
   int64_t strips = divide_up(queries, kForwardStrip), ld = round_up(h.texts, kPanelColumns);
   int64_t d = h.head;
   struct Task {
-    float *scores, *out;
+    float *scores, *out, *part;
     Task(Carver& c, int64_t ld, int64_t d)
-        : scores(c.take<float>(kForwardStrip * ld)), out(c.take<float>(kForwardStrip * d)) {}
+        : scores(c.take<float>(kForwardStrip * ld)),
+          out(c.take<float>(kForwardStrip * d)),
+          part(c.take<float>(kForwardStrip * d)) {}
   };
   int64_t tasks = least(threads.count, h.heads * strips);
   parallel(threads, tasks, [&](int64_t t) {
@@ -93,8 +101,11 @@ inline void attend(const Head& h, const PackedTexts& packed, const Threads& thre
       for (int64_t q = 0; q < n; ++q)
         total[q] =
             exponentiate(h.texts, h.scale, task.scores + q * ld, s.lse + (row + q) * h.heads + i);
-      multiply_packed(n, d, h.texts, rows_of(task.scores, ld), packed.values + i * packed.rows_size,
-                      task.out, d, false);
+      for (int64_t text = 0; text < h.texts; text += kPart) {
+        multiply_packed(n, d, least(kPart, h.texts - text), rows_of(task.scores + text, ld),
+                        packed.values_from(i, text), text ? task.part : task.out, d, false);
+        for (int64_t j = 0; text && j < n * d; ++j) task.out[j] += task.part[j];
+      }
       for (int64_t q = 0; q < n; ++q) {
         float* to = s.attended + (row + q) * h.width + i * d;
         for (int64_t j = 0; j < d; j += kLanes)
@@ -118,6 +129,9 @@ struct AttentionGradients {
         dv(c.take<float>(h.heads * groups * size, wanted)) {}
 };
 
+constexpr int64_t kJoinedStrips = Totals::kRows / kBackwardStrip;
+constexpr int64_t kJoinedPanels = Totals::kRows / kKeyBlock * kKeyPanels;
+
 // From d_out [N, E] and d_lse [N, H] of the rows that attend: adds to d_qkv [N, 3 E].
 inline void attend_backward(const Head& h, const PackedTexts& packed, const AttentionGradients& g,
                             const Threads& threads, const MultimodalState& s, const float* d_out,
@@ -127,17 +141,23 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
   std::memset(g.dv, 0, h.heads * groups * size * sizeof(float));
   struct Task {
     float *weights, *d_scores, *q, *d_out, *dq;
-    Task(Carver& c, int64_t d)
+    Totals dk, dv;
+    Task(Carver& c, const AttentionGradients& g, int64_t d)
         : weights(c.take<float>(kBackwardStrip * kKeyBlock)),
           d_scores(c.take<float>(kBackwardStrip * kKeyBlock)),
           q(c.take<float>(packed_size(kBackwardStrip, d))),
           d_out(c.take<float>(packed_size(kBackwardStrip, d))),
-          dq(c.take<float>(kBackwardStrip * d)) {}
+          dq(c.take<float>(kBackwardStrip * d)),
+          dk(c, g.size, g.strips > kJoinedStrips),
+          dv(c, g.size, g.strips > kJoinedStrips) {}
   };
   Panels<kPanelVectors> panels(h.texts);
 
   parallel(threads, h.heads * groups, [&](int64_t t) {
-    auto task = carve<Task>(task_scratch(), d);
+    auto task = carve<Task>(task_scratch(), g, d);
+    task.dk.clear();
+    task.dv.clear();
+    float *dk = g.dk + t * size, *dv = g.dv + t * size;
     int64_t i = t / groups, group = t % groups;
     const float* kt = packed.keys_transposed + i * packed.transposed_size;
     const float* vt = packed.values_transposed + i * packed.transposed_size;
@@ -181,21 +201,26 @@ inline void attend_backward(const Head& h, const PackedTexts& packed, const Atte
           int64_t column = thin.first(j) * kLanes, width = thin.size(j) * kLanes;
           multiply_panel(thin.size(j), n, d - column, keys, rows_of(task.d_scores, kKeyBlock),
                          packed.keys + i * packed.rows_size + h.texts * column + first * width,
-                         width, task.dq + column, d, p > 0);
-          float* to = g.dk + t * size + first * d + column;
+                         width, task.dq + column, d, p % kJoinedPanels > 0);
           multiply_panel(thin.size(j), keys, d - column, n, columns_of(task.d_scores, kKeyBlock),
-                         task.q + n * column, width, to, d, true);
-          to = g.dv + t * size + first * d + column;
+                         task.q + n * column, width, dk + first * d + column, d, true);
           multiply_panel(thin.size(j), keys, d - column, n, columns_of(task.weights, kKeyBlock),
-                         task.d_out + n * column, width, to, d, true);
+                         task.d_out + n * column, width, dv + first * d + column, d, true);
+        }
+        if (end % kJoinedPanels && end < panels.count) continue;
+        for (int64_t r = 0; r < n; ++r) {
+          float* to = d_qkv + (row + r) * ld + i * d;
+          for (int64_t j = 0; j < d; j += kLanes)
+            store(to + j, load(to + j, d - j) + load(task.dq + r * d + j, d - j), d - j);
         }
       }
-      for (int64_t r = 0; r < n; ++r) {
-        float* to = d_qkv + (row + r) * ld + i * d;
-        for (int64_t j = 0; j < d; j += kLanes)
-          store(to + j, load(to + j, d - j) + load(task.dq + r * d + j, d - j), d - j);
+      if (strip % kJoinedStrips == 0) {
+        task.dk.join(dk);
+        task.dv.join(dv);
       }
     }
+    task.dk.finish(dk);
+    task.dv.finish(dv);
   });
 
   parallel(threads, h.heads, [&](int64_t i) {

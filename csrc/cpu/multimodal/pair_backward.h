@@ -1,26 +1,33 @@
 // Backward of the pairs, recomputed tile by tile. Sums over many pairs go through levels, so that
-// no chain of additions is long: a tile, a block of texts and images, a block of texts, all of a
-// task, all tasks in their order.
+// no chain of additions is long: a tile, a block of texts and images, some such blocks, in double
+// all of a task, all tasks in their order.
 #pragma once
 
+#include "../totals.h"
 #include "needs.h"
 #include "pair.h"
 
 namespace fastadapters::cpu {
 namespace {
 
+constexpr int64_t kJoinedTexts = Totals::kRows / kTextBlock * kTextBlock;
+
 // What a task sums over its texts.
 struct PairSums {
   float *from_image, *image_dots;  // [B, H, inner], [B, columns]
-  float *form, *block_form;        // [inner, inner]: sum of d|u|^2 e e^T, that of a block of texts
-  double *bell, *corner;           // [inner], [1]: sums of d|u|^2 e and of d|u|^2
-  double *scale, *share;           // [1]
+  Totals of_from_image, of_image_dots;
+  float* some_form;       // [inner, inner]: sum of d|u|^2 e e^T over some images
+  double* form;           // [inner, inner]: over all
+  double *bell, *corner;  // [inner], [1]: sums of d|u|^2 e and of d|u|^2
+  double *scale, *share;  // [1]
 
   PairSums(Carver& c, const Head& h, const Pairs& p)
       : from_image(c.take<float>(h.items * h.heads * p.inner)),
         image_dots(c.take<float>(h.items * p.columns)),
-        form(c.take<float>(p.inner * p.inner)),
-        block_form(c.take<float>(p.inner * p.inner)),
+        of_from_image(c, h.items * h.heads * p.inner, h.texts > kJoinedTexts),
+        of_image_dots(c, h.items * p.columns, h.texts > kJoinedTexts),
+        some_form(c.take<float>(p.inner * p.inner)),
+        form(c.take<double>(p.inner * p.inner)),
         bell(c.take<double>(p.inner)),
         corner(c.take<double>(1)),
         scale(c.take<double>(1)),
@@ -57,6 +64,8 @@ struct PairBackwardTile : PairTile {
   float *d_from_image, *d_image_dots;  // [H * inner, kLanes], [columns, kLanes]
   float *gram, *bell;  // sums of weighted e^T [inner, inner], of weighted [inner, kLanes]
   Vec corner = {}, scale = {}, share = {};
+  // Of a block of texts over all images.
+  Totals from_text, text_dots, text_square;
 
   PairBackwardTile(Carver& c, const Head& h, const Pairs& p)
       : PairTile(c, h, p, true),
@@ -67,7 +76,10 @@ struct PairBackwardTile : PairTile {
         d_from_image(c.take<float>(h.heads * p.inner * kLanes)),
         d_image_dots(c.take<float>(p.columns * kLanes)),
         gram(c.take<float>(p.inner * p.inner)),
-        bell(c.take<float>(p.inner * kLanes)) {
+        bell(c.take<float>(p.inner * kLanes)),
+        from_text(c, kTextBlock * h.heads * p.inner, h.items > Totals::kRows),
+        text_dots(c, kTextBlock * p.columns, h.items > Totals::kRows),
+        text_square(c, kTextBlock, h.items > Totals::kRows) {
     if (c.base) std::memset(weighted, 0, (char*)(bell + p.inner * kLanes) - (char*)weighted);
   }
 };
@@ -217,9 +229,10 @@ inline void drain_lanes(int64_t n, int64_t columns, float* lanes, float* rows) {
   std::memset(lanes, 0, columns * kLanes * sizeof(float));
 }
 
-inline void drain(int64_t n, float* from, float* to) {
-  for (int64_t i = 0; i < n; i += kLanes) store(to + i, read<Vec>(to + i) + read<Vec>(from + i));
-  std::memset(from, 0, n * sizeof(float));
+template <class From, class To>
+inline void drain(int64_t n, From* from, To* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+  std::memset(from, 0, n * sizeof(From));
 }
 
 // From the gradients of the logits in g.dots: all of g, d_from_text and d_from_image, and the
@@ -235,14 +248,22 @@ inline void pair_backward(const Head& h, const Pairs& p, const MultimodalState& 
     std::memset((char*)sums.from_image, 0, a.bytes);
     int64_t begin = first_text(h, task, a.tasks), end = first_text(h, task + 1, a.tasks);
     for (int64_t block = begin; block < end; block += kTextBlock) {
+      int64_t texts = least(kTextBlock, end - block);
+      // f(totals, sums of the block of texts, how many) for each of them
+      auto each_sum = [&](const auto& f) {
+        f(t.from_text, a.from_text + block * head_size, texts * head_size);
+        f(t.text_dots, g.text_dots + block * g.padded, texts * g.padded);
+        f(t.text_square, g.text_square + block, texts);
+      };
+      each_sum([](const Totals& totals, float*, int64_t) { totals.clear(); });
       for (int64_t item = 0; item < h.items; item += kLanes) {
         load_images(h, p, item, t);
-        for (int64_t text = block; text < least(block + kTextBlock, end); text += kTexts)
+        for (int64_t text = block; text < block + texts; text += kTexts)
           pair_tile_backward(h, p, s, needs, g, text, item, a.from_text, t);
         int64_t n = h.items - item;
         drain_lanes(n, head_size, t.d_from_image, sums.from_image + item * head_size);
         drain_lanes(n, p.columns, t.d_image_dots, sums.image_dots + item * p.columns);
-        drain(square, t.gram, sums.block_form);
+        drain(square, t.gram, sums.some_form);
         for (int64_t r = 0; r < h.inner; ++r) {
           sums.bell[r] += sum(read<Vec>(t.bell + r * kLanes));
           store(t.bell + r * kLanes, Vec{});
@@ -251,9 +272,18 @@ inline void pair_backward(const Head& h, const Pairs& p, const MultimodalState& 
         *sums.scale += sum(t.scale);
         *sums.share += sum(t.share);
         t.corner = t.scale = t.share = Vec{};
+        if ((item + kLanes) % Totals::kRows) continue;
+        drain(square, sums.some_form, sums.form);
+        each_sum([](const Totals& totals, float* sums, int64_t n) { totals.join(sums, n); });
       }
-      drain(square, sums.block_form, sums.form);
+      drain(square, sums.some_form, sums.form);
+      each_sum([](const Totals& totals, float* sums, int64_t n) { totals.finish(sums, n); });
+      if ((block + kTextBlock - begin) % kJoinedTexts) continue;
+      sums.of_from_image.join(sums.from_image);
+      sums.of_image_dots.join(sums.image_dots);
     }
+    sums.of_from_image.finish(sums.from_image);
+    sums.of_image_dots.finish(sums.image_dots);
   });
 
   PairSums total = a.of(h, p, 0);
@@ -271,7 +301,7 @@ inline void pair_backward(const Head& h, const Pairs& p, const MultimodalState& 
   std::memcpy(g.image_dots, total.image_dots, h.items * p.columns * sizeof(float));
   for (int64_t i = 0; i < h.inner; ++i) {
     for (int64_t j = i; j < h.inner; ++j)
-      g.form[i * g.padded + j] = g.form[j * g.padded + i] = 2 * total.form[i * p.inner + j];
+      g.form[i * g.padded + j] = g.form[j * g.padded + i] = float(2 * total.form[i * p.inner + j]);
     g.form[i * g.padded + h.inner] = g.form[h.inner * g.padded + i] = float(2 * total.bell[i]);
   }
   g.form[h.inner * g.padded + h.inner] = float(2 * *total.corner);

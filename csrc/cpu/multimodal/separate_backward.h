@@ -10,7 +10,8 @@ namespace {
 struct SeparateBackwardArrays {
   int64_t tasks;
   float *square, *own;    // gradients [rows], padded to whole vectors
-  float* item_sums;       // [tasks, 2 levels, 2, ld]: those of a task, by item
+  float* item_chains;     // [tasks, 2, ld]: those of some texts of a task, by item
+  double* item_sums;      // [tasks, 2, ld]: of all of them
   double *scale, *share;  // [tasks]
   float *e, *z;           // gradients [rows, R + 1], [rows, R]
   float* weighted;        // [rows, R + 1]
@@ -20,7 +21,8 @@ struct SeparateBackwardArrays {
     bool wanted = Separate::wanted(h);
     square = c.take<float>(round_up(p.rows, kLanes), wanted);
     own = c.take<float>(round_up(p.rows, kLanes), wanted);
-    item_sums = c.take<float>(tasks * 4 * p.ld, wanted);
+    item_chains = c.take<float>(tasks * 2 * p.ld, wanted);
+    item_sums = c.take<double>(tasks * 2 * p.ld, wanted);
     scale = c.take<double>(tasks, wanted);
     share = c.take<double>(tasks, wanted);
     e = c.take<float>(p.rows * h.columns, wanted);
@@ -34,39 +36,46 @@ struct SeparateBackwardArrays {
 inline void separate_pairs_backward(const Head& h, const Separate& p, const MultimodalState& s,
                                     const Threads& threads, const SeparateBackwardArrays& a,
                                     PairGradients& g) {
-  constexpr int64_t chain = 32;
+  constexpr int64_t texts = 32, items = 32 * kLanes;  // of a chain
   parallel(threads, a.tasks, [&](int64_t task) {
-    float* sums = a.item_sums + task * 4 * p.ld;
-    float* chains = sums + 2 * p.ld;
-    std::memset(sums, 0, 4 * p.ld * sizeof(float));
+    float* chains = a.item_chains + task * 2 * p.ld;
+    double* sums = a.item_sums + task * 2 * p.ld;
+    std::memset(chains, 0, 2 * p.ld * sizeof(float));
+    std::memset(sums, 0, 2 * p.ld * sizeof(double));
     a.scale[task] = a.share[task] = 0;
     int64_t begin = h.texts * task / a.tasks, end = h.texts * (task + 1) / a.tasks;
     for (int64_t text = begin; text < end; ++text) {
-      Vec square = {}, own = {}, text_square = {}, scale = {}, share = {};
-      for (int64_t item = 0; item < h.items; item += kLanes) {
-        float* gradient = g.dots + text * g.ld + item;
-        auto d = cosine_backward(h, p.products(h, s, text, item), read<Vec>(gradient));
-        Vec by_own = p.by_text ? d.by.text_dot : d.by.image_dot;
-        store(gradient, d.by.dot);
-        store(p.cross + text * p.ld + item, p.by_text ? d.by.image_dot : d.by.text_dot);
-        text_square += d.by.text_square;
-        scale += d.scale;
-        share += d.share;
-        if (p.by_text) {
-          square += d.by.square;
-          own += by_own;
-        } else {
-          store(chains + item, read<Vec>(chains + item) + d.by.square);
-          store(chains + p.ld + item, read<Vec>(chains + p.ld + item) + by_own);
+      double text_square = 0, by_square = 0, own = 0;
+      for (int64_t first = 0; first < h.items; first += items) {
+        Vec part[5] = {};
+        for (int64_t item = first; item < least(first + items, h.items); item += kLanes) {
+          float* gradient = g.dots + text * g.ld + item;
+          auto d = cosine_backward(h, p.products(h, s, text, item), read<Vec>(gradient));
+          Vec by_own = p.by_text ? d.by.text_dot : d.by.image_dot;
+          store(gradient, d.by.dot);
+          store(p.cross + text * p.ld + item, p.by_text ? d.by.image_dot : d.by.text_dot);
+          part[0] += d.by.text_square;
+          part[1] += d.scale;
+          part[2] += d.share;
+          if (p.by_text) {
+            part[3] += d.by.square;
+            part[4] += by_own;
+          } else {
+            store(chains + item, read<Vec>(chains + item) + d.by.square);
+            store(chains + p.ld + item, read<Vec>(chains + p.ld + item) + by_own);
+          }
         }
+        text_square += sum(part[0]);
+        a.scale[task] += sum(part[1]);
+        a.share[task] += sum(part[2]);
+        by_square += sum(part[3]);
+        own += sum(part[4]);
       }
-      g.text_square[text] = sum(text_square);
-      a.scale[task] += sum(scale);
-      a.share[task] += sum(share);
+      g.text_square[text] = float(text_square);
       if (p.by_text) {
-        a.square[text] = sum(square);
-        a.own[text] = sum(own);
-      } else if ((text - begin) % chain == chain - 1 || text == end - 1) {
+        a.square[text] = float(by_square);
+        a.own[text] = float(own);
+      } else if ((text - begin) % texts == texts - 1 || text == end - 1) {
         for (int64_t i = 0; i < 2 * p.ld; ++i) sums[i] += chains[i];
         std::memset(chains, 0, 2 * p.ld * sizeof(float));
       }
@@ -77,9 +86,9 @@ inline void separate_pairs_backward(const Head& h, const Separate& p, const Mult
     g.scale += a.scale[task];
     g.share += a.share[task];
     for (int64_t i = 0; !p.by_text && i < h.items; ++i) {
-      const float* sums = a.item_sums + task * 4 * p.ld + i;
-      a.square[i] = sums[0] + (task ? a.square[i] : 0);
-      a.own[i] = sums[p.ld] + (task ? a.own[i] : 0);
+      const double* sums = a.item_sums + task * 2 * p.ld + i;
+      a.square[i] = float(sums[0] + (task ? a.square[i] : 0));
+      a.own[i] = float(sums[p.ld] + (task ? a.own[i] : 0));
     }
   }
 }
