@@ -25,6 +25,11 @@ constexpr int64_t kChain = 32;   // of additions; the last one may be longer by 
 constexpr int64_t kDepth = 128;  // of k, what a panel holds: it stays in the first-level cache
 constexpr int64_t kPart = 2048;  // of k, what is summed before it joins the sum of other parts
 
+// With more rows of A than these B is packed even if it could be read in place: its rows may share
+// a few sets of the first-level cache, and the second one gives narrower vectors fewer bytes than
+// their FMAs ask for.
+constexpr int64_t kRowsInPlace = kLanes == 16 ? INT64_MAX : 40;
+
 // Rows of a block of C: as many as leave registers for what is multiplied.
 constexpr int kBlockVectors = kLanes == 16 ? 24 : 12;
 constexpr int block_rows(int64_t vectors) {
@@ -263,8 +268,9 @@ __attribute__((noinline)) inline void multiply_column(int64_t m, int64_t k, View
   }
 }
 
-// The same for any B, outside of tasks. Each element of C is computed by one task, in one order: a
-// part of k after the other. A column that would have a vector for itself is multiplied apart.
+// The same for any B, which is read where it is if its rows are whole vectors, else packed, outside
+// of tasks. Each element of C is computed by one task, in one order: a part of k after the other. A
+// column that would have a vector for itself is multiplied apart.
 __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m, int64_t n,
                                                int64_t k, View a, View b, float* c, int64_t ldc,
                                                bool add = false, const float* bias = nullptr) {
@@ -299,10 +305,12 @@ __attribute__((noinline)) inline void multiply(const Threads& threads, int64_t m
       float* block = c + begin * ldc + column;
       for (int64_t step = 0; step == 0 || step < k; step += kDepth) {
         int64_t steps = least(kDepth, k - step);
-        pack_panel(b.from(step, column), steps, n - column, vectors, panel);
-        multiply_panel(vectors, rows, n - column, steps, a.from(begin, step), panel,
-                       vectors * kLanes, block, ldc, add || step > 0,
-                       bias ? bias + column : nullptr);
+        View of = b.from(step, column);
+        const bool packed = of.column != 1 || n - column < vectors * kLanes || rows > kRowsInPlace;
+        if (packed) pack_panel(of, steps, n - column, vectors, panel);
+        multiply_panel(vectors, rows, n - column, steps, a.from(begin, step),
+                       packed ? panel : of.data, packed ? vectors * kLanes : of.row, block, ldc,
+                       add || step > 0, bias ? bias + column : nullptr);
       }
     }
     if (single && last == panels.count)

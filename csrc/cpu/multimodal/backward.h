@@ -86,16 +86,16 @@ inline void layer_gradients(const BackwardArrays& a, const Threads& threads, con
                             const Parameter& weight, const Parameter& bias) {
   const Head& h = a.h;
   if (weight.data) {
+    float* sum = place_of(weight, a.weight);
     bool add = false;
     for (int group = 0; group < 2; ++group) {
       if (!h.samples(group)) continue;
       multiply(threads, n_out, n_in, h.count(group),
-               columns_of(d + h.first_row(group) * n_out, n_out), inputs(group), a.weight, n_in,
-               add);
+               columns_of(d + h.first_row(group) * n_out, n_out), inputs(group), sum, n_in, add);
       add = true;
     }
-    if (!add) std::memset(a.weight, 0, n_out * n_in * sizeof(float));
-    write_gradient(weight, a.weight, n_out * n_in);
+    if (!add) std::memset(sum, 0, n_out * n_in * sizeof(float));
+    write_gradient(weight, sum, n_out * n_in);
   }
   bias_gradient(a, d, n_out, bias);
 }
@@ -109,13 +109,14 @@ inline const float* projections_backward(const BackwardArrays& a, const Multimod
   int64_t width = h.width, n = h.down_hidden;
   auto features = [&](int group) { return h.features_of(group); };
   if (out.in_weight.data) {
+    float* weight = place_of(out.in_weight, a.weight);
     for (int part = 0; part < 3; ++part) {
       auto [row, m] = h.needing(part);
       multiply(threads, width, width, m,
                columns_of(a.d_qkv + row * 3 * width + part * width, 3 * width),
-               rows_of(s.x + row * width, width), a.weight + part * width * width, width);
+               rows_of(s.x + row * width, width), weight + part * width * width, width);
     }
-    write_gradient(out.in_weight, a.weight, 3 * width * width);
+    write_gradient(out.in_weight, weight, 3 * width * width);
   }
   bias_gradient(a, a.d_qkv, 3 * width, out.in_bias);
   if (!a.needs.text && !a.needs.image && !a.needs.down) return nullptr;
@@ -163,27 +164,30 @@ inline void features_backward(const BackwardArrays& a, const MultimodalBackward&
     if (h.samples(1))
       multiply(threads, h.items, h.dim, n, rows_of(d + h.texts * n, n), rows_of(h.down, h.dim),
                a.d_image, h.dim, true);
-    write_row({p.d_image.data, p.d_image.dtype}, 0, a.d_image, h.items * h.dim);
+    write_gradient({p.d_image.data, p.d_image.dtype}, a.d_image, h.items * h.dim);
   }
+  const Parameter d_text = {p.d_text.data, p.d_text.dtype};
   for (int64_t row = 0; a.needs.text && row < h.texts; row += kTextRows) {
-    int64_t rows = least(kTextRows, h.texts - row);
-    multiply(threads, rows, h.dim, h.items, rows_of(g.dots + row * g.ld, g.ld),
-             rows_of(s.image, h.dim), a.block, h.dim);
-    if (h.adapts_text)
-      multiply(threads, rows, h.dim, h.columns, rows_of(g.text_dots + row * g.padded, g.padded),
-               columns_of(h.last, h.columns), a.block, h.dim, true);
+    int64_t rows = least(kTextRows, h.texts - row), n_out = h.dim;
+    float* block = place_of(d_text, nullptr);
+    block = block ? block + row * n_out : a.block;
     for (int64_t i = 0; i < rows; ++i) {
       float inverse = s.inverse[row + i];
       const float* text = h.text.data + (row + i) * h.text.row;
       // A length below the floor is a constant, but then |t|^2 is not.
       float factor = inverse < 1 / kFloor ? -a.along[row + i] : 2 * g.text_square[row + i];
       factor *= inverse * inverse;
-      for (int64_t j = 0; j < h.dim; ++j) a.block[i * h.dim + j] += factor * text[j];
+      for (int64_t j = 0; j < n_out; ++j) block[i * n_out + j] = factor * text[j];
     }
-    if (h.samples(0))
-      multiply(threads, rows, h.dim, n, rows_of(d + row * n, n), rows_of(h.down, h.dim), a.block,
-               h.dim, true);
-    write_row({p.d_text.data, p.d_text.dtype}, row * h.dim, a.block, rows * h.dim);
+    auto add = [&](int64_t k, View d, View layer) {
+      multiply(threads, rows, n_out, k, d, layer, block, n_out, true);
+    };
+    add(h.items, rows_of(g.dots + row * g.ld, g.ld), rows_of(s.image, h.dim));
+    if (h.adapts_text)
+      add(h.columns, rows_of(g.text_dots + row * g.padded, g.padded),
+          columns_of(h.last, h.columns));
+    if (h.samples(0)) add(n, rows_of(d + row * n, n), rows_of(h.down, h.dim));
+    if (block == a.block) write_row(d_text, row * n_out, block, rows * n_out);
   }
 }
 

@@ -10,6 +10,19 @@ namespace {
 
 constexpr int64_t kTextRows = 64;  // of the gradient of the texts at a time
 
+inline void write_row(const Parameter& out, int64_t offset, const float* from, int64_t n) {
+  with_type(out, [&](auto* to) {
+    for (int64_t j = 0; j < n; j += kLanes) store(to + offset + j, load(from + j, n - j), n - j);
+  });
+}
+inline void write_gradient(const Parameter& out, const float* from, int64_t n) {
+  if (out.data && out.data != from) write_row(out, 0, from, n);
+}
+// Where a gradient is computed: in place, if it is fp32.
+inline float* place_of(const Parameter& out, float* scratch) {
+  return out.data && out.dtype == Dtype::float32 ? (float*)out.data : scratch;
+}
+
 struct BackwardArrays {
   Head h;
   Needs needs;
@@ -43,7 +56,8 @@ struct BackwardArrays {
         packed(c, h, true, needs.tokens),
         attention(c, h, threads, needs.tokens),
         along(c.take<float>(h.texts)),
-        d_image(c.take<float>(h.items * h.dim, needs.blended)),
+        d_image(place_of({p.d_image.data, p.d_image.dtype},
+                         c.take<float>(h.items * h.dim, needs.blended))),
         d_adapted(c.take<float>(h.items * h.dim, h.adapts_image)),
         e(c.take<float>(h.items * h.columns, h.adapts_image)),
         d_inner(c.take<float>(h.items * h.inner, h.adapts_image)),
@@ -64,15 +78,6 @@ struct BackwardArrays {
     bias = c.take<float>(greatest(greatest(down, 3 * h.width), h.inner));
   }
 };
-
-inline void write_row(const Parameter& out, int64_t offset, const float* from, int64_t n) {
-  with_type(out, [&](auto* to) {
-    for (int64_t j = 0; j < n; j += kLanes) store(to + offset + j, load(from + j, n - j), n - j);
-  });
-}
-inline void write_gradient(const Parameter& out, const float* from, int64_t n) {
-  if (out.data) write_row(out, 0, from, n);
-}
 
 // From the gradient by x / max(|x|, floor), `unit`, that by x.
 inline void through_unit(float* d, const float* unit, float length, int64_t n) {
@@ -209,9 +214,10 @@ inline void inner_layer_backward(const BackwardArrays& a, const MultimodalBackwa
     return;
   }
   if (out.out_weight.data) {
+    float* weight = place_of(out.out_weight, a.weight);
     multiply(threads, h.width, h.width, h.inner, columns_of(h.up, h.width), rows_of(d, h.width),
-             a.weight, h.width);
-    write_gradient(out.out_weight, a.weight, h.width * h.width);
+             weight, h.width);
+    write_gradient(out.out_weight, weight, h.width * h.width);
   }
   if (out.out_bias.data) {
     multiply(threads, 1, h.width, h.inner, rows_of(d_bias, h.inner), rows_of(h.up, h.width), a.bias,
