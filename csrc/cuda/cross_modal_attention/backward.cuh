@@ -122,8 +122,9 @@ __device__ __forceinline__ void attend_backward_rows(const Backward& p, char* sh
       own_delta[half] = p.delta[modality][number];
     }
   }
-  const bool wants_keys = kKeysOwn ? p.dk[modality].data != nullptr : true;
-  const bool wants_values = kKeysOwn && p.dv[modality].data != nullptr;
+  // Bits of one register: pointers would be kept in four.
+  const int wanted = kKeysOwn ? (p.dk[modality].data ? 1 : 0) + (p.dv[modality].data ? 2 : 0) : 1;
+  const bool wants_keys = wanted & 1, wants_values = wanted & 2;
   Sums<L> sums[kGradients] = {};
   walk_over<L>(
       walk, shared + L::kFirstStage,
