@@ -144,3 +144,20 @@ BAD_MULTIMODAL = [
 def test_bad_multimodal_input(bad: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         bad(sample("multimodal"), *inputs("multimodal"))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_hooks_on_a_module_of_whose_features_one_are_used(used: int) -> None:
+    """A module's backward hooks hand on that the others have no gradient at all."""
+    module, tensors = sample("multimodal"), inputs("multimodal")
+    seen: list[Any] = []
+    grads = []
+    for hook in (False, True):
+        module.zero_grad()
+        if hook:
+            module.register_full_backward_hook(lambda m, given, got: seen.append(got))
+        module(*(t.requires_grad_() for t in tensors))[used].square().sum().backward()
+        grads.append({name: p.grad for name, p in module.named_parameters()})
+    assert [g is None for g in seen[0]] == [used != 0, used != 1]
+    for name, t in grads[0].items():
+        assert torch.equal(grads[1][name], t), name

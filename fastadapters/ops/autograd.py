@@ -194,12 +194,13 @@ def gradients(
 ) -> Sequence[Tensor | None]:
     """The outputs of gradient ``op`` that are wanted, which its last input is told bit by bit.
 
-    given: the gradients of the results, of which one is no None.
+    given: the gradients of the results; all None behind hooks on a module, say, of whose results
+    others are used.
     """
     needs = sum([1 << i for i, want in enumerate(wanted) if want])
-    if not needs:
+    dy = next((g for g in given if g is not None), None)
+    if not needs or dy is None:
         return (None,) * len(wanted)
-    dy = next(g for g in given if g is not None)
     inputs = (*given, *_saved(ctx, dy), *ctx.options, needs)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         outputs = op(*inputs)
