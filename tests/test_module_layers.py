@@ -205,6 +205,27 @@ def test_fp32_layers_under_bf16_activations(layernorm: str, name: str) -> None:
     torch.testing.assert_close(ours(x), ours(x.float()).bfloat16(), rtol=0.05, atol=0.05)
 
 
+@every_module
+def test_weights_that_another_network_computes(kind: str) -> None:
+    """As hypernetworks do, and FSDP's flat parameters: a tensor in the place of each parameter."""
+    plain, tensors = sample(kind), inputs(kind)
+    call(plain, tensors)[0].sum().backward()
+    for name, p in plain.named_parameters():
+        module, (path, _, own) = sample(kind), name.rpartition(".")
+        layer = module.get_submodule(path)
+        if isinstance(layer, nn.ParameterList):
+            continue
+        leaf = p.detach().clone().requires_grad_()
+        delattr(layer, own)
+        setattr(layer, own, leaf * 1.0)
+        outs = call(module, tensors)
+        for a, b in zip(outs, call(plain, tensors), strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+        if p.grad is not None:
+            outs[0].sum().backward()
+            torch.testing.assert_close(leaf.grad, p.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @contextmanager
 def global_hooks() -> Iterator[list[nn.Module]]:
     called: list[nn.Module] = []

@@ -79,7 +79,7 @@ def why_attention_called(name: str, mha: Any) -> str | None:
     if mha.dropout > 0.0 and mha.training:
         return f"{name} has dropout: its own forward is called"
     own = mha._parameters
-    needed = own["in_proj_weight"], own["in_proj_bias"], out_proj._parameters["bias"]
+    needed = own.get("in_proj_weight"), own.get("in_proj_bias"), out_proj._parameters["bias"]
     if any([t is None for t in needed]) or mha.bias_k is not None or mha.add_zero_attn:
         return f"{name} has other options than the published: its own forward is called"
     return None
