@@ -163,3 +163,50 @@ def test_traced_by_fx_and_explained() -> None:
     traced = torch.fx.symbolic_trace(Model())
     torch.testing.assert_close(traced(x, index), grouped(x, index))
     assert [d.op for d in fastadapters.explain(grouped, x, index)] == ["bottleneck"]
+
+
+def test_adapters_are_as_the_module_is_now() -> None:
+    """Not as it was built: dropout is scheduled, and dtype and device may have changed."""
+    grouped = GroupedAdapter(D, R, NAMES, layernorm="in", scale=0.5, device="meta")
+    grouped = grouped.to_empty(device="cpu").to(torch.bfloat16)
+    grouped.reset_parameters()
+    grouped.add("fish")
+    grouped.dropout, grouped.activation, grouped.residual = 0.4, "gelu", False
+    grouped.norm_eps, grouped.number = 1e-3, 2.0
+    grouped.add("bees")
+    x = torch.randn(1, 3, D)
+    grouped.to(torch.float32)
+    with torch.no_grad():
+        grouped.up_weight += 0.1
+    own = grouped.adapter("bees")
+    assert own.dropout == 0.4
+    torch.testing.assert_close(own.eval()(x), grouped.eval()(x, grouped.index(["bees"])))
+    grouped.add("own", own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "gelu"}, "adapter: expected activation 'relu', got 'gelu'"),
+        ({"scale": 0.1}, "adapter: expected scale 1.0, got 0.1"),
+        ({"residual": False}, "adapter: expected residual True, got False"),
+    ],
+)
+def test_an_adapter_that_computes_something_else(options: dict[str, object], message: str) -> None:
+    """Its values alone would silently give other results than its own."""
+    grouped, other = module(), BottleneckAdapter(D, R, **options)
+    for call in (grouped.add, grouped.load):
+        with pytest.raises(ValueError, match=message):
+            call("fish" if call == grouped.add else "dogs", other)
+    assert grouped.names == NAMES
+    grouped.add("fish", other.state_dict())
+
+
+def test_a_state_dict_that_was_cast_or_averaged() -> None:
+    """With all that is in it, the names included."""
+    states = [module(scale="learnable").state_dict() for _ in range(2)]
+    soup = {key: 0.1 * states[0][key] + 0.9 * states[1][key] for key in states[0]}
+    for state in (soup, {key: t.half() for key, t in states[0].items()}):
+        grouped = GroupedAdapter(D, R, NAMES, scale="learnable")
+        grouped.load_state_dict(state)
+        torch.testing.assert_close(grouped.scale, state["scale"].float())

@@ -118,6 +118,18 @@ class GroupedAdapter(nn.Module):
             raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}")
         return self.names.index(name)
 
+    def _new(self) -> BottleneckAdapter:
+        """An adapter as the parameters and the options are now, not as they were at first."""
+        like = self.down_weight
+        adapter = self._make(device=like.device, dtype=like.dtype)
+        adapter.activation, adapter.dropout = self.activation, self.dropout
+        adapter.residual = self.residual
+        if self.scale is None:
+            adapter.scale = self.number
+        if self.norm_weight is not None:
+            adapter.adapter_layer_norm_before.eps = self.norm_eps
+        return adapter
+
     def _values(self, adapter: BottleneckAdapter | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What an adapter has for each stack."""
         state = adapter.state_dict() if isinstance(adapter, nn.Module) else adapter
@@ -127,6 +139,14 @@ class GroupedAdapter(nn.Module):
                 f"adapter: expected {', '.join(sorted(wanted.values()))},"
                 f" got {', '.join(sorted(state))}"
             )
+        if isinstance(adapter, BottleneckAdapter):
+            own = {name: getattr(self, name) for name in ("activation", "residual", "norm_eps")}
+            if self.scale is None:
+                own["scale"] = self.number
+            for name, option in own.items():
+                given = getattr(adapter, name)
+                if given != option:
+                    raise ValueError(f"adapter: expected {name} {option!r}, got {given!r}")
         values = {}
         for name, stack in self._stacks().items():
             value, shape = state[_KEYS[name]], list(stack.shape[1:])
@@ -142,6 +162,8 @@ class GroupedAdapter(nn.Module):
     ) -> None:
         """A further adapter, with the highest number: a new one, or a copy of one or of its state.
 
+        An adapter must have the activation, scale, residual and eps of all others.
+
         Raises:
             TypeError, ValueError: naming the argument.
         """
@@ -149,7 +171,7 @@ class GroupedAdapter(nn.Module):
             raise TypeError(f"name: expected a string, got {type(name).__name__}")
         if name in self.names:
             raise ValueError(f"name: expected another than {', '.join(self.names)}, got {name!r}")
-        values = self._values(self._make() if adapter is None else adapter)
+        values = self._values(self._new() if adapter is None else adapter)
         for key, stack in self._stacks().items():
             joined = torch.cat([stack.detach(), values[key].unsqueeze(0)])
             self._parameters[key] = nn.Parameter(joined, stack.requires_grad)
@@ -173,7 +195,7 @@ class GroupedAdapter(nn.Module):
     def adapter(self, name: str) -> BottleneckAdapter:
         """A copy of one adapter, a module of its own whose state dict the published ones load."""
         n = self._number(name)
-        adapter = self._make(device=self.down_weight.device, dtype=self.down_weight.dtype)
+        adapter = self._new()
         state = {_KEYS[key]: stack.detach()[n] for key, stack in self._stacks().items()}
         if "scale" in state:
             state["scale"] = state["scale"].reshape(-1)
@@ -188,7 +210,7 @@ class GroupedAdapter(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial parameters of all adapters again."""
         for name in self.names:
-            self.load(name, self._make(device=self.down_weight.device))
+            self.load(name, self._new())
 
     def get_extra_state(self) -> Tensor:
         """The names, as the bytes of a JSON list."""
@@ -201,7 +223,8 @@ class GroupedAdapter(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         names = state_dict.get(f"{prefix}_extra_state")
         if names is not None:
-            given = tuple(json.loads(bytes(names.tolist())))
+            # Cast or averaged with all else in the state dict they are numbers, but not integers.
+            given = tuple(json.loads(bytes(map(round, names.tolist()))))
             if given != self.names:
                 raise ValueError(
                     f"state_dict: expected the adapters {', '.join(self.names)},"
