@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import torch
 from module_cases import (
+    BACKENDS,
     INF,
     KINDS,
     D,
     assert_equal,
     call,
+    every_module,
     inputs,
+    sample,
 )
 from torch import nn
+
+import fastadapters
+from fastadapters import MultiModalAdapter
 
 pytestmark = pytest.mark.usefixtures("seeded_on_one_thread")
 
@@ -119,3 +125,31 @@ def test_numbers_of_any_kind(kind: str, options: dict[str, Any], make: Callable[
     module.load_state_dict(expected.state_dict())
     assert repr(module) == repr(expected)
     assert_equal(call(module.eval(), inputs(kind)), call(expected.eval(), inputs(kind)))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled library")
+@every_module
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_freed_memory(kind: str, when: str) -> None:
+    """What shards parameters frees their memory: that they are read too late must not crash."""
+    options = {"layernorm": None, "scale": 1.0} if kind == "multiway" else {}  # all in one op
+
+    def built() -> tuple[nn.Module, list[torch.Tensor]]:
+        return sample(kind, **options), [t.requires_grad_() for t in inputs(kind)]
+
+    def leaves(module: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        read = [*module.parameters(), *tensors]
+        return read if when == "forward" else [t for t in read if t.dim() > 1]
+
+    def result(module: nn.Module, tensors: list[torch.Tensor]) -> torch.Tensor:
+        with fastadapters.backend("cpu"):  # plain PyTorch checks some of its operands alone
+            if isinstance(module, MultiModalAdapter):
+                return module.logits(*tensors, 1.0)
+            return call(module, tensors)[0]
+
+    for n in range(len(leaves(*built()))):
+        module, tensors = built()
+        y = result(module, tensors) if when == "backward" else None
+        leaves(module, tensors)[n].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"memory is not freed|out of bounds for storage"):
+            (result(module, tensors) if y is None else y).sum().backward()

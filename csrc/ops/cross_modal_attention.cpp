@@ -86,7 +86,7 @@ class Arguments {
                         t.scalar_type() == scalar_type(args.dtype),
                     name, ": expected a tensor of another shape or dtype");
     kept_.push_back(args.width > 1 && t.stride(-1) != 1 ? torch::stable::contiguous(t) : t);
-    return heads(kept_.back(), kept_.back().const_data_ptr());
+    return heads(kept_.back(), values_of(kept_.back(), name));
   }
 
   std::vector<Tensor> kept_;

@@ -31,6 +31,12 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+void* values_of(const Tensor& t, const char* name) {
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(data || t.numel() == 0, name, ": expected a tensor whose memory is not freed");
+  return const_cast<void*>(data);
+}
+
 Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
   int64_t dim = int64_t(sizes.size());
   std::vector<int64_t> strides(dim);
@@ -54,7 +60,7 @@ Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type) {
 void Marshal::parameter(Parameter& p, const OptionalTensor& t, int64_t numel, const char* name) {
   if (!t) return;
   Tensor c = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-  fill(p, c, const_cast<void*>(c.const_data_ptr()), numel, name);
+  fill(p, c, values_of(c, name), numel, name);
   kept_.push_back(std::move(c));
 }
 
@@ -99,8 +105,7 @@ void Marshal::finish() {
       if (v.input) v.tensor = torch::stable::contiguous(v.tensor);
   STD_TORCH_CHECK(merge(), "expected outputs with at most three dimensions of rows");
   for (View& v : views_)
-    v.rows->data =
-        v.input ? const_cast<void*>(v.tensor.const_data_ptr()) : v.tensor.mutable_data_ptr();
+    v.rows->data = v.input ? values_of(v.tensor, v.name) : v.tensor.mutable_data_ptr();
 }
 
 void* Marshal::saved(const OptionalTensor& t, int64_t columns, ScalarType type, const char* name) {

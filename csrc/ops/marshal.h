@@ -23,6 +23,10 @@ Dtype dtype_of(int64_t code);
 ScalarType scalar_type(Dtype dtype);
 bool same_device(const Tensor& a, const Tensor& b);
 
+// What the kernels read of t: null only if it has no elements. What shards parameters frees them
+// and leaves the tensor its shape.
+void* values_of(const Tensor& t, const char* name);
+
 // Uninitialised and contiguous, on the device of `like`.
 Tensor empty(const Tensor& like, IntHeaderOnlyArrayRef sizes, ScalarType type);
 

@@ -88,14 +88,14 @@ class Arguments {
                     "down_activation: expected 0 to 5");
     args.down_activation = Activation(o.down_activation);
     args.out_dtype = dtype_of(o.out_dtype);
-    args.text = features(text);
-    args.image = features(image);
+    args.text = features(text, "text");
+    args.image = features(image, "image");
   }
 
-  Features features(const Tensor& t) {
+  Features features(const Tensor& t, const char* name) {
     kept_.push_back(t.size(1) > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t);
     const Tensor& view = kept_.back();
-    return {const_cast<void*>(view.const_data_ptr()), view.stride(0), dtype_of(view)};
+    return {values_of(view, name), view.stride(0), dtype_of(view)};
   }
 
   Marshal& parameters() { return marshal_; }

@@ -79,7 +79,7 @@ class Arguments {
       view = torch::stable::contiguous(t);
       kept_.push_back(view);
     }
-    rows.data = input ? const_cast<void*>(view.const_data_ptr()) : view.mutable_data_ptr();
+    rows.data = input ? values_of(view, name) : view.mutable_data_ptr();
     rows.strides[1] = view.stride(0);
     rows.strides[2] = view.stride(1);
   }
