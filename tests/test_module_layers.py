@@ -131,6 +131,8 @@ ALTERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "subclass": on("down_proj", as_halved),
     "instance's forward": on("down_proj", halve_forward),
     "a weight that is no parameter": on("up_proj", without_parameter),
+    "activation": lambda module: module.register_module("non_linear_func", nn.Tanh()),
+    "trained activation": lambda module: module.register_module("non_linear_func", nn.PReLU()),
     "norm without weight": replace(
         "adapter_layer_norm_before", lambda norm: nn.LayerNorm(D, elementwise_affine=False)
     ),
@@ -203,6 +205,17 @@ def test_fp32_layers_under_bf16_activations(layernorm: str, name: str) -> None:
     assert got.pop("y").dtype == got.pop("x").dtype == torch.bfloat16
     assert {t.dtype for t in got.values()} == {torch.float32}
     torch.testing.assert_close(ours(x), ours(x.float()).bfloat16(), rtol=0.05, atol=0.05)
+
+
+def test_a_lazy_layer_takes_any_width_once() -> None:
+    ours, _ = ours_and_published()
+    ours.register_module("down_proj", nn.LazyLinear(7))
+    x = randn(3, 5, D)
+    assert fastadapters.explain(ours, x)[0].backend == "layers"
+    assert type(ours.down_proj) is nn.Linear
+    assert fastadapters.explain(ours, x)[0].backend != "layers"
+    with pytest.raises(ValueError, match=r"down_weight: expected \[r, D_in\] = \[7, 25\]"):
+        ours(randn(3, 5, D + 1))
 
 
 @every_module

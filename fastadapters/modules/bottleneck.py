@@ -71,7 +71,8 @@ class BottleneckAdapter(nn.Module):
     Args:
         dim: model width D.
         bottleneck: bottleneck width r.
-        activation: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or "identity".
+        activation: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or "identity". A module
+            set as the published ``non_linear_func`` is called in its place, in plain PyTorch.
         scale: a number, "learnable" (one, [1], starting at 1) or "channel" ([D], starting at 1).
         dropout: probability of dropping an element after the activation, in training.
         layernorm: "in" normalises x, "out" the adapter's output before the residual; or None.
@@ -233,6 +234,9 @@ class BottleneckAdapter(nn.Module):
         if reason is None and self.layernorm is not None:
             name = "adapter_layer_norm_before"
             reason = why_called(name, layers[name], nn.LayerNorm)
+        if reason is None and "non_linear_func" in layers:
+            kind = type(layers["non_linear_func"])
+            return f"non_linear_func is a {kind.__qualname__}: its own forward is called"
         return reason
 
     def forward(
@@ -290,7 +294,8 @@ class BottleneckAdapter(nn.Module):
 
         def branch() -> Tensor:
             normed = self.adapter_layer_norm_before(x) if self.layernorm == "in" else x
-            h = ACTIVATIONS[self.activation](self.down_proj(normed))
+            activate = getattr(self, "non_linear_func", ACTIVATIONS[self.activation])
+            h = activate(self.down_proj(normed))
             y: Tensor = self.up_proj(F.dropout(h, self.dropout, self.training)) * self.scale
             return self.adapter_layer_norm_before(y) if self.layernorm == "out" else y
 

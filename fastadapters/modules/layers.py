@@ -109,11 +109,14 @@ def listed(parameters: nn.ParameterList) -> list[Tensor]:
 
 
 def check_input(name: str, x: Tensor, layer: nn.Module) -> None:
-    """x must be what ``layer`` takes, as far as that says so; of a Proxy nothing is known."""
+    """x must be what ``layer`` takes, as far as that says so: a lazy one does not, at first.
+
+    Of a Proxy nothing is known.
+    """
     if isinstance(x, Proxy):
         return
     check_floats(name, x, "[..., D]")
-    width = getattr(layer, "in_features", None)
+    width = getattr(layer, "in_features", None) or None
     if x.dim() == 0 or (isinstance(width, int) and x.shape[-1] != width):
         raise ValueError(f"{name}: expected [..., D] with D = {width}, got {list(x.shape)}")
 
