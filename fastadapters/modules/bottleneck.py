@@ -81,8 +81,8 @@ class BottleneckAdapter(nn.Module):
         init: "lora" (Kaiming-uniform down, zero up), "houlsby" (truncated normal of standard
             deviation 0.01) or "bert" (normal, 0.02); biases are zero. Only "lora" starts as the
             identity. Hugging Face's ``post_init`` leaves these values alone; ``from_pretrained``
-            builds models without values, so there ``_init_weights`` has to call
-            `reset_parameters` of an adapter, which changes nothing that was loaded.
+            builds models without values: behind it, call `reset_parameters` of every adapter, of
+            this or another class, that the checkpoint lacks.
         device, dtype: of the parameters.
 
     Shapes: x [..., D], residual like x, result [..., D] in the dtype of x (or of autocast).
