@@ -1,45 +1,34 @@
 // The gradients of parameters, summed over rows in levels.
 #pragma once
 
-#include "../scratch.h"
+#include "../totals.h"
 #include "product.h"
 
 namespace fastadapters::cpu {
 namespace {
 
-// fp32 sums over some rows, which now and then join a total in double: rounding errors do not grow
-// with the number of rows.
-struct Sums {
-  static constexpr int64_t kRows = 1024;
-
-  int64_t n = 0, rows = 0;
+// fp32 sums over some rows, which now and then join their totals.
+struct Sums : Totals {
+  int64_t rows = 0;
   float* part = nullptr;
-  double* total = nullptr;
 
-  Sums() = default;
-  Sums(Carver& c, int64_t size, bool wanted)
-      : n(round_up(size, kLanes)),
-        part(c.take<float>(n + kLanes, wanted)),
-        total(c.take<double>(n + kLanes, wanted)) {}
+  Sums(Carver& c, int64_t n, bool wanted)
+      : Totals(c, round_up(n, kLanes) + kLanes, wanted), part(c.take<float>(size, wanted)) {}
 
-  void clear() {
-    if (!part) return;
-    std::memset(part, 0, (n + kLanes) * sizeof(float));
-    std::memset(total, 0, (n + kLanes) * sizeof(double));
+  void clear() const {
+    Totals::clear();
+    if (part) std::memset(part, 0, size * sizeof(float));
   }
   // To be told after what `more` rows have added.
   void advance(int64_t more) {
     if ((rows += more) >= kRows) flush();
   }
   void flush() {
-    if (!part || rows == 0) return;
-    for (int64_t i = 0; i < n; ++i) total[i] += double(part[i]);
-    std::memset(part, 0, n * sizeof(float));
+    if (rows) join(part);
     rows = 0;
   }
   void add(const Sums& other) const {
-    if (part)
-      for (int64_t i = 0; i < n; ++i) total[i] += other.total[i];
+    for (int64_t i = 0; total && i < size; ++i) total[i] += other.total[i];
   }
 };
 
