@@ -59,12 +59,15 @@ def test_instruction_sets(kernels: Any, isa: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_sums_over_many_items_and_texts(kernels: Any, isa: str) -> None:
-    """Where their length grew with the number of items, the texts' gradients were three times as
-    far off as the definition's.
+def test_sums_over_many_items_texts_and_images(kernels: Any, isa: str) -> None:
+    """Where their length grew with the number of items or of an item's images, the texts' gradients
+    were three times as far off as the definition's.
     """
     choose(isa)
-    many = [(4, 1, 2**14, 1, 16), (4, 40, 2**10, 1, 16), (1200, 2, 3, 1, 16)]
+    many = [
+        (4, 1, 2**14, 1, 16), (4, 40, 2**10, 1, 16), (1200, 2, 3, 1, 16), (300, 2, 20, 2, 24),
+        (4, 300, 8, 1, 16),
+    ]  # fmt: skip
     for sizes, bias in itertools.product(many, BIASES[:2]):
         tensors = attention_tensors(sizes, torch.float32)
         check_all(call(kernels, tensors, bias), reference_pair(tensors, bias), f"{sizes} {bias}")

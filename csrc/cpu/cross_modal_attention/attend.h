@@ -31,8 +31,8 @@ inline void attend(const Sizes& s, const Keys& keys, int64_t rows, const float* 
     int64_t n = least(kKeys, keys.n - first), vectors = divide_up(n, kLanes);
     for (int64_t i = 0; i < rows; i += kRows) {
       int64_t block = least(kRows, rows - i);
-      multiply_rows(block, vectors, s.d, q + i * s.ld, s.ld, keys.turned + first * s.d, kKeys,
-                    scores, kScores);
+      multiply_long<false, false>(block, vectors, s.d, q + i * s.ld, s.ld,
+                                  keys.turned + first * s.d, kKeys, scores, kScores);
       for (int64_t r = i; r < i + block; ++r) {
         float* row = scores + (r - i) * kScores;
         forget_padding(row, n, vectors, -kInfinity);
@@ -99,8 +99,8 @@ inline void differentiate(const Sizes& s, const Keys& keys, const Queries& queri
           dots(s, least(kLanes, rows - i), queries.d_out + i * s.ld, queries.out + i * s.ld, s.ld));
   for (int64_t first = 0; first < keys.n; first += kKeys) {
     int64_t n = least(kKeys, keys.n - first), vectors = divide_up(n, kLanes);
-    multiply_rows(rows, vectors, s.d, queries.q, s.ld, keys.turned + first * s.d, kKeys, weights,
-                  kScores);
+    multiply_long<false, false>(rows, vectors, s.d, queries.q, s.ld, keys.turned + first * s.d,
+                                kKeys, weights, kScores);
     for (int64_t i = 0; i < rows; ++i) {
       float* row = weights + i * kScores;
       const float top = softmax.top[i], factor = softmax.factor[i];
@@ -112,8 +112,8 @@ inline void differentiate(const Sizes& s, const Keys& keys, const Queries& queri
       multiply<true, true>(n, s.vectors, rows, weights, kScores, queries.d_out, s.ld,
                            dv + first * s.ld, s.ld);
     if (!scores) continue;
-    multiply_rows(rows, vectors, s.d, queries.d_out, s.ld, keys.turned_values + first * s.d, kKeys,
-                  d_scores, kScores);
+    multiply_long<false, false>(rows, vectors, s.d, queries.d_out, s.ld,
+                                keys.turned_values + first * s.d, kKeys, d_scores, kScores);
     for (int64_t i = 0; i < rows; ++i) {
       float *row = d_scores + i * kScores, *p = weights + i * kScores;
       Vec products = {};
@@ -124,8 +124,8 @@ inline void differentiate(const Sizes& s, const Keys& keys, const Queries& queri
         store(row + k, read<Vec>(p + k) * (read<Vec>(row + k) - mean - beyond));
     }
     if (dq)
-      multiply<false, true>(rows, s.vectors, n, d_scores, kScores, keys.rows + first * s.ld, s.ld,
-                            dq, s.ld);
+      multiply_long<false, true>(rows, s.vectors, n, d_scores, kScores, keys.rows + first * s.ld,
+                                 s.ld, dq, s.ld);
     if (dk)
       multiply<true, true>(n, s.vectors, rows, d_scores, kScores, queries.q, s.ld,
                            dk + first * s.ld, s.ld);
@@ -143,8 +143,8 @@ inline void weigh(const Sizes& s, int64_t texts, const float* turned_q, const So
                   int64_t items, const float* keys, float* weights, float* text_weights) {
   int64_t images = s.sees[0][1] ? s.images : 0;
   if (images)
-    multiply_rows(items * images, divide_up(texts, kLanes), s.d, keys, s.ld, turned_q, kTexts,
-                  weights, kTexts);
+    multiply_long<false, false>(items * images, divide_up(texts, kLanes), s.d, keys, s.ld, turned_q,
+                                kTexts, weights, kTexts);
   for (int64_t item = 0; item < items; ++item)
     for (int64_t c = 0; c < texts; c += kLanes) {
       float* of_item = weights + item * images * kTexts + c;
@@ -153,12 +153,11 @@ inline void weigh(const Sizes& s, int64_t texts, const float* turned_q, const So
       Vec top = s.sees[0][0] ? text : read<Vec>(of_item);
       for (int64_t i = 0; i < images; ++i) top = larger(read<Vec>(of_item + i * kTexts), top);
       text = s.sees[0][0] ? exp(text - top) / read<Vec>(softmax.factor + c) : Vec{};
-      Vec total = text;
-      for (int64_t i = 0; i < images; ++i) {
+      Vec total = sum_of(text, 0, images, [=](int64_t i) {
         Vec p = exp(read<Vec>(of_item + i * kTexts) - top);
-        total += p;
         store(of_item + i * kTexts, p);
-      }
+        return p;
+      });
       Vec share = 1 / total;
       for (int64_t i = 0; i < images; ++i)
         store(of_item + i * kTexts, read<Vec>(of_item + i * kTexts) * share);

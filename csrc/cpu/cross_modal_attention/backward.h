@@ -101,10 +101,11 @@ inline void add_to(float* sum, const float* part, int64_t n) {
 //
 // A score's gradient is w_i (g_i - sum_j w_j g_j) where g_j = d_out . v_j. Of what outweighs all
 // others, w_i near to 1, that would leave little but roundings: its g is taken off all first.
-inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t, const Head& d_out,
-                               int64_t first, int64_t n, const float* values,
-                               const float* text_weights, const float* weights, float* d_weights,
-                               float* d_values) {
+__attribute__((noinline)) void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
+                                                  const Head& d_out, int64_t first, int64_t n,
+                                                  const float* values, const float* text_weights,
+                                                  const float* weights, float* d_weights,
+                                                  float* d_values) {
   int64_t images = s.sees[0][1] ? s.images : 0, width = s.vectors * kLanes;
   for (int64_t c = 0; c < n; c += kLanes) {
     int64_t rows = least(kLanes, n - c);
@@ -120,10 +121,11 @@ inline void differentiate_item(const Sizes& s, const Wanted& w, BackwardTask& t,
       heaviest = weight > heaviest ? weight : heaviest;
       store(d_weights + i * kTexts + c, by_weight);
     }
-    Vec mean = -read<Vec>(text_weights + c) * of_heaviest;
-    for (int64_t i = 0; i < images; ++i)
-      mean += read<Vec>(weights + i * kTexts + c) *
-              (read<Vec>(d_weights + i * kTexts + c) - of_heaviest);
+    Vec of_texts = -read<Vec>(text_weights + c) * of_heaviest;
+    Vec mean = sum_of(of_texts, 0, images, [=](int64_t i) {
+      return read<Vec>(weights + i * kTexts + c) *
+             (read<Vec>(d_weights + i * kTexts + c) - of_heaviest);
+    });
     for (int64_t i = 0; i < images; ++i) {
       float* of_image = d_weights + i * kTexts + c;
       store(of_image,
@@ -226,8 +228,8 @@ inline void backward_texts(const CrossModalAttentionBackward& p, const Sizes& s,
       multiply<false, true>(rows, s.vectors, n, t.d_weights, kTexts, f.q, s.ld,
                             sums.image_k + row * s.ld, s.ld);
     if (w.q[0] && rows)
-      multiply<true, true>(n, s.vectors, rows, t.d_weights, kTexts, f.images.rows + row * s.ld,
-                           s.ld, t.dq, s.ld);
+      multiply_long<true, true>(n, s.vectors, rows, t.d_weights, kTexts, f.images.rows + row * s.ld,
+                                s.ld, t.dq, s.ld);
     if (item / s.items_at_a_time() % kMeetings == kMeetings - 1)
       each_sum([](const Totals& totals, float* sums, int64_t n) { totals.join(sums, n); });
   });

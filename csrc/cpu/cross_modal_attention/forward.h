@@ -138,6 +138,17 @@ inline void forward_texts(const CrossModalAttentionForward& p, const Sizes& s, F
         continue;
       }
       int64_t images = s.sees[0][1] ? s.images : 0;
+      if (images > kChain) {  // as one product
+        multiply_long<true, false>(n, s.vectors, images, t.weights + i * images * kTexts, kTexts,
+                                   t.images.value_rows + (row + i * images) * s.ld, s.ld, t.own_out,
+                                   s.ld);
+        for (int64_t c = 0; s.sees[0][0] && c < n; ++c)
+          for (int64_t j = c * s.ld; j < c * s.ld + s.vectors * kLanes; j += kLanes)
+            store(t.own_out + j,
+                  t.text_weights[i * kTexts + c] * read<Vec>(t.out + j) + read<Vec>(t.own_out + j));
+        out.write_rows(first, n, 1, t.own_out, s.ld);
+        continue;
+      }
       with_type(Parameter{out.data, p.dtype}, [&](auto* to) {
         mix(s, n, s.sees[0][0] ? t.out : nullptr, t.text_weights + i * kTexts, images,
             t.images.value_rows + (row + i * images) * s.ld, t.weights + i * images * kTexts,

@@ -54,18 +54,37 @@ __attribute__((noinline)) void multiply(int64_t rows, int64_t vectors, int64_t s
     }
 }
 
-// C = A B over rows of d values: no sum has a chain of more than kChain additions, as a dot product
-// summed in vectors has.
+// The same for any number of steps: no sum has a chain of more than kChain additions, as a dot
+// product summed in vectors has.
 constexpr int64_t kChain = 48;
 
-inline void multiply_rows(int64_t rows, int64_t vectors, int64_t d, const float* a, int64_t lda,
+template <bool columns, bool add>
+inline void multiply_long(int64_t rows, int64_t vectors, int64_t steps, const float* a, int64_t lda,
                           const float* b, int64_t ldb, float* c, int64_t ldc) {
-  const int64_t chains = divide_up(d, kChain);
+  const int64_t chains = divide_up(steps, kChain);
   for (int64_t i = 0; i < chains; ++i) {
-    int64_t k = d * i / chains, steps = d * (i + 1) / chains - k;
-    (i ? multiply<false, true> : multiply<false, false>)(rows, vectors, steps, a + k, lda,
-                                                         b + k * ldb, ldb, c, ldc);
+    int64_t k = steps * i / chains, n = steps * (i + 1) / chains - k;
+    (i ? multiply<columns, true> : multiply<columns, add>)(rows, vectors, n,
+                                                           a + k * (columns ? lda : 1), lda,
+                                                           b + k * ldb, ldb, c, ldc);
   }
+}
+
+template <class F>
+Vec sum_of_halves(Vec sum, int64_t begin, int64_t end, const F& f);
+
+// `sum` and each f(i) from `begin` to `end`: a chain, or pairs of sums of chains.
+template <class F>
+FASTADAPTERS_INLINE Vec sum_of(Vec sum, int64_t begin, int64_t end, const F& f) {
+  if (end - begin > 32) return sum_of_halves(sum, begin, end, f);
+  for (int64_t i = begin; i < end; ++i) sum += f(i);
+  return sum;
+}
+
+template <class F>
+__attribute__((noinline)) Vec sum_of_halves(Vec sum, int64_t begin, int64_t end, const F& f) {
+  int64_t middle = (begin + end) / 2;
+  return sum_of(sum, begin, middle, f) + sum_of(Vec{}, middle, end, f);
 }
 
 // The sums of the lanes of each vector, in the lanes of one.
