@@ -190,6 +190,11 @@ def _all_plain(x: Tensor, problem: Problem) -> bool:
     return type(x) in PLAIN_TYPES and PLAIN_TYPES.issuperset(map(type, problem.others))
 
 
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, which need plain PyTorch."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | None:
     """Why fused backend ``name`` cannot run ``op`` on ``x``."""
     if name not in KERNELS[op]:
@@ -203,7 +208,7 @@ def _why_not(name: str, op: str, x: Tensor, problem: Problem | None) -> str | No
         return problem.refusal
     if problem is not None and not _all_plain(x, problem):
         return "it reads plain tensors, not a subclass"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transformed():
         return "torch.func and forward-mode differentiation need plain PyTorch"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records plain PyTorch"

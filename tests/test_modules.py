@@ -317,3 +317,21 @@ def test_another_device_than_the_default(kind: str, backend: str) -> None:
                 outs.append(call(module, tensors))
                 sum(y.sum() for y in outs[-1]).backward()
     assert_equal(*outs)
+
+
+@every_module
+@pytest.mark.parametrize("backend", ["auto", *PLAIN])
+@pytest.mark.filterwarnings("ignore")
+def test_linearize(kind: str, backend: str) -> None:
+    """`torch.func.linearize` keeps what does not depend on the tangent: nothing may write to it."""
+    module, tensors = sample(kind), inputs(kind)
+
+    def op(first: torch.Tensor) -> torch.Tensor:
+        return call(module, [first, *tensors[1:]])[-1]
+
+    with fastadapters.backend(backend):
+        y, along = torch.func.linearize(op, tensors[0])
+        tangent = torch.ones_like(tensors[0])
+        expected, along_tangent = torch.func.jvp(op, (tensors[0],), (tangent,))
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(along(tangent), along_tangent, rtol=1e-4, atol=1e-4)

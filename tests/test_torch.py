@@ -283,6 +283,20 @@ def test_func_transforms_and_forward_mode() -> None:
                     transformed()
 
 
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_vmap_over_the_residual_alone(name: str) -> None:
+    """What does not depend on it is no batch: nothing of it may be written to."""
+    gen = torch.Generator().manual_seed(0)
+    shapes = (3, 32), (8, 32), (32, 8), (32,), (5, 3, 32)
+    x, down, up, bias, residuals = (torch.randn(*shape, generator=gen) for shape in shapes)
+
+    def op(residual: Tensor) -> Tensor:
+        return functional.bottleneck(x, down, up, up_bias=bias, residual=residual)
+
+    with fastadapters.backend(name):
+        torch.testing.assert_close(torch.vmap(op)(residuals), torch.stack([*map(op, residuals)]))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_inference_mode(name: str) -> None:
     module, x = Adapter(), torch.randn(5, 32)

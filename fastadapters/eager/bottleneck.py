@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import transformed
 from ..options import Activation
 from ..reference.bottleneck import ACTIVATIONS
 from ..reference.philox import drop, input_stream
@@ -24,7 +25,8 @@ def up_project(
     bit: as a product over all rows that would be one long chain of additions, so there it is
     applied last. On the CPU in 16 bit the bias becomes one more column of h, which leaves the
     GEMM's own accumulation into a copy of the residual; in float32 its width r + 1 costs more in
-    backward than it saves, and the residual is added in place.
+    backward than it saves, and the residual is added in place. Not under `torch.func`, which may
+    have batched the residual alone.
     """
     narrow = h.dtype in (torch.bfloat16, torch.float16)
     if isinstance(scale, Tensor) and scale.requires_grad and not narrow:
@@ -38,7 +40,8 @@ def up_project(
     if residual.dtype != h.dtype:
         return residual + F.linear(h, up_weight, bias)
     if bias is None or h.device.type != "cpu" or not narrow:
-        return F.linear(h, up_weight, bias).add_(residual)
+        y = F.linear(h, up_weight, bias)
+        return y + residual if transformed() else y.add_(residual)
     weight_and_bias = torch.cat([up_weight, bias.unsqueeze(1)], dim=1)
     return torch.addmm(residual, F.pad(h, (0, 1), value=1.0), weight_and_bias.T)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends import transformed
 from ..options import Outputs
 from ..reference.cross_modal_attention import MASKED, Bias
 
@@ -36,7 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if k.shape[-3] == 1:
         return v.transpose(-2, -3), scores
     top = scores.detach().amax(dim=-1, keepdim=True)  # cancels, so it needs no gradient
-    weights = (scores - top).exp_()
+    below = scores - top
+    weights = below.exp() if transformed() else below.exp_()
     total = weights.sum(dim=-1, keepdim=True)
     return _average(weights, v) / total.to(v.dtype), total.log() + top
 
