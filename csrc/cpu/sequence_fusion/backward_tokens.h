@@ -186,27 +186,27 @@ inline void make_words(int64_t rows, int64_t r, const UnitTask<Words>& task) {
   }
 }
 
-// sums [columns, vectors] += x^T dz for `wanted` columns of x and a panel of dz, n rows of words.
-template <class Words, class V, int columns, int vectors, class Column>
-FASTADAPTERS_INLINE void add_columns(int64_t n, const float* const* x, const Column& column,
-                                     int64_t wanted, const float* dz, int64_t r, float* sums,
-                                     int64_t stride) {
-  V sum[columns][vectors];
+// sums [count, vectors] += the sum over n rows t of value(t, i) times vector(t, j); the first
+// `wanted` of the `count`.
+template <class Words, int count, int vectors, class Value, class Vector>
+FASTADAPTERS_INLINE void add_outer_products(int64_t n, const Value& value, const Vector& vector,
+                                            int64_t wanted, float* sums, int64_t stride) {
+  Vec sum[count][vectors];
   clear(sum);
   for (int64_t t = 0; t < n; ++t) {
-    V row[vectors];
+    Vec row[vectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) row[j] = read<V>(dz + t * r + j * kLanes);
+    for (int j = 0; j < vectors; ++j) row[j] = vector(t, j);
 #pragma GCC unroll 8
-    for (int l = 0; l < columns; ++l) {
-      V value = spread<V, int32_t>(x[t] + column(l));
+    for (int i = 0; i < count; ++i) {
+      Vec v = spread<Vec, int32_t>(value(t, i));
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sum[l][j] = multiply_add<Words>(value, row[j], sum[l][j]);
+      for (int j = 0; j < vectors; ++j) sum[i][j] = Words::multiply_add(v, row[j], sum[i][j]);
     }
   }
-  each_vector(sum, wanted, [&](V v, int l, int j) {
-    float* to = sums + l * stride + j * kLanes;
-    write(to, read<V>(to) + v);
+  each_vector(sum, wanted, [&](Vec v, int i, int j) {
+    float* to = sums + i * stride + j * kLanes;
+    store(to, read<Vec>(to) + v);
   });
 }
 
@@ -222,24 +222,57 @@ inline void add_down_gradient(int64_t rows, const float* const* x, int64_t d, co
     for (int64_t first = 0; first < d; first += strip)
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         int64_t at = panels.first(panel) * kLanes;
-        with_panel<Words>(panels, panel, [&](auto* v, auto vectors) {
-          using V = std::remove_pointer_t<decltype(v)>;
+        with_constant<Columns::kPanel>(panels.size(panel), [&](auto vectors) {
           constexpr int block = kBlockRows<vectors>;
           int64_t n = least(few, rows - t), stride = panels.columns();
-          const float* right = dz + t * r + at;
+          auto vector = [&](int64_t i, int j) {
+            return read<Vec>(dz + (t + i) * r + at + j * kLanes);
+          };
           for (int64_t column = first; column < least(d, first + strip); column += block) {
             float* to = sums + column * stride + at;
+            const float* const* from = x + t;
             fetch();
             if (d - column >= block)
-              add_columns<Words, V, block, vectors>(
-                  n, x + t, [&](int l) { return column + l; }, block, right, r, to, stride);
+              add_outer_products<Words, block, vectors>(
+                  n, [&](int64_t i, int l) { return from[i] + column + l; }, vector, block, to,
+                  stride);
             else
-              add_columns<Words, V, block, vectors>(
-                  n, x + t, [&](int l) { return least(column + l, d - 1); }, d - column, right, r,
-                  to, stride);
+              add_outer_products<Words, block, vectors>(
+                  n, [&](int64_t i, int l) { return from[i] + least(column + l, d - 1); }, vector,
+                  d - column, to, stride);
           }
         });
       }
+}
+
+// dWd [r, D] += dz^T x, where vectors along r would have idle lanes.
+template <class Words>
+inline void add_narrow_down_gradient(int64_t rows, const float* const* x, const Columns& columns,
+                                     int64_t d, const float* dz, int64_t r, float* sums,
+                                     Fetch fetch) {
+  constexpr int64_t few = 32;
+  fetch.spread(divide_up(rows, few) * columns.count);
+  for (int64_t t = 0; t < rows; t += few)
+    for (int64_t panel = 0; panel < columns.count; ++panel) {
+      int64_t column = columns.first(panel) * kLanes, n = least(few, rows - t);
+      const float* rows_of_dz = dz + t * r;  // beyond r is room, or the next row
+      fetch();
+      with_constant<Columns::kPanel>(columns.size(panel), [&](auto vectors) {
+        constexpr int block = kBlockRows<vectors>;
+        static_assert(block >= kLanes / 2, "all of r is one block");
+        auto add = [&](auto left) FASTADAPTERS_INLINED {
+          add_outer_products<Words, block, vectors>(
+              n, [&](int64_t i, int l) { return rows_of_dz + i * r + l; },
+              [&](int64_t i, int j) { return load(x[t + i] + column + j * kLanes, left(j)); }, r,
+              sums + column, columns.columns());
+        };
+        const int64_t last = d - column - (vectors - 1) * kLanes;  // only the last may be shorter
+        if (last >= kLanes)
+          add([](int) { return std::integral_constant<int64_t, kLanes>(); });
+        else
+          add([&](int j) { return j < vectors - 1 ? kLanes : last; });
+      });
+    }
 }
 
 // Everything behind dP, for the tokens of a unit; those of the `next` one are fetched meanwhile.
@@ -289,9 +322,14 @@ inline void differentiate_tokens(const SequenceFusionBackward& p, BackwardModali
   const Fetch none{},
       all{task.next, follows ? next->rows : 0, divide_up(m.dim * item_size(m.x_dtype), 64)};
   if (own.needs.down) {
-    add_down_gradient<Words>(divide_up(unit.rows, Words::kPerWord), words_of(p, m, unit.rows, task),
-                             m.dim, task.dz_columns, r, own.d_down[t].part,
-                             own.needs.dx && !task.kPairs ? none : all);
+    const float* const* x = words_of(p, m, unit.rows, task);
+    const Fetch& ahead = own.needs.dx && !task.kPairs ? none : all;
+    int64_t words = divide_up(unit.rows, Words::kPerWord);
+    if (own.narrow())
+      add_narrow_down_gradient<Words>(words, x, own.columns, m.dim, task.dz_columns, r,
+                                      own.d_down[t].part, ahead);
+    else
+      add_down_gradient<Words>(words, x, m.dim, task.dz_columns, r, own.d_down[t].part, ahead);
     own.d_down[t].advance(unit.rows);
   }
   if (own.needs.dx) {

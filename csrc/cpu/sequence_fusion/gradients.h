@@ -60,13 +60,16 @@ struct BackwardModality {
         products(c.take<float>(p.items * p.rank() * p.out_len * r_stride, needs.products)) {
     const Modality& m = p.modality[i];
     for (int64_t t = 0; t < unit_tasks; ++t) {
-      d_down.emplace_back(c, m.dim * r_stride, needs.down);
+      d_down.emplace_back(c, narrow() ? m.width * columns.columns() : m.dim * r_stride, needs.down);
       d_time.emplace_back(c, m.tokens * time_columns, needs.time);
       d_bias.emplace_back(c, m.width, needs.bias);
     }
     for (int64_t t = 0; t < result_tasks; ++t)
       d_up.emplace_back(c, p.rank() * m.width * up.columns.columns(), needs.up);
   }
+
+  // Whether dWd is summed as [r, D], not transposed.
+  bool narrow() const { return down.columns.narrow; }
 
   template <class Words>
   void pack(const SequenceFusionBackward& p, const Modality& m) {

@@ -28,10 +28,9 @@ struct Columns {
 typedef float Slim __attribute__((vector_size(2 * kLanes)));
 
 // Calls f with a null pointer to what panel p is made of, and how many of these as a constant.
-template <class Words = Single, class F>
+template <class F>
 FASTADAPTERS_INLINE void with_panel(const Columns& n, int64_t p, const F& f) {
-  if (kLanes == 16 && Words::kPerWord == 1 && n.narrow)
-    return f((Slim*)nullptr, std::integral_constant<int, 1>());
+  if (kLanes == 16 && n.narrow) return f((Slim*)nullptr, std::integral_constant<int, 1>());
   with_constant<Columns::kPanel>(n.size(p), [&](auto vectors) { f((Vec*)nullptr, vectors); });
 }
 
