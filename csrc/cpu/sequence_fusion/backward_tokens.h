@@ -259,7 +259,7 @@ inline void add_narrow_down_gradient(int64_t rows, const float* const* x, const 
       fetch();
       with_constant<Columns::kPanel>(columns.size(panel), [&](auto vectors) {
         constexpr int block = kBlockRows<vectors>;
-        static_assert(block >= kLanes / 2, "all of r is one block");
+        static_assert(block >= kLanes / 2);  // all of r is one block
         auto add = [&](auto left) FASTADAPTERS_INLINED {
           add_outer_products<Words, block, vectors>(
               n, [&](int64_t i, int l) { return rows_of_dz + i * r + l; },
