@@ -118,14 +118,19 @@ class GroupedAdapter(nn.Module):
             raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}")
         return self.names.index(name)
 
+    def _options(self) -> dict[str, Any]:
+        """What all adapters compute alike, besides the eps of LayerNorm, as it is now."""
+        options: dict[str, Any] = {"activation": self.activation, "residual": self.residual}
+        if self.scale is None:
+            options["scale"] = self.number
+        return options
+
     def _new(self) -> BottleneckAdapter:
         """An adapter as the parameters and the options are now, not as they were at first."""
         like = self.down_weight
-        adapter = self._make(device=like.device, dtype=like.dtype)
-        adapter.activation, adapter.dropout = self.activation, self.dropout
-        adapter.residual = self.residual
-        if self.scale is None:
-            adapter.scale = self.number
+        adapter = self._make(
+            device=like.device, dtype=like.dtype, dropout=self.dropout, **self._options()
+        )
         if self.norm_weight is not None:
             adapter.adapter_layer_norm_before.eps = self.norm_eps
         return adapter
@@ -140,10 +145,7 @@ class GroupedAdapter(nn.Module):
                 f" got {', '.join(sorted(state))}"
             )
         if isinstance(adapter, BottleneckAdapter):
-            own = {name: getattr(self, name) for name in ("activation", "residual", "norm_eps")}
-            if self.scale is None:
-                own["scale"] = self.number
-            for name, option in own.items():
+            for name, option in {**self._options(), "norm_eps": self.norm_eps}.items():
                 given = getattr(adapter, name)
                 if given != option:
                     raise ValueError(f"adapter: expected {name} {option!r}, got {given!r}")

@@ -32,11 +32,14 @@ inline void write_gradients(const SequenceFusionBackward& p, int i, BackwardModa
     for (size_t t = 1; t < sums.size(); ++t) sums[0].add(sums[t]);
     return sums[0].total;
   };
-  const double* d_down = own.needs.down ? total(own.d_down) : nullptr;
-  for (int64_t i = 0; d_down && own.narrow() && i < m.width; ++i)
-    write_totals(d_down + i * own.columns.columns(), m.dim, out.d_down_weight, i * m.dim);
-  if (d_down && !own.narrow())
-    write_transposed(d_down, own.r_stride, m.width, m.dim, out.d_down_weight);
+  if (own.needs.down) {
+    const double* sums = total(own.d_down);
+    if (!own.narrow())
+      write_transposed(sums, own.r_stride, m.width, m.dim, out.d_down_weight);
+    else
+      for (int64_t j = 0; j < m.width; ++j)
+        write_totals(sums + j * own.columns.columns(), m.dim, out.d_down_weight, j * m.dim);
+  }
   if (own.needs.bias) write_totals(total(own.d_bias), m.width, out.d_down_bias, 0);
   if (own.needs.up) {
     const double* sums = total(own.d_up);
